@@ -1,0 +1,32 @@
+"""What `optax_normuon` and `torch_ref` share: recipes, polynomials, layouts. Imports neither framework."""
+
+from normuon_core.layout import MatrixLayout, MatrixView
+from normuon_core.polynomials import POLYNOMIALS, Coefficients, optimal_quintic, polar_express
+from normuon_core.recipes import (
+    RECIPES,
+    Decay,
+    Momentum,
+    NeuronNorm,
+    Polar,
+    Recipe,
+    find_recipe,
+)
+from normuon_core.shape_rules import ShapeRule, shape_factor
+
+__all__ = [
+    "POLYNOMIALS",
+    "RECIPES",
+    "Coefficients",
+    "Decay",
+    "MatrixLayout",
+    "MatrixView",
+    "Momentum",
+    "NeuronNorm",
+    "Polar",
+    "Recipe",
+    "ShapeRule",
+    "find_recipe",
+    "optimal_quintic",
+    "polar_express",
+    "shape_factor",
+]

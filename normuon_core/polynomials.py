@@ -1,0 +1,150 @@
+"""Odd quintic polynomials whose composition approximates the sign function on the singular values.
+
+One Newton-Schulz step with coefficients `(a, b, c)` maps every singular value `x` of a matrix to
+`a x + b x^3 + c x^5` and leaves the singular vectors alone; a tuple of triples is one polynomial a
+step. The published sets stand here with their sources, beside the solver that derives the optimal
+ones.
+"""
+
+import math
+
+import numpy as np
+
+Triple = tuple[float, float, float]
+Coefficients = tuple[Triple, ...]
+
+NEWTON_SCHULZ: Coefficients = ((3.4445, -4.7750, 2.0315),) * 5
+"""Keller Jordan's quintic, five times; steep at zero, does not converge to 1 but stays within
+[0.68, 1.13]. Source: https://kellerjordan.github.io/posts/muon and modded-nanogpt."""
+
+POLAR_EXPRESS: Coefficients = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+"""`polar_express(1e-3, steps=5, safety=1.02, cushion=0.02)`, as modded-nanogpt tabulates it.
+Source: arXiv 2505.16932; KellerJordan/modded-nanogpt 056306ba."""
+
+POLAR_EXPRESS_UNSCALED: Coefficients = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
+"""The Polar Express paper's own table, its first five steps, without a safety factor: after five
+steps the solver's bound has not converged, so the last triple is an intermediate one.
+Source: arXiv 2505.16932, Algorithm 1."""
+
+YOU: Coefficients = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+"""Jiacheng You's five step set, found by gradient search. Source: microsoft/dion 0a059a4,
+`dion/newton_schulz_triton.py`."""
+
+CUBIC: Coefficients = ((1.5, -0.5, 0.0),) * 5
+"""The classical Newton-Schulz iteration X(3I - X^T X)/2: second order Taylor, converges to 1."""
+
+QUINTIC_TAYLOR: Coefficients = ((15 / 8, -10 / 8, 3 / 8),) * 5
+"""The third order Taylor iteration, the limit of Polar Express once all singular values are near 1.
+Source: arXiv 2505.16932, section 3."""
+
+
+def with_safety(coefficients: Coefficients, safety: float, *, last: bool = True) -> Coefficients:
+    """`p(x / safety)` for each step's `p`, so that rounding above 1 cannot make the next step diverge.
+
+    Args:
+      coefficients: one `(a, b, c)` a step.
+      safety: a factor of at least 1; `(a, b, c)` is divided by `(s, s^3, s^5)`.
+      last: whether the last step, after which nothing can diverge, is scaled too.
+    """
+    scaled = tuple((a / safety, b / safety**3, c / safety**5) for a, b, c in coefficients)
+    return scaled if last else scaled[:-1] + coefficients[-1:]
+
+
+POLAR_EXPRESS_1_05: Coefficients = with_safety(POLAR_EXPRESS_UNSCALED, 1.05)
+"""The paper's table with safety 1.05 on every step: what the Gram form wants, whose rounding errors
+are larger. Source: Dao-AILab/gram-newton-schulz."""
+
+POLYNOMIALS: dict[str, Coefficients] = {
+    "newton_schulz": NEWTON_SCHULZ,
+    "polar_express": POLAR_EXPRESS,
+    "polar_express_unscaled": POLAR_EXPRESS_UNSCALED,
+    "polar_express_1_05": POLAR_EXPRESS_1_05,
+    "you": YOU,
+    "cubic": CUBIC,
+    "quintic_taylor": QUINTIC_TAYLOR,
+}
+
+
+def evaluate(coefficients: Coefficients, x):
+    """The composed polynomial at singular values `x` (a float or an array)."""
+    for a, b, c in coefficients:
+        x = x * (a + x**2 * (b + x**2 * c))
+    return x
+
+
+def optimal_quintic(lower: float, upper: float) -> Triple:
+    """The odd quintic p with the smallest max |1 - p(x)| over `lower <= x <= upper`.
+
+    By Chebyshev's theorem the best p meets 1 - p = +E, -E, +E, -E at four points: the two ends and
+    the two inner extrema q < r of p (Polar Express, arXiv 2505.16932, section 3.3). Remez: solve the
+    linear system for (a, b, c, E) at the current points, move q and r to the roots of
+    p'(x) = a + 3b x^2 + 5c x^4, repeat until E stands still.
+
+    Raises:
+      ValueError: unless 0 < lower <= upper.
+    """
+    if not 0 < lower <= upper:
+        raise ValueError(f"optimal_quintic needs 0 < lower <= upper, got {lower} and {upper}")
+    if lower / upper > 1 - 5e-6:
+        # The four points coincide to rounding and the system is singular: its limit is Taylor's.
+        a, b, c = QUINTIC_TAYLOR[0]
+        return a / upper, b / upper**3, c / upper**5
+    q, r = (3 * lower + upper) / 4, (lower + 3 * upper) / 4
+    error, previous = math.inf, math.nan
+    while not abs(error - previous) <= 1e-15:
+        previous = error
+        points = np.array([lower, q, r, upper])
+        alternating = np.array([1.0, -1.0, 1.0, -1.0])
+        system = np.stack([points, points**3, points**5, alternating], axis=1)
+        a, b, c, error = (float(value) for value in np.linalg.solve(system, np.ones(4)))
+        spread = math.sqrt(9 * b**2 - 20 * a * c)
+        q, r = (math.sqrt((-3 * b + sign * spread) / (10 * c)) for sign in (-1, 1))
+    return a, b, c
+
+
+def polar_express(
+    lower_bound: float, *, steps: int, safety: float = 1.0, cushion: float = 0.02
+) -> Coefficients:
+    """The Polar Express polynomials (arXiv 2505.16932, Algorithm 1 and section 3.4).
+
+    Each step is optimal for the interval that the steps before it leave, so the composition is the
+    best one of its degree for singular values in `[lower_bound, 1]`.
+
+    Args:
+      lower_bound: the smallest singular value, relative to the norm, that is to reach 1.
+      steps: how many quintic steps.
+      safety: `p(x / safety)` on every step but the last, before the interval is propagated.
+      cushion: the optimisation's lower end is at least `cushion` times the upper one. Without it the
+        first steps would lift the smallest values at the price of pushing larger ones towards zero.
+    """
+    lower, upper = lower_bound, 1.0
+    result: list[Triple] = []
+    for step in range(steps):
+        a, b, c = optimal_quintic(max(lower, cushion * upper), upper)
+        # The cushion leaves p off centre on [lower, upper]: rescale so that 1 - p(lower) = p(upper) - 1.
+        ends = evaluate(((a, b, c),), lower) + evaluate(((a, b, c),), upper)
+        triple = (2 * a / ends, 2 * b / ends, 2 * c / ends)
+        if step < steps - 1:
+            (triple,) = with_safety((triple,), safety)
+        result.append(triple)
+        lower = evaluate((triple,), lower)
+        upper = 2 - lower
+    return tuple(result)

@@ -1,0 +1,253 @@
+"""Every published dialect of Muon and NorMuon as data: one small record a stage.
+
+The fields of a record are the keywords of that stage's function, in JAX and in PyTorch alike.
+`docs/stages.md` writes the formulas out; `parity_tests/oracle.py` runs them in float64.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from typing import Literal
+
+from normuon_core.polynomials import (
+    CUBIC,
+    NEWTON_SCHULZ,
+    POLAR_EXPRESS,
+    Coefficients,
+)
+from normuon_core.shape_rules import ShapeRule, check_shape_rule
+
+MomentumRule = Literal["lerp", "heavy_ball", "bias_corrected"]
+EpsRule = Literal["add", "max"]
+NeuronAxis = Literal["output", "input", "longer"]
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """Stage 1. `lerp`: m <- m + (1 - mu)(g - m). `heavy_ball`: m <- mu m + g. `bias_corrected`: Optax's
+    own, lerp with each of its two terms divided by its 1 - mu^t."""
+
+    rule: MomentumRule = "lerp"
+    momentum: float = 0.95
+    nesterov: bool = True
+
+
+@dataclass(frozen=True)
+class Polar:
+    """Stage 2. X = u / (norm_scale |u| + eps), or u / max(norm_scale |u|, eps) with `eps_rule="max"`;
+    then one odd quintic a step."""
+
+    coefficients: Coefficients = POLAR_EXPRESS
+    norm_scale: float = 1.02
+    eps: float = 1e-6
+    eps_rule: EpsRule = "add"
+
+
+@dataclass(frozen=True)
+class NeuronNorm:
+    """Stage 3. The second moment s of one side's neurons divides v by sqrt(max(s, eps))
+    (`eps_rule="max"`) or by sqrt(s) + eps (`"add"`); `rescale` gives the matrix its norm back, over
+    max(norm, eps) or norm + eps, or not at all (None)."""
+
+    beta2: float = 0.95
+    axis: NeuronAxis = "output"
+    eps: float = 1e-10
+    eps_rule: EpsRule = "max"
+    rescale: EpsRule | None = "max"
+
+
+@dataclass(frozen=True)
+class Decay:
+    """Stage 4. `cautious`: only where the update and the parameter agree in sign. `inside_scale`: the
+    decay term is multiplied by shape scale and `lr_mul` as the update is. `rate_power`: how often the
+    learning rate multiplies it."""
+
+    cautious: bool = True
+    inside_scale: bool = True
+    rate_power: Literal[1, 2] = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One dialect, stage by stage; `neuron_norm=None` is plain Muon.
+
+    `dataclasses.replace` makes a variant: `replace(RECIPES["normuon"], shape_scale="spectral")`.
+    """
+
+    momentum: Momentum
+    polar: Polar
+    neuron_norm: NeuronNorm | None
+    decay: Decay
+    shape_scale: ShapeRule
+    source: str
+
+    def override(
+        self, *, momentum=None, nesterov=None, beta2=None, shape_scale=None
+    ) -> "Recipe":
+        """The recipe with the fields that people tune replaced; None keeps the recipe's own.
+
+        Raises:
+          ValueError: `beta2` for a recipe without neuron normalization, or an unknown `shape_scale`.
+        """
+        recipe = self
+        if momentum is not None:
+            stage = dataclasses.replace(recipe.momentum, momentum=momentum)
+            recipe = dataclasses.replace(recipe, momentum=stage)
+        if nesterov is not None:
+            stage = dataclasses.replace(recipe.momentum, nesterov=nesterov)
+            recipe = dataclasses.replace(recipe, momentum=stage)
+        if beta2 is not None:
+            if recipe.neuron_norm is None:
+                raise ValueError(
+                    f"beta2={beta2} has no effect: this recipe has no neuron normalization. Leave beta2"
+                    " out, or choose a NorMuon recipe such as 'normuon'."
+                )
+            stage = dataclasses.replace(recipe.neuron_norm, beta2=beta2)
+            recipe = dataclasses.replace(recipe, neuron_norm=stage)
+        if shape_scale is not None:
+            recipe = dataclasses.replace(recipe, shape_scale=check_shape_rule(shape_scale))
+        return recipe
+
+
+_NS5 = Polar(NEWTON_SCHULZ, norm_scale=1.0, eps=1e-7)
+_POLAR_EXPRESS = Polar()
+_PLAIN = Decay(cautious=False, inside_scale=False)
+_RATE_TWICE = Decay(cautious=True, inside_scale=True, rate_power=2)
+_HEAVY_BALL = Momentum("heavy_ball")
+
+_NORMUON = Recipe(
+    Momentum(),
+    _POLAR_EXPRESS,
+    NeuronNorm(),
+    Decay(),
+    "original",
+    "optax_normuon: NorMuon's second moment over the paper's axis (arXiv 2510.05491), Polar Express"
+    " (arXiv 2505.16932), cautious weight decay (arXiv 2510.12402)",
+)
+_MODDED = Recipe(
+    Momentum(),
+    _POLAR_EXPRESS,
+    NeuronNorm(axis="longer"),
+    _RATE_TWICE,
+    "original",
+    "KellerJordan/modded-nanogpt 056306ba (2025-11-18)",
+)
+_DION_NORMUON = Recipe(
+    Momentum("heavy_ball", nesterov=False),
+    dataclasses.replace(_POLAR_EXPRESS, eps=1e-8),
+    NeuronNorm(eps=1e-8, eps_rule="add"),
+    _PLAIN,
+    "spectral",
+    "microsoft/dion 0a059a4, dion/normuon.py",
+)
+
+RECIPES: dict[str, Recipe] = {
+    "normuon": _NORMUON,
+    "muon": dataclasses.replace(
+        _NORMUON, neuron_norm=None, source="optax_normuon: `normuon` without its second moment"
+    ),
+    "normuon_paper": Recipe(
+        Momentum(nesterov=False),
+        _NS5,
+        NeuronNorm(eps=1e-8, eps_rule="add", rescale=None),
+        _PLAIN,
+        "rms",
+        "NorMuon, arXiv 2510.05491, Algorithm 1",
+    ),
+    "normuon_official": Recipe(
+        Momentum(),
+        _NS5,
+        NeuronNorm(eps_rule="add", rescale="add"),
+        _PLAIN,
+        "original",
+        "zichongli5/NorMuon d45c9a4",
+    ),
+    "normuon_2025_11": _MODDED,
+    "normuon_2025_12": dataclasses.replace(
+        _MODDED, source="KellerJordan/modded-nanogpt 9060ff47 (2025-12-25)"
+    ),
+    "normuon_2026_08": dataclasses.replace(
+        _MODDED,
+        neuron_norm=NeuronNorm(beta2=0.9, axis="longer"),
+        source="KellerJordan/modded-nanogpt f411b3d3 (2026-08-01)",
+    ),
+    "dion_normuon": _DION_NORMUON,
+    "dion_muon": dataclasses.replace(
+        _DION_NORMUON, neuron_norm=None, source="microsoft/dion 0a059a4, dion/muon.py"
+    ),
+    "muon_2024_10": Recipe(
+        _HEAVY_BALL,
+        _NS5,
+        None,
+        _PLAIN,
+        "max_dim",
+        "KellerJordan/modded-nanogpt, record 2024-10-10_Muon (it has no weight decay)",
+    ),
+    "muon_keller": Recipe(
+        Momentum(), _NS5, None, _PLAIN, "original", "KellerJordan/Muon 857d1ad"
+    ),
+    "moonlight": Recipe(
+        _HEAVY_BALL,
+        _NS5,
+        None,
+        _PLAIN,
+        "match_rms_adamw",
+        "MoonshotAI/Moonlight c2ad5b2, arXiv 2502.16982",
+    ),
+    "torch_muon": Recipe(
+        Momentum(),
+        dataclasses.replace(_NS5, eps_rule="max"),
+        None,
+        _PLAIN,
+        "original",
+        "torch.optim.Muon 2.13",
+    ),
+    "optax_muon": Recipe(
+        Momentum("bias_corrected"),
+        dataclasses.replace(_NS5, eps=1e-8),
+        None,
+        _PLAIN,
+        "original",
+        "optax.contrib.muon 0.2.8",
+    ),
+    "muon_basic": Recipe(
+        Momentum(),
+        _POLAR_EXPRESS,
+        None,
+        _PLAIN,
+        "none",
+        "lerp momentum, Polar Express and plain decay, unscaled",
+    ),
+    "muon_complete": Recipe(
+        _HEAVY_BALL,
+        _POLAR_EXPRESS,
+        None,
+        _PLAIN,
+        "max_dim",
+        "heavy ball, Polar Express, plain decay, scaled by the longer side",
+    ),
+    "simple_muon": Recipe(
+        Momentum("heavy_ball", nesterov=False),
+        Polar(CUBIC, norm_scale=1.0, eps=1e-7),
+        None,
+        _PLAIN,
+        "none",
+        "heavy ball and the classical cubic iteration, unscaled",
+    ),
+}
+
+
+def find_recipe(recipe: "str | Recipe") -> Recipe:
+    """The Recipe of that name, or the Recipe itself.
+
+    Raises:
+      ValueError: an unknown name; the message has the nearest known one.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe in RECIPES:
+        return RECIPES[recipe]
+    near = difflib.get_close_matches(str(recipe), RECIPES, n=1, cutoff=0.0)
+    raise ValueError(
+        f"unknown recipe {recipe!r}; did you mean {near[0]!r}? Known recipes: {', '.join(RECIPES)}."
+    )

@@ -1,0 +1,158 @@
+"""The executable specification: every recipe in NumPy, float64, one matrix at a time.
+
+Nothing here is fast and nothing is shared with the implementations but the recipes themselves. A
+matrix is (outputs, inputs) everywhere; `step` is one optimizer step of one matrix, `step_weight`
+applies it to every matrix that a layout finds in a weight.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from normuon_core import MatrixLayout, NeuronNorm, Polar, Recipe
+
+
+@dataclass
+class State:
+    """What one matrix carries from step to step; all of it starts at zero."""
+
+    step: int = 0
+    momentum: np.ndarray | float = 0.0
+    second_moment: np.ndarray | float = 0.0
+
+
+def momentum(rule, m, g, mu, nesterov, step):
+    """Stage 1: (the new momentum, the direction u). `step` counts from 1."""
+    if rule == "heavy_ball":
+        m = mu * m + g
+        return m, g + mu * m if nesterov else m
+    m = mu * m + (1 - mu) * g
+    if rule == "lerp":
+        return m, mu * m + (1 - mu) * g if nesterov else m
+    if rule == "bias_corrected":
+        if not nesterov:
+            return m, m / (1 - mu**step)
+        return m, mu * m / (1 - mu ** (step + 1)) + (1 - mu) * g / (1 - mu**step)
+    raise ValueError(rule)
+
+
+def polar_factor(u: np.ndarray, polar: Polar) -> np.ndarray:
+    """Stage 2, by its definition: the polynomial applied to the singular values of the scaled u."""
+    norm = polar.norm_scale * np.linalg.norm(u)
+    x = u / (max(norm, polar.eps) if polar.eps_rule == "max" else norm + polar.eps)
+    wide = x if x.shape[0] <= x.shape[1] else x.T
+    for a, b, c in polar.coefficients:
+        gram = wide @ wide.T
+        wide = a * wide + (b * gram + c * gram @ gram) @ wide
+    return wide if x.shape[0] <= x.shape[1] else wide.T
+
+
+def normalize_neurons(v: np.ndarray, second_moment, rule: NeuronNorm, longer_is_output: bool):
+    """Stage 3: (the new second moment, the normalized v)."""
+    output = rule.axis == "output" or (rule.axis == "longer" and longer_is_output)
+    q = np.mean(v**2, axis=1 if output else 0, keepdims=True)
+    e = rule.beta2 * second_moment + (1 - rule.beta2) * q
+    if rule.eps_rule == "max":
+        y = v / np.sqrt(np.maximum(e, rule.eps))
+    else:
+        y = v / (np.sqrt(e) + rule.eps)
+    norm = np.linalg.norm(y)
+    if rule.rescale == "max":
+        y = y * np.linalg.norm(v) / max(norm, rule.eps)
+    elif rule.rescale == "add":
+        y = y * np.linalg.norm(v) / (norm + rule.eps)
+    return e, y
+
+
+def shape_scale(rule: str, v: np.ndarray) -> float:
+    """Stage 5."""
+    r, c = v.shape
+    return {
+        "original": max(1, r / c) ** 0.5,
+        "match_rms_adamw": 0.2 * max(r, c) ** 0.5,
+        "spectral": (r / c) ** 0.5,
+        "max_dim": max(r, c) ** 0.5,
+        "rms": 0.2 * (r * c) ** 0.5 / max(np.linalg.norm(v), 1e-10),
+        "none": 1.0,
+    }[rule]
+
+
+def step(
+    recipe: Recipe, p, g, state: State, *, lr, weight_decay=0.0, mu=None, lr_mul=1.0, wd_mul=1.0
+):
+    """One step of one (outputs, inputs) matrix: the new parameter; `state` changes in place.
+
+    A tie of the two sides counts as output in the `longer` rule.
+    """
+    mu = recipe.momentum.momentum if mu is None else mu
+    state.step += 1
+    state.momentum, u = momentum(
+        recipe.momentum.rule, state.momentum, g, mu, recipe.momentum.nesterov, state.step
+    )
+    v = polar_factor(u, recipe.polar)
+    if recipe.neuron_norm is not None:
+        state.second_moment, v = normalize_neurons(
+            v, state.second_moment, recipe.neuron_norm, p.shape[0] >= p.shape[1]
+        )
+    mask = (v * p >= 0) if recipe.decay.cautious else np.ones(p.shape)
+    decay = weight_decay * wd_mul * mask * p
+    if recipe.decay.rate_power == 2:
+        decay = lr * decay
+    scale = lr_mul * shape_scale(recipe.shape_scale, v)
+    if recipe.decay.inside_scale:
+        return p - lr * scale * (v + decay)
+    return p - lr * (scale * v + decay)
+
+
+@dataclass
+class WeightState:
+    """The states of all matrices of one weight, by (batch index, first output neuron)."""
+
+    matrices: dict = field(default_factory=dict)
+
+
+def step_weight(
+    recipe: Recipe, layout: MatrixLayout, p, g, state: WeightState, *, lr_mul=1.0, wd_mul=1.0, **rates
+):
+    """`step` on every matrix of a weight; `lr_mul` and `wd_mul` are numbers or arrays over its batch."""
+    as_matrices, as_weight = _matrices(p.shape, layout)
+    weights, gradients = as_matrices(p), as_matrices(g)
+    batch_shape = weights.shape[:-2]
+    lr_mul, wd_mul = np.broadcast_to(lr_mul, batch_shape), np.broadcast_to(wd_mul, batch_shape)
+    result = np.empty_like(weights)
+    for index in np.ndindex(batch_shape):
+        first = 0
+        for size in layout.output_splits or (weights.shape[-2],):
+            block = (*index, slice(first, first + size))
+            matrix = state.matrices.setdefault((index, first), State())
+            result[block] = step(
+                recipe,
+                weights[block],
+                gradients[block],
+                matrix,
+                lr_mul=lr_mul[index],
+                wd_mul=wd_mul[index],
+                **rates,
+            )
+            first += size
+    return as_weight(result)
+
+
+def _matrices(shape, layout: MatrixLayout):
+    """Functions that bring a weight to (batch..., outputs, inputs) and back."""
+    rank = len(shape)
+    output, reduction = (
+        [axis % rank for axis in np.atleast_1d(axes)]
+        for axes in (layout.output_axis, layout.reduction_axis)
+    )
+    batch = [axis for axis in range(rank) if axis not in output + reduction]
+    order = batch + output + reduction
+    sizes = [[shape[axis] for axis in axes] for axes in (batch, output, reduction)]
+
+    def as_matrices(x):
+        return x.transpose(order).reshape(*sizes[0], np.prod(sizes[1]), np.prod(sizes[2]))
+
+    def as_weight(x):
+        return x.reshape(sizes[0] + sizes[1] + sizes[2]).transpose(np.argsort(order))
+
+    return as_matrices, as_weight
