@@ -1,0 +1,64 @@
+"""`lr_mul` and `wd_mul`: one factor a leaf, or one a matrix."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_normuon.layout import KeyPath, Views, broadcast_prefix, named_leaves
+
+MultiplierTree = Any
+"""None, a number, an array over a leaf's batch axes, a tree or prefix of them, or a callable to one."""
+
+
+class Multipliers(dict[KeyPath, Any]):
+    """Factors by key path: already checked against their leaves' batch shapes."""
+
+    def on(self, path: KeyPath, dtype) -> jax.Array | float:
+        """The leaf's factor, broadcastable to the leaf; 1.0 where none was given."""
+        factor = self.get(path, 1.0)
+        return factor if isinstance(factor, float) else jnp.asarray(factor, dtype)
+
+
+def resolve_multipliers(
+    multipliers: MultiplierTree | Multipliers, params, views: Views, *, what: str
+) -> Multipliers:
+    """Each leaf's factor, an array shaped to broadcast along the leaf's batch axes.
+
+    Raises:
+      ValueError: a tree that does not match, or an array that has not the leaf's batch shape.
+    """
+    if isinstance(multipliers, Multipliers):
+        return multipliers
+    leaves = named_leaves(params)
+    if callable(multipliers):
+        multipliers = multipliers(params)
+    if multipliers is None or not leaves:
+        return Multipliers()
+    given = broadcast_prefix(multipliers, params, is_leaf=_is_factor, what=what)
+    return Multipliers(
+        {
+            path: _on_batch_axes(given[path], np.shape(leaf), views.get(path), name, what)
+            for path, name, leaf in leaves
+            if given[path] is not None
+        }
+    )
+
+
+def _is_factor(node) -> bool:
+    return node is None or isinstance(node, int | float | np.ndarray | np.generic | jax.Array)
+
+
+def _on_batch_axes(factor, shape, view, name, what):
+    if np.ndim(factor) == 0:
+        return float(factor) if isinstance(factor, int | float) else factor
+    batch_shape = () if view is None else view.batch_shape
+    if np.shape(factor) != batch_shape:
+        raise ValueError(
+            f"{name}: {what} has shape {np.shape(factor)}, but the leaf of shape {shape} has"
+            f" {'no batch axes' if not batch_shape else f'batch axes of shape {batch_shape}'};"
+            " give a number, or one number for each of its matrices."
+        )
+    ones = [size if axis in view.batch_axes else 1 for axis, size in enumerate(shape)]
+    return jnp.reshape(factor, ones)

@@ -1,0 +1,92 @@
+"""Stage 3: NorMuon's second moment, one number a neuron."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from normuon_core.recipes import EpsRule, NeuronAxis
+from optax_normuon.precision import working_dtype
+from optax_normuon.routing import LayoutTree
+from optax_normuon.stacking import MatrixStack, on_matrices
+
+
+class NeuronNormState(NamedTuple):
+    """`second_moment`: a tree like the parameters, float32 (float64 for float64), the reduced axes 1."""
+
+    second_moment: optax.Updates
+
+
+def normalize_neurons(
+    beta2: float | jax.Array = 0.95,
+    *,
+    axis: NeuronAxis = "output",
+    eps: float = 1e-10,
+    eps_rule: EpsRule = "max",
+    rescale: EpsRule | None = "max",
+    layout: LayoutTree = None,
+    max_stack_bytes: int | None = None,
+) -> optax.GradientTransformation:
+    """Divides every neuron's update by its root mean square over time; keeps each matrix's norm.
+
+    To be used after `orthogonalize`. Source: NorMuon, arXiv 2510.05491, Algorithm 1.
+    With q the mean of v^2 over a neuron's inputs: s <- s + (1 - beta2)(q - s) from s = 0 without bias
+    correction, v <- v / sqrt(max(s, eps)), then |v|_F is brought back to what it was.
+
+    Args:
+      beta2: decay of the second moment.
+      axis: whose neurons: "output" (the paper), "input", or "longer" (modded-nanogpt): the index of
+        the matrix's longer side, output on a tie.
+      eps: a floor of s (`eps_rule="max"`), or added to sqrt(s) (`"add"`).
+      rescale: divides by max(norm, eps) ("max") or norm + eps ("add") in bringing the norm back; None
+        leaves the norm.
+      layout, max_stack_bytes: see `normuon`.
+
+    Raises:
+      ValueError: an unknown `axis`, or see `normuon`.
+    """
+    stage = neuron_norm_stage(beta2, axis=axis, eps=eps, eps_rule=eps_rule, rescale=rescale)
+    return on_matrices(stage, layout=layout, max_stack_bytes=max_stack_bytes)
+
+
+def neuron_norm_stage(
+    beta2, *, axis: NeuronAxis, eps: float, eps_rule: EpsRule, rescale: EpsRule | None
+) -> optax.GradientTransformation:
+    """Stage 3 on a `MatrixStack`; arithmetic in float32 (float64 for float64), rounded once to the
+    dtype of the values."""
+    if axis not in ("output", "input", "longer"):
+        raise ValueError(f"axis={axis!r} is unknown; use 'output', 'input' or 'longer'.")
+
+    def reduced_axis(stack):
+        rows, columns = stack.values.shape[-2:]
+        output, inputs = stack.output_axis, -3 - stack.output_axis
+        if axis == "longer":
+            sizes = {-2: rows, -1: columns}
+            return inputs if sizes[output] >= sizes[inputs] else output
+        return inputs if axis == "output" else output
+
+    def init(stack):
+        shape = list(stack.values.shape)
+        shape[reduced_axis(stack)] = 1
+        return NeuronNormState(jnp.zeros(shape, working_dtype(stack.values.dtype)))
+
+    def update(stack, state, params=None):
+        del params
+        reduced = reduced_axis(stack)
+        count = stack.values.shape[reduced]
+        v = stack.values.astype(working_dtype(stack.values.dtype))
+        q = jnp.mean(jnp.square(v), axis=reduced, keepdims=True)
+        s = state.second_moment
+        s = s + (1 - jnp.asarray(beta2, s.dtype)) * (q.astype(s.dtype) - s)
+        t = jax.lax.rsqrt(jnp.maximum(s, eps)) if eps_rule == "max" else 1 / (jnp.sqrt(s) + eps)
+        if rescale is not None:
+            # |v|^2 and |v t|^2 from the row statistics: no further pass over the matrix.
+            sides = (-2, -1)
+            norm = jnp.sqrt(count * jnp.sum(q.astype(s.dtype), axis=sides, keepdims=True))
+            scaled = jnp.sqrt(count * jnp.sum(q.astype(s.dtype) * t * t, axis=sides, keepdims=True))
+            t = t * (norm / (jnp.maximum(scaled, eps) if rescale == "max" else scaled + eps))
+        normalized = (v.astype(s.dtype) * t).astype(stack.values.dtype)
+        return MatrixStack(normalized, stack.output_axis), NeuronNormState(s)
+
+    return optax.GradientTransformation(init, update)

@@ -1,0 +1,295 @@
+"""The whole chain, assembled from a Recipe."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+
+from normuon_core.recipes import Recipe, find_recipe
+from normuon_core.shape_rules import ShapeRule
+from optax_normuon.layout import Views, named_leaves
+from optax_normuon.momentum import momentum_stage
+from optax_normuon.multipliers import Multipliers, MultiplierTree, resolve_multipliers
+from optax_normuon.neuron_norm import neuron_norm_stage
+from optax_normuon.orthogonalization import Algorithm, Backend, orthogonalization_stage
+from optax_normuon.precision import as_schedule, in_working_precision
+from optax_normuon.routing import LayoutTree, resolve_layouts
+from optax_normuon.shape_scaling import scale_by_shape
+from optax_normuon.stacking import MatrixStack, on_matrices
+from optax_normuon.weight_decay import add_cautious_weight_decay
+
+STATIC_ARGS = (
+    "recipe",
+    "nesterov",
+    "layout",
+    "lr_mul",
+    "wd_mul",
+    "shape_scale",
+    "orthogonalizer",
+    "momentum_dtype",
+    "compute_dtype",
+    "algorithm",
+    "backend",
+    "max_stack_bytes",
+)
+"""The arguments of `normuon` that are no schedules: for `optax.inject_hyperparams(normuon,
+static_args=STATIC_ARGS)`, which would call every callable as one."""
+
+Orthogonalizer = Callable[[jax.Array], jax.Array]
+
+
+def normuon(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    recipe: str | Recipe = "normuon",
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    momentum: optax.ScalarOrSchedule | None = None,
+    nesterov: bool | None = None,
+    beta2: float | jax.Array | None = None,
+    layout: LayoutTree = None,
+    lr_mul: MultiplierTree = None,
+    wd_mul: MultiplierTree = None,
+    shape_scale: ShapeRule | None = None,
+    orthogonalizer: Orthogonalizer | None = None,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    adam_b1: float = 0.9,
+    adam_b2: float = 0.95,
+    adam_eps: float = 1e-10,
+    adam_weight_decay: optax.ScalarOrSchedule = 0.0,
+    momentum_dtype: DTypeLike | None = None,
+    compute_dtype: DTypeLike | None = None,
+    algorithm: Algorithm = "auto",
+    backend: Backend = "auto",
+    max_stack_bytes: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """NorMuon for the matrices of a model, AdamW for everything else.
+
+    The default for training a Flax model: `optax.chain(optax.clip_by_global_norm(1.0),
+    normuon(0.02))`. Print `describe(params)` once to see what becomes of each leaf. A matrix's update
+    is momentum, polar factor, neuron normalization, cautious weight decay, shape scale, learning rate;
+    `docs/stages.md` derives each.
+
+    Args:
+      learning_rate: eta, a number or a schedule.
+      recipe: a name of `RECIPES`, or a Recipe (`dataclasses.replace` makes variants).
+      weight_decay: lambda, a number or a schedule. It enters as lr * weight_decay, as in AdamW (as
+        lr^2 * weight_decay in modded-nanogpt's recipes).
+      momentum, nesterov, beta2, shape_scale: None is the recipe's own; `momentum` may be a schedule.
+      layout: which axes of a leaf are the sides of its matrices. A `MatrixLayout` (or
+        `optax.contrib.MuonDimensionNumbers`), None for AdamW, a tree or prefix tree of these, or a
+        callable from the parameters to one; `layout_by_path` makes the latter. None at the root
+        decides by path and shape.
+      lr_mul, wd_mul: factors on learning rate and weight decay: a number, an array over a leaf's
+        batch axes (one number a matrix), a tree or prefix tree of these, or a callable.
+      orthogonalizer: replaces stage 2, a function (batch, rows, columns) -> the same; it is given
+        the momentum in float32 and its result's dtype is kept.
+      adam_learning_rate: for the leaves that are no matrices; None is `learning_rate`.
+      adam_b1, adam_b2, adam_eps, adam_weight_decay: see `optax.adamw`.
+      momentum_dtype: None is float32, or the parameter's dtype where that is wider.
+      compute_dtype, algorithm, backend: see `polar_factor`.
+      max_stack_bytes: a ceiling for the working memory of one stack of matrices, see `on_matrices`.
+
+    Returns:
+      A transformation whose updates have the parameters' dtypes; arithmetic outside the polar factor
+      and all state are float32, or the parameter's dtype where that is wider. It needs parameters.
+
+    Raises:
+      ValueError: here: an unknown recipe (with the nearest name), rule, algorithm or backend, or
+        `beta2` for a recipe without neuron normalization; in `init` and `update`: a layout or a
+        multiplier that does not fit its leaf or the tree, a leaf that can be read in two ways, or
+        missing parameters.
+      TypeError: a complex or integer leaf.
+
+    References:
+      NorMuon, arXiv 2510.05491; Muon, https://kellerjordan.github.io/posts/muon; Polar Express, arXiv
+      2505.16932; cautious weight decay, arXiv 2510.12402.
+    """
+    chosen = find_recipe(recipe).override(
+        momentum=momentum, nesterov=nesterov, beta2=beta2, shape_scale=shape_scale
+    )
+    direction = _direction(
+        chosen,
+        orthogonalizer=orthogonalizer,
+        momentum_dtype=momentum_dtype,
+        compute_dtype=compute_dtype,
+        algorithm=algorithm,
+        backend=backend,
+        max_stack_bytes=max_stack_bytes,
+    )
+    decay_rate = as_schedule(weight_decay)
+    if chosen.decay.rate_power == 2:
+        decay_rate = _product_of(as_schedule(learning_rate), decay_rate)
+
+    def matrices(views: Views, lr_factors: Multipliers, wd_factors: Multipliers):
+        decay = add_cautious_weight_decay(
+            decay_rate, cautious=chosen.decay.cautious, wd_mul=wd_factors, layout=views
+        )
+        scale = scale_by_shape(chosen.shape_scale, lr_mul=lr_factors, layout=views)
+        ending = (decay, scale) if chosen.decay.inside_scale else (scale, decay)
+        return optax.chain(direction(views), *ending, _scale_by_rate(learning_rate))
+
+    def others(lr_factors: Multipliers, wd_factors: Multipliers):
+        rate = learning_rate if adam_learning_rate is None else adam_learning_rate
+        return optax.chain(
+            _scale_by_adam(adam_b1, adam_b2, adam_eps),
+            add_cautious_weight_decay(
+                adam_weight_decay, cautious=False, wd_mul=wd_factors, layout=Views()
+            ),
+            scale_by_shape("none", lr_mul=lr_factors, layout=Views()),
+            _scale_by_rate(rate),
+        )
+
+    def partition(params):
+        views = resolve_layouts(layout, params)
+        lr_factors = resolve_multipliers(lr_mul, params, views, what="lr_mul")
+        wd_factors = resolve_multipliers(wd_mul, params, views, what="wd_mul")
+        return optax.partition(
+            {
+                "matrices": matrices(views, lr_factors, wd_factors),
+                "adamw": others(lr_factors, wd_factors),
+            },
+            _labels(params, views),
+        )
+
+    def init(params):
+        return partition(params).init(params)
+
+    def update(updates, state, params=None, **extra_args):
+        if params is None:
+            raise ValueError(optax.NO_PARAMS_MSG)
+        _check_same_leaves(updates, params)
+        return partition(params).update(updates, state, params, **extra_args)
+
+    return in_working_precision(optax.GradientTransformationExtraArgs(init, update))
+
+
+@functools.wraps(normuon, assigned=("__annotations__",))
+def muon(learning_rate: optax.ScalarOrSchedule, **keywords) -> optax.GradientTransformationExtraArgs:
+    """Muon for the matrices of a model, AdamW for everything else: `normuon` with recipe "muon".
+
+    Args:
+      learning_rate: eta, a number or a schedule.
+      **keywords: `normuon`'s.
+    """
+    return normuon(learning_rate, **{"recipe": "muon", **keywords})
+
+
+def scale_by_normuon(
+    *,
+    recipe: str | Recipe = "normuon",
+    momentum: optax.ScalarOrSchedule | None = None,
+    nesterov: bool | None = None,
+    beta2: float | jax.Array | None = None,
+    layout: LayoutTree = None,
+    orthogonalizer: Orthogonalizer | None = None,
+    momentum_dtype: DTypeLike | None = None,
+    compute_dtype: DTypeLike | None = None,
+    algorithm: Algorithm = "auto",
+    backend: Backend = "auto",
+    max_stack_bytes: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Momentum, polar factor and neuron normalization alone, without decay, scale or learning rate.
+
+    For chains of one's own. Leaves that are no matrices get the momentum only: mask them away, or
+    give them to another transformation with `optax.partition`. Arguments and errors as `normuon`'s;
+    updates keep the gradient's dtype, or the parameter's where parameters are passed.
+    """
+    chosen = find_recipe(recipe).override(momentum=momentum, nesterov=nesterov, beta2=beta2)
+    direction = _direction(
+        chosen,
+        orthogonalizer=orthogonalizer,
+        momentum_dtype=momentum_dtype,
+        compute_dtype=compute_dtype,
+        algorithm=algorithm,
+        backend=backend,
+        max_stack_bytes=max_stack_bytes,
+    )
+    return in_working_precision(direction(layout))
+
+
+def _direction(
+    recipe: Recipe,
+    *,
+    orthogonalizer,
+    momentum_dtype,
+    compute_dtype,
+    algorithm,
+    backend,
+    max_stack_bytes,
+) -> Callable[[LayoutTree | Views], optax.GradientTransformation]:
+    """Stages 1 to 3 for a layout."""
+    if orthogonalizer is None:
+        stages = [
+            orthogonalization_stage(
+                **vars(recipe.polar),
+                compute_dtype=compute_dtype,
+                algorithm=algorithm,
+                backend=backend,
+            )
+        ]
+    else:
+        stages = [_stage_of(orthogonalizer)]
+    if recipe.neuron_norm is not None:
+        stages.append(neuron_norm_stage(**vars(recipe.neuron_norm)))
+    momentum = momentum_stage(recipe.momentum, momentum_dtype=momentum_dtype)
+
+    def direction(layout):
+        return optax.chain(
+            momentum,
+            on_matrices(optax.chain(*stages), layout=layout, max_stack_bytes=max_stack_bytes),
+        )
+
+    return direction
+
+
+def _stage_of(orthogonalizer: Orthogonalizer) -> optax.GradientTransformation:
+    def apply(stack, params=None):
+        del params
+        result = orthogonalizer(stack.values)
+        if result.shape != stack.values.shape:
+            raise ValueError(
+                f"orthogonalizer returned shape {result.shape} for a stack of shape"
+                f" {stack.values.shape}; it must keep (batch, rows, columns)."
+            )
+        return MatrixStack(result, stack.output_axis)
+
+    return optax.stateless(apply)
+
+
+def _scale_by_adam(b1, b2, eps) -> optax.GradientTransformation:
+    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+
+    def update(updates, state, params=None):
+        # Optax raises a float to its integer step count, which callers' strict promotion forbids.
+        with jax.numpy_dtype_promotion("standard"):
+            return adam.update(updates, state, params)
+
+    return optax.GradientTransformation(adam.init, update)
+
+
+def _scale_by_rate(learning_rate) -> optax.GradientTransformation:
+    """Always the scheduled form, so that a constant rate and a schedule share one state structure."""
+    return optax.scale_by_learning_rate(as_schedule(learning_rate))
+
+
+def _product_of(first: optax.Schedule, second: optax.Schedule) -> optax.Schedule:
+    return lambda count: jnp.asarray(first(count)) * jnp.asarray(second(count))
+
+
+def _labels(params, views: Views):
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "matrices" if path in views else "adamw", params
+    )
+
+
+def _check_same_leaves(updates, params) -> None:
+    known = {path for path, _, _ in named_leaves(params)}
+    for path, name, _ in named_leaves(updates):
+        if path not in known:
+            raise ValueError(
+                f"{name}: a gradient without a parameter; pass the parameters that the gradients"
+                " belong to."
+            )

@@ -1,0 +1,62 @@
+"""The working dtype: what elementwise arithmetic and optimizer state use, whatever the weights use."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+
+
+def working_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """float32 for the floating dtypes narrower than it; every other dtype as it is."""
+    narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+    return jnp.dtype(jnp.float32 if narrow else dtype)
+
+
+def as_schedule(value) -> optax.Schedule:
+    """A number, a traced scalar or a schedule, as a schedule: one path for all three."""
+    return value if callable(value) else lambda count: value
+
+
+def cast_leaf(leaf, dtype: DTypeLike):
+    """The array, or the abstract `jax.ShapeDtypeStruct`, in another dtype."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf.update(dtype=dtype)
+    return jnp.asarray(leaf).astype(dtype)
+
+
+def map_updates(function, updates, *rest):
+    """`jax.tree.map` that passes the `None` of a parameter without gradient through."""
+    return jax.tree.map(
+        lambda update, *others: None if update is None else function(update, *others),
+        updates,
+        *rest,
+        is_leaf=lambda leaf: leaf is None,
+    )
+
+
+def lift(tree):
+    """Every leaf in its working dtype: half precision to float32, the rest untouched."""
+    return map_updates(lambda leaf: cast_leaf(leaf, working_dtype(leaf.dtype)), tree)
+
+
+def in_working_precision(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Runs `inner` on parameters and gradients in their working dtype.
+
+    State that `inner` derives from the parameters' dtype becomes float32 for half-precision
+    parameters; the updates are rounded once, at the end, to the parameter's dtype (or, without
+    parameters, to the gradient's).
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params):
+        return inner.init(lift(params))
+
+    def update(updates, state, params=None, **extra_args):
+        lifted = None if params is None else lift(params)
+        target = updates if params is None else params
+        updates, state = inner.update(lift(updates), state, lifted, **extra_args)
+        return map_updates(lambda u, like: u.astype(like.dtype), updates, target), state
+
+    return optax.GradientTransformationExtraArgs(init, update)

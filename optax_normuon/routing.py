@@ -1,0 +1,371 @@
+"""Which leaves are matrices, by path and shape, and which go to AdamW.
+
+The rules know Flax's names and the common ones beside them. Evidence is used in this order: what the
+path says, what a bias beside the kernel says by its shape, how attention kernels fit each other.
+Where two readings are left, `route` raises and prints both: a guess would train the wrong thing.
+"""
+
+import fnmatch
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from optax.contrib import MuonDimensionNumbers
+
+from normuon_core.layout import MatrixLayout
+from normuon_core.shape_rules import shape_factor
+from optax_normuon.layout import KeyPath, Views, broadcast_prefix, named_leaves
+
+LeafLayout = MatrixLayout | MuonDimensionNumbers | None
+LayoutTree = Any
+"""A `LeafLayout`, a tree or prefix tree of them, or a callable from the parameters to one."""
+
+_EMBEDDING = {"embed", "embedding", "embeddings", "embedder", "wte", "wpe", "vocab", "unembed"}
+_POSITION = {"pos", "position", "positional", "posembed"}
+_HEAD = {"head", "logits", "classifier", "readout", "unembed"}
+_NORM = {"norm", "layernorm", "rmsnorm", "batchnorm", "groupnorm", "instancenorm", "ln", "bn"}
+_VECTOR = {"bias", "scale", "gamma", "beta", "b"}
+_LINEAR = {"dense", "linear", "mlp", "ffn", "fc", "up", "down", "gate", "expert", "experts", "moe"}
+_CONV = {"conv", "convolution"}
+_QUERY, _ATTENTION_IN, _ATTENTION_OUT = {"query", "q"}, {"query", "key", "value", "q", "k", "v"}, {"out", "o"}
+_STACKED = {"scan", "stack", "stacked", "vmap"}
+
+
+class Reading(NamedTuple):
+    """One way to read a leaf. `bias_shape`: the bias that such a layer would have beside it."""
+
+    meaning: str
+    layout: MatrixLayout
+    bias_shape: tuple[int, ...]
+
+
+class Route(NamedTuple):
+    """What becomes of a leaf: a layout, or None for AdamW, and why."""
+
+    layout: MatrixLayout | None
+    why: str
+
+
+def _words(part: str) -> list[str]:
+    """`MultiHeadAttention_0` -> multi, head, attention; `ln1` -> ln; `lm_head` -> lm, head."""
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", part)]
+
+
+def _linear(shape) -> Reading:
+    *batch, inputs, outputs = shape
+    count = f"a stack of {math.prod(batch)} linear layers" if batch else "a linear layer"
+    return Reading(
+        f"{count}, {inputs} in, {outputs} out", MatrixLayout(-2, -1), (*batch, outputs)
+    )
+
+
+def _merged_in(shape, axes: int, meaning: str) -> Reading:
+    """The last axis out, the `axes` before it in: convolutions, attention outputs."""
+    batch = shape[: -axes - 1]
+    count = f"a stack of {math.prod(batch)}: " if batch else ""
+    return Reading(
+        f"{count}{meaning}, {math.prod(shape[-axes - 1 : -1])} in, {shape[-1]} out",
+        MatrixLayout(tuple(range(-axes - 1, -1)), -1),
+        (*batch, shape[-1]),
+    )
+
+
+def _attention_in(shape) -> Reading:
+    *batch, inputs, heads, size = shape
+    count = f"a stack of {math.prod(batch)}: " if batch else ""
+    return Reading(
+        f"{count}an attention or DenseGeneral kernel, {inputs} in, {heads}x{size} out",
+        MatrixLayout(-3, (-2, -1)),
+        (*batch, heads, size),
+    )
+
+
+def _convolutions(shape) -> list[Reading]:
+    """Plain convolution first, then stacks of convolutions of lower rank."""
+    return [
+        _merged_in(shape, axes, f"a {axes - 1}-D convolution") for axes in range(len(shape) - 1, 1, -1)
+    ]
+
+
+def _all_readings(shape) -> list[Reading]:
+    readings = [_linear(shape), *_convolutions(shape)]
+    if len(shape) >= 3:
+        readings.append(_attention_in(shape))
+    return readings
+
+
+class _Tree:
+    """Shapes by name, for looking beside a leaf."""
+
+    def __init__(self, params):
+        self.shapes = {name: tuple(np.shape(leaf)) for _, name, leaf in named_leaves(params)}
+
+    def beside(self, name: str, *path: str) -> tuple[int, ...] | None:
+        """The shape at `path` relative to the leaf's parent, `..` meaning one level up."""
+        parts = name.split("/")[:-1]
+        for step in path:
+            parts = parts[:-1] if step == ".." else [*parts, step]
+        return self.shapes.get("/".join(parts))
+
+
+def _route_leaf(name: str, tree: _Tree) -> Route:
+    shape = tree.shapes[name]
+    parts = name.split("/")
+    leaf_words = _words(parts[-1])
+    parent = _words(parts[-2]) if len(parts) > 1 else []
+    path_words = {word for part in parts for word in _words(part)}
+    if len(shape) < 2:
+        return Route(None, "no matrix")
+    if path_words & _EMBEDDING:
+        return Route(None, "embedding")
+    if set(leaf_words) & _POSITION:
+        return Route(None, "position embedding")
+    if (set(leaf_words[-1:]) | set(parent[-1:])) & _HEAD:
+        return Route(None, "output head")
+    if set(leaf_words[-1:]) & _VECTOR:
+        return Route(None, f"a stack of vectors: {parts[-1]}")
+    if set(parent) & _NORM and "kernel" not in leaf_words:
+        return Route(None, "normalization")
+    if parts[-1] == "weight" and len(shape) == 2:
+        return _matrix_unless_vector(shape, MatrixLayout(-1, -2), "a `weight`: (out, in)")
+    return _route_kernel(name, shape, parent, path_words, tree)
+
+
+def _route_kernel(name, shape, parent, path_words, tree) -> Route:
+    role = set(parent) - {"proj"}
+    why = "kernel"
+    if len(shape) == 2:
+        readings = [_linear(shape)]
+    elif role & _CONV:
+        why = "convolution kernel"
+        readings = _convolutions(shape)
+        if not path_words & _STACKED and tree.beside(name, "bias") is None:
+            readings = readings[:1]
+    elif role and role <= _ATTENTION_IN:
+        why = "attention kernel, heads merged"
+        readings = _fitting_attention(name, tree, [_attention_in(shape), _linear(shape)])
+    elif role and role <= _ATTENTION_OUT and _query_beside(name, tree) is not None:
+        why = "attention kernel, heads merged"
+        output = _merged_in(shape, 2, "an attention output kernel")
+        readings = _fitting_attention(name, tree, [output, _linear(shape)])
+    elif set(parent) & _LINEAR and "general" not in parent:
+        readings = [_linear(shape)]
+    else:
+        readings = _all_readings(shape)
+    readings = _fitting_bias(readings, tree.beside(name, "bias"))
+    if len(readings) != 1:
+        raise ValueError(_ambiguous(name, shape, readings or _all_readings(shape)))
+    (reading,) = readings
+    if role & _CONV and shape[-2] == 1:
+        return Route(None, "convolution with one input channel a group")
+    return _matrix_unless_vector(shape, reading.layout, f"{why}: {reading.meaning}")
+
+
+def _matrix_unless_vector(shape, layout: MatrixLayout, why: str) -> Route:
+    _, rows, columns = layout.on(shape).stack_shape
+    if min(rows, columns) == 1:
+        return Route(None, "a vector: one side is 1")
+    return Route(layout, why)
+
+
+def _fitting_bias(readings: list[Reading], bias: tuple[int, ...] | None) -> list[Reading]:
+    """The readings that the bias beside the kernel allows; all where it is missing or fits none."""
+    fitting = [reading for reading in readings if reading.bias_shape == bias]
+    return fitting or readings
+
+
+def _query_beside(name: str, tree: _Tree) -> tuple[int, ...] | None:
+    leaf = name.split("/")[-1]
+    names = ("query", "q", "q_proj")
+    shapes = (tree.beside(name, "..", query, leaf) for query in names)
+    return next((shape for shape in shapes if shape is not None), None)
+
+
+def _fitting_attention(name: str, tree: _Tree, readings: list[Reading]) -> list[Reading]:
+    """With heads as axes, out is (*batch, heads, head_dim, d) where query is (*batch, d, heads,
+    head_dim); a stack of plain linear layers has query (*batch, d, k) and out (*batch, k, d)."""
+    query = _query_beside(name, tree)
+    leaf = name.split("/")[-1]
+    outs = (tree.beside(name, "..", out, leaf) for out in ("out", "o", "o_proj", "out_proj"))
+    out = next((shape for shape in outs if shape is not None), None)
+    if query is None or out is None or len(query) != len(out):
+        return readings
+    heads = query[-2:] == out[-3:-1]
+    plain = query[:-2] == out[:-2] and query[-1] == out[-2]
+    if heads == plain:
+        return readings
+    return readings[:1] if heads else readings[1:]
+
+
+def _ambiguous(name: str, shape, readings: list[Reading]) -> str:
+    lines = [f"{name}: shape {shape} can be read in {len(readings)} ways:"]
+    lines += [f"  {reading.meaning}: {reading.layout}" for reading in readings]
+    lines += [
+        "Say which, for example with",
+        f'  layout=optax_normuon.layout_by_path({{"{name}": optax_normuon.{readings[0].layout}}})',
+        "or give None in the layout's place to leave the leaf to AdamW.",
+    ]
+    return "\n".join(lines)
+
+
+def route(params, overrides: Mapping[str, LeafLayout] | None = None) -> dict[KeyPath, Route]:
+    """What becomes of every leaf.
+
+    Args:
+      params: arrays or abstract arrays.
+      overrides: layouts by path pattern (`fnmatch`), for the leaves that the rules should not decide.
+
+    Raises:
+      ValueError: a leaf that can be read in two ways, or a pattern that meets no leaf.
+    """
+    overrides = overrides or {}
+    tree = _Tree(params)
+    unused = [
+        pattern for pattern in overrides if not any(fnmatch.fnmatch(n, pattern) for n in tree.shapes)
+    ]
+    if unused:
+        raise ValueError(
+            f"layout_by_path: the pattern {unused[0]!r} meets no leaf; the leaves are"
+            f" {', '.join(tree.shapes)}."
+        )
+    routes = {}
+    for path, name, _ in named_leaves(params):
+        pattern = next((p for p in overrides if fnmatch.fnmatch(name, p)), None)
+        if pattern is None:
+            routes[path] = _route_leaf(name, tree)
+        else:
+            chosen = overrides[pattern]
+            layout = None if chosen is None else _as_matrix_layout(name, chosen)
+            routes[path] = Route(layout, f"layout given for {pattern}")
+    return routes
+
+
+def layout_by_path(overrides: Mapping[str, LeafLayout]) -> Callable[[Any], Any]:
+    """A layout that routes by path and shape except where a pattern says otherwise.
+
+    Args:
+      overrides: from path patterns (`fnmatch` style, `*` crosses `/`) to a `MatrixLayout`, an
+        `optax.contrib.MuonDimensionNumbers`, or None for AdamW. The first pattern that fits counts.
+
+    Returns:
+      A callable for the `layout` argument.
+
+    Example: `normuon(0.02, layout=layout_by_path({"*/conv/kernel": None}))`.
+    """
+
+    def layout(params):
+        routes = route(params, overrides)
+        return jax.tree_util.tree_map_with_path(lambda path, _: routes[path].layout, params)
+
+    return layout
+
+
+def resolve_layouts(layout: LayoutTree | Views, params) -> Views:
+    """One `MatrixView` for each leaf that is a matrix; the leaves that are not are absent.
+
+    Args:
+      layout: see `LayoutTree`; None at the root routes by path and shape, None at a leaf or subtree
+        leaves it to AdamW. `Views` are handed back as they are.
+      params: arrays or abstract arrays.
+
+    Raises:
+      ValueError: a layout that does not fit its leaf or the tree, or (None at the root) a leaf that
+        can be read in two ways; TypeError: a complex or integer leaf. Each names the leaf.
+    """
+    if isinstance(layout, Views):
+        return layout
+    return Views(
+        {
+            path: found.layout.on(np.shape(leaf), name)
+            for (path, name, leaf), found in zip(
+                named_leaves(params), _routes(layout, params).values(), strict=True
+            )
+            if found.layout is not None
+        }
+    )
+
+
+def _routes(layout: LayoutTree, params) -> dict[KeyPath, Route]:
+    """In the leaves' order."""
+    leaves = named_leaves(params)
+    if not leaves:
+        return {}
+    for _, name, leaf in leaves:
+        _check_dtype(name, leaf)
+    if callable(layout):
+        layout = layout(params)
+    if layout is None:
+        return route(params)
+    given = broadcast_prefix(layout, params, is_leaf=_is_leaf_layout, what="layout")
+    return {
+        path: Route(None, "layout: None")
+        if given[path] is None
+        else Route(_as_matrix_layout(name, given[path]), "layout given")
+        for path, name, _ in leaves
+    }
+
+
+def _is_leaf_layout(node) -> bool:
+    return node is None or isinstance(node, MatrixLayout | MuonDimensionNumbers)
+
+
+def _as_matrix_layout(name: str, layout) -> MatrixLayout:
+    if isinstance(layout, MatrixLayout):
+        return layout
+    if isinstance(layout, MuonDimensionNumbers):
+        return MatrixLayout(*(axes if isinstance(axes, int) else tuple(axes) for axes in layout))
+    raise ValueError(
+        f"{name}: a layout must be a MatrixLayout, an optax.contrib.MuonDimensionNumbers or None"
+        f" (AdamW), got {layout!r}."
+    )
+
+
+def _check_dtype(name: str, leaf) -> None:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise TypeError(
+            f"{name}: dtype {leaf.dtype} has no NorMuon or AdamW update; parameters must be real"
+            " floating point. Leave the leaf out with optax.masked, or split a complex one into its"
+            " real and imaginary parts."
+        )
+
+
+def describe(params, layout: LayoutTree = None, *, shape_scale: str = "original") -> str:
+    """A table of what `normuon` would do with each leaf, to be printed and read before training.
+
+    Args:
+      params: arrays or abstract arrays.
+      layout: as for `normuon`.
+      shape_scale: the rule whose factors the `scale` column shows.
+
+    Returns:
+      One line a leaf: path, shape, matrices x (out, in), optimizer, scale, and why.
+
+    Raises:
+      ValueError, TypeError: as `normuon(...).init` would.
+    """
+    views = resolve_layouts(layout, params)
+    rows = [("path", "shape", "matrices x (out, in)", "optimizer", "scale", "why")]
+    for (path, name, leaf), found in zip(
+        named_leaves(params), _routes(layout, params).values(), strict=True
+    ):
+        shape = "x".join(map(str, np.shape(leaf))) or "()"
+        if path not in views:
+            rows.append((name, shape, "", "AdamW", "", found.why))
+            continue
+        view = views[path]
+        batch, inputs = view.stack_shape[0], view.inputs
+        matrices = [f"{batch} x ({size}, {inputs})" for size in view.output_sizes]
+        scales = [f"{shape_factor(shape_scale, size, inputs):.4g}" for size in view.output_sizes]
+        if shape_scale == "rms":
+            scales = ["rms"]
+        rows.append((name, shape, " + ".join(matrices), "NorMuon", ", ".join(scales), found.why))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, tuple("-" * width for width in widths))
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )

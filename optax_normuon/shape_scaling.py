@@ -1,0 +1,79 @@
+"""Stage 5: each matrix scaled by its shape, and by `lr_mul`."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from normuon_core.layout import MatrixView
+from normuon_core.shape_rules import RMS_FLOOR, ShapeRule, check_shape_rule, shape_factor
+from optax_normuon.multipliers import MultiplierTree, resolve_multipliers
+from optax_normuon.precision import working_dtype
+from optax_normuon.routing import LayoutTree, resolve_layouts
+from optax_normuon.stacking import join_blocks, split_blocks
+
+
+def scale_by_shape(
+    rule: ShapeRule = "original",
+    *,
+    lr_mul: MultiplierTree = None,
+    layout: LayoutTree = None,
+) -> optax.GradientTransformation:
+    """Multiplies every matrix by a factor of its shape (outputs r, inputs c), and every leaf by `lr_mul`.
+
+    | rule | factor | from |
+    | --- | --- | --- |
+    | `original` | sqrt(max(1, r/c)) | Keller Jordan's Muon |
+    | `match_rms_adamw` | 0.2 sqrt(max(r, c)) | Moonlight: AdamW's learning rates carry over |
+    | `spectral` | sqrt(r/c) | arXiv 2310.17813 |
+    | `max_dim` | sqrt(max(r, c)) | modded-nanogpt, 2024-10 |
+    | `rms` | 0.2 sqrt(r c) / \\|v\\|_F | NorMuon's paper |
+    | `none` | 1 | |
+
+    Args:
+      rule: a name from the table; each block of a split leaf gets its own factor.
+      lr_mul: see `normuon`.
+      layout: see `normuon`; leaves that are no matrices get `lr_mul` alone.
+
+    Returns:
+      A stateless transformation: float32 arithmetic, or the update's dtype where that is wider.
+
+    Raises:
+      ValueError: an unknown rule, or see `normuon`.
+    """
+    check_shape_rule(rule)
+
+    def init(params):
+        views = resolve_layouts(layout, params)
+        resolve_multipliers(lr_mul, params, views, what="lr_mul")
+        return optax.EmptyState()
+
+    def update(updates, state, params=None):
+        del params
+        views = resolve_layouts(layout, updates)
+        factors = resolve_multipliers(lr_mul, updates, views, what="lr_mul")
+
+        def scale(path, v):
+            if v is None:
+                return None
+            v = v.astype(working_dtype(v.dtype))
+            factor = factors.on(path, v.dtype)
+            return v * factor if path not in views else _scale(rule, v, views[path], factor)
+
+        scaled = jax.tree_util.tree_map_with_path(scale, updates, is_leaf=lambda leaf: leaf is None)
+        return scaled, state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _scale(rule: ShapeRule, v, view: MatrixView, factor):
+    """One leaf; the shape factor and `factor` are multiplied first, so that v is rounded once."""
+    shape_factors = [shape_factor(rule, size, view.inputs) for size in view.output_sizes]
+    if rule != "rms" and len(set(shape_factors)) == 1:
+        return v * (factor * shape_factors[0])
+    blocks = []
+    for block, k in zip(split_blocks(v, view), shape_factors, strict=True):
+        if rule == "rms":
+            norm = jnp.sqrt(jnp.sum(jnp.square(block), axis=(-2, -1), keepdims=True))
+            k = k / jnp.maximum(norm, RMS_FLOOR)
+        blocks.append(block * k)
+    return join_blocks(blocks, view) * factor

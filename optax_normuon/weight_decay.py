@@ -1,0 +1,82 @@
+"""Stage 4: weight decay where it agrees with the update."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_normuon.layout import path_name
+from optax_normuon.multipliers import MultiplierTree, resolve_multipliers
+from optax_normuon.precision import as_schedule, cast_leaf, working_dtype
+from optax_normuon.routing import LayoutTree, resolve_layouts
+
+
+class WeightDecayState(NamedTuple):
+    """`count`: steps done, int32."""
+
+    count: jax.Array
+
+
+def add_cautious_weight_decay(
+    weight_decay: optax.ScalarOrSchedule,
+    *,
+    cautious: bool = True,
+    wd_mul: MultiplierTree = None,
+    layout: LayoutTree = None,
+) -> optax.GradientTransformation:
+    """Adds lambda p where the update (before its sign flip) and the parameter agree in sign.
+
+    v <- v + lambda wd_mul [v p >= 0] p: an entry decays only while the step that follows pulls it
+    towards zero as well; a zero update decays. Source: arXiv 2510.12402. Stands between the last
+    `scale_by_...` and `optax.scale_by_learning_rate`, as `optax.add_decayed_weights` does.
+
+    Args:
+      weight_decay: lambda, a number or a schedule.
+      cautious: False adds lambda wd_mul p everywhere: plain decoupled decay with the same multipliers.
+      wd_mul: see `normuon`.
+      layout: see `normuon`; it is looked at only for the batch axes of arrays in `wd_mul`.
+
+    Returns:
+      A transformation of any tree: float32 arithmetic, or the update's dtype where that is wider.
+
+    Raises:
+      ValueError: `update` is called without parameters, or `wd_mul` does not fit.
+    """
+    schedule = as_schedule(weight_decay)
+
+    def init(params):
+        _multipliers(params)
+        return WeightDecayState(jnp.zeros([], jnp.int32))
+
+    def _multipliers(params):
+        views = resolve_layouts(layout, params) if wd_mul is not None else {}
+        return resolve_multipliers(wd_mul, params, views, what="wd_mul")
+
+    def update(updates, state, params=None):
+        if params is None:
+            raise ValueError(optax.NO_PARAMS_MSG)
+        factors = _multipliers(params)
+
+        def decay(path, v, p):
+            if v is None:
+                return None
+            if v.shape != p.shape:
+                raise ValueError(
+                    f"{path_name(path)}: the update has shape {v.shape}, the parameter {p.shape};"
+                    " pass the parameters that the gradients belong to."
+                )
+            dtype = working_dtype(v.dtype)
+            v, p = v.astype(dtype), cast_leaf(p, dtype)
+            amount = jnp.asarray(schedule(state.count), dtype) * factors.on(path, dtype)
+            decayed = amount * p
+            # The product v p could underflow to zero, which counts as agreement.
+            agrees = jnp.sign(v) * jnp.sign(p) >= 0
+            return v + (jnp.where(agrees, decayed, 0) if cautious else decayed)
+
+        updates = jax.tree_util.tree_map_with_path(
+            decay, updates, params, is_leaf=lambda leaf: leaf is None
+        )
+        return updates, WeightDecayState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init, update)
