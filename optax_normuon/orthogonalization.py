@@ -167,11 +167,11 @@ def _product(a, b, *, scale=1.0, addend=None, addend_scale=1.0, transpose_a=Fals
     """scale * op(a) op(b) + addend_scale * addend: accumulated and finished in float32 (float64 for
     float64), rounded once to a's dtype."""
     accumulator = working_dtype(a.dtype)
-    contract = (1 if transpose_a else 2, 2 if transpose_b else 1)
+    contracting = (1 if transpose_a else 2,), (2 if transpose_b else 1,)
     product = jax.lax.dot_general(
         a,
         b,
-        (((contract[0],), (contract[1],)), ((0,), (0,))),
+        (contracting, ((0,), (0,))),
         # float32 on a GPU would otherwise mean tf32.
         precision=jax.lax.Precision.HIGHEST if a.dtype == accumulator else None,
         preferred_element_type=accumulator,
@@ -195,44 +195,64 @@ def _apply(b, x, *, scale: float = 1.0, a: float | None = None):
     return _product(left, right, scale=scale, addend=addend, addend_scale=1.0 if a is None else a)
 
 
+def _range_scales(shape, dtype) -> tuple[float, float]:
+    """Powers of two by which X and its Gram matrix are stored: 1 but in float16.
+
+    A normalised matrix has entries near 1/sqrt(rows columns) and a Gram matrix near 1/short on its
+    diagonal; on large shapes that is close to float16's smallest normal number. Scaled they lie near
+    1, and the caps keep a matrix with a single large entry below float16's largest, 65504. Powers of
+    two change no bit of a significand; the products' epilogues undo them.
+    """
+    if dtype != jnp.float16:
+        return 1.0, 1.0
+    rows, columns = shape[-2:]
+    x_exponent = min(math.floor(math.log2(rows * columns) / 2), 13)
+    gram_exponent = min(math.floor(math.log2(min(rows, columns))), 12)
+    return 2.0**x_exponent, 2.0**gram_exponent
+
+
 def _standard_form(x, coefficients: Coefficients, dtype):
-    x = x.astype(dtype)
+    x_scale, gram_scale = _range_scales(x.shape, dtype)
+    x = (x * x_scale).astype(dtype)
     for a, b, c in coefficients:
-        gram = _gram_matrix(x)
-        x = _apply(_product(gram, gram, scale=c, addend=gram, addend_scale=b), x, a=a)
-    return x
-
-
-_RESTARTS = 3
-"""The Gram form starts again from X before the third step and every third after it."""
+        gram = _gram_matrix(x, gram_scale / x_scale**2)
+        z = _product(gram, gram, scale=c / gram_scale, addend=gram, addend_scale=b)
+        x = _apply(z, x, scale=1 / gram_scale, a=a)
+    return (x.astype(working_dtype(dtype)) / x_scale).astype(dtype)
 
 
 def _gram_form(x, coefficients: Coefficients, dtype):
-    """The same polynomial through R = X X^T alone: Z = bR + cR^2, Q <- Q(aI + Z),
-    R <- (aI + Z)R(aI + Z), X <- QX at the end and at every restart, where R is rebuilt.
+    """The same polynomial through R = X X^T alone.
 
-    A normalised matrix has entries near 1/sqrt(rows columns) and R near 1/short, close to float16's
-    smallest normal number on large shapes. Both are stored times a power of two, which is exact, and
-    freed of it in the products' epilogues.
+    Z = bR + cR^2, Q <- Q(aI + Z), R <- (aI + Z)R(aI + Z), and X <- QX at the end and at every restart,
+    where R is rebuilt. aI + Z is stored only as Q's first value: beside a, Z's small entries would
+    round away.
     """
-    short, long = sorted(x.shape[-2:])
-    x_scale = 2.0 ** min(round(math.log2(math.sqrt(short * long))), 13)
-    r_scale = 2.0 ** min(round(math.log2(short)), 12)
+    x_scale, gram_scale = _range_scales(x.shape, dtype)
     x = (x * x_scale).astype(dtype)
-    identity = jnp.eye(short, dtype=dtype)[None]
-    q = r = None
+    q = gram = None
     for step, (a, b, c) in enumerate(coefficients):
-        if step % _RESTARTS == 2 and q is not None:
+        if _restarts_before(step):
             x, q = _apply(q, x), None
         if q is None:
-            r = _gram_matrix(x, r_scale / x_scale**2)
-        z = _product(r, r, scale=c / r_scale**2, addend=r, addend_scale=b / r_scale)
+            gram = _gram_matrix(x, gram_scale / x_scale**2)
+        z = _product(gram, gram, scale=c / gram_scale, addend=gram, addend_scale=b)
         if q is None:
-            q = (z.astype(working_dtype(dtype)) + a * identity.astype(working_dtype(dtype))).astype(dtype)
+            q = _plus_identity(z, a, 1 / gram_scale)
         else:
-            q = _product(q, z, addend=q, addend_scale=a)
-        last = step == len(coefficients) - 1 or (step + 1) % _RESTARTS == 2
-        if not last:
-            rz = _product(r, z, addend=r, addend_scale=a)
-            r = _product(z, rz, addend=rz, addend_scale=a)
-    return _apply(q, x, scale=1.0 / x_scale)
+            q = _product(q, z, scale=1 / gram_scale, addend=q, addend_scale=a)
+        if step + 1 < len(coefficients) and not _restarts_before(step + 1):
+            half = _product(gram, z, scale=1 / gram_scale, addend=gram, addend_scale=a)
+            gram = _product(z, half, scale=1 / gram_scale, addend=half, addend_scale=a)
+    return _apply(q, x, scale=1 / x_scale)
+
+
+def _restarts_before(step: int) -> bool:
+    """Before the third of five steps (Dao-AILab/gram-newton-schulz), and every third after it."""
+    return step % 3 == 2
+
+
+def _plus_identity(z, a: float, scale: float):
+    accumulator = working_dtype(z.dtype)
+    identity = jnp.eye(z.shape[-1], dtype=accumulator)[None]
+    return (z.astype(accumulator) * scale + identity * a).astype(z.dtype)

@@ -41,6 +41,7 @@ class Reading(NamedTuple):
     meaning: str
     layout: MatrixLayout
     bias_shape: tuple[int, ...]
+    is_convolution: bool = False
 
 
 class Route(NamedTuple):
@@ -57,44 +58,48 @@ def _words(part: str) -> list[str]:
 
 def _linear(shape) -> Reading:
     *batch, inputs, outputs = shape
-    count = f"a stack of {math.prod(batch)} linear layers" if batch else "a linear layer"
-    return Reading(
-        f"{count}, {inputs} in, {outputs} out", MatrixLayout(-2, -1), (*batch, outputs)
-    )
+    kind = f"{math.prod(batch)} linear layers" if batch else "a linear layer"
+    return Reading(f"{kind}, {inputs} in, {outputs} out", MatrixLayout(-2, -1), (*batch, outputs))
 
 
-def _merged_in(shape, axes: int, meaning: str) -> Reading:
+def _inputs_merged(shape, axes: int, kind: str) -> Reading:
     """The last axis out, the `axes` before it in: convolutions, attention outputs."""
     batch = shape[: -axes - 1]
-    count = f"a stack of {math.prod(batch)}: " if batch else ""
+    inputs = math.prod(shape[-axes - 1 : -1])
     return Reading(
-        f"{count}{meaning}, {math.prod(shape[-axes - 1 : -1])} in, {shape[-1]} out",
+        f"{_counted(batch, kind)}, {inputs} in, {shape[-1]} out",
         MatrixLayout(tuple(range(-axes - 1, -1)), -1),
         (*batch, shape[-1]),
+        is_convolution="convolution" in kind,
     )
 
 
-def _attention_in(shape) -> Reading:
+def _outputs_merged(shape, kind: str) -> Reading:
+    """The last two axes out: attention queries, keys and values."""
     *batch, inputs, heads, size = shape
-    count = f"a stack of {math.prod(batch)}: " if batch else ""
     return Reading(
-        f"{count}an attention or DenseGeneral kernel, {inputs} in, {heads}x{size} out",
+        f"{_counted(batch, kind)}, {inputs} in, {heads}x{size} out",
         MatrixLayout(-3, (-2, -1)),
         (*batch, heads, size),
     )
 
 
+def _counted(batch, kind: str) -> str:
+    return f"{math.prod(batch)} {kind}s" if batch else f"{'an' if kind[0] == 'a' else 'a'} {kind}"
+
+
 def _convolutions(shape) -> list[Reading]:
     """Plain convolution first, then stacks of convolutions of lower rank."""
     return [
-        _merged_in(shape, axes, f"a {axes - 1}-D convolution") for axes in range(len(shape) - 1, 1, -1)
+        _inputs_merged(shape, axes, f"{axes - 1}-D convolution")
+        for axes in range(len(shape) - 1, 1, -1)
     ]
 
 
 def _all_readings(shape) -> list[Reading]:
     readings = [_linear(shape), *_convolutions(shape)]
     if len(shape) >= 3:
-        readings.append(_attention_in(shape))
+        readings.append(_outputs_merged(shape, "attention or DenseGeneral kernel"))
     return readings
 
 
@@ -131,38 +136,35 @@ def _route_leaf(name: str, tree: _Tree) -> Route:
     if set(parent) & _NORM and "kernel" not in leaf_words:
         return Route(None, "normalization")
     if parts[-1] == "weight" and len(shape) == 2:
-        return _matrix_unless_vector(shape, MatrixLayout(-1, -2), "a `weight`: (out, in)")
+        return _matrix_unless_vector(shape, MatrixLayout(-1, -2), "a weight (out, in)")
     return _route_kernel(name, shape, parent, path_words, tree)
 
 
 def _route_kernel(name, shape, parent, path_words, tree) -> Route:
     role = set(parent) - {"proj"}
-    why = "kernel"
     if len(shape) == 2:
         readings = [_linear(shape)]
     elif role & _CONV:
-        why = "convolution kernel"
         readings = _convolutions(shape)
         if not path_words & _STACKED and tree.beside(name, "bias") is None:
             readings = readings[:1]
     elif role and role <= _ATTENTION_IN:
-        why = "attention kernel, heads merged"
-        readings = _fitting_attention(name, tree, [_attention_in(shape), _linear(shape)])
+        heads = _outputs_merged(shape, "attention kernel")
+        readings = _fitting_attention(name, tree, [heads, _linear(shape)])
     elif role and role <= _ATTENTION_OUT and _query_beside(name, tree) is not None:
-        why = "attention kernel, heads merged"
-        output = _merged_in(shape, 2, "an attention output kernel")
-        readings = _fitting_attention(name, tree, [output, _linear(shape)])
+        heads = _inputs_merged(shape, 2, "attention output kernel")
+        readings = _fitting_attention(name, tree, [heads, _linear(shape)])
     elif set(parent) & _LINEAR and "general" not in parent:
         readings = [_linear(shape)]
     else:
         readings = _all_readings(shape)
     readings = _fitting_bias(readings, tree.beside(name, "bias"))
     if len(readings) != 1:
-        raise ValueError(_ambiguous(name, shape, readings or _all_readings(shape)))
+        raise ValueError(_ambiguous(name, shape, readings))
     (reading,) = readings
-    if role & _CONV and shape[-2] == 1:
+    if reading.is_convolution and shape[-2] == 1:
         return Route(None, "convolution with one input channel a group")
-    return _matrix_unless_vector(shape, reading.layout, f"{why}: {reading.meaning}")
+    return _matrix_unless_vector(shape, reading.layout, reading.meaning)
 
 
 def _matrix_unless_vector(shape, layout: MatrixLayout, why: str) -> Route:

@@ -1,6 +1,6 @@
 """The weights of a trace through `optax_normuon`."""
 
-from typing import NamedTuple
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,19 +9,7 @@ import optax
 
 import optax_normuon
 from parity_tests.traces import Trace, Weight
-
-
-class Trajectory(NamedTuple):
-    """What became of one weight.
-
-    Attributes:
-      params: (T + 1, *shape). momentum: (*shape), the last.
-      second_moment: by step, flat, block by block and matrix by matrix; None where there is none.
-    """
-
-    params: np.ndarray
-    momentum: np.ndarray
-    second_moment: dict[int, np.ndarray] | None
+from parity_tests.trajectory import Trajectory
 
 
 def run_jax(trace: Trace, *, dtype=np.float64, compute_dtype=None) -> dict[str, Trajectory]:
@@ -52,7 +40,10 @@ def _train(weights: list[Weight], trace: Trace, dtype, compute_dtype) -> dict[st
         compute_dtype=compute_dtype,
     )
 
-    @jax.jit
+    # Compiling takes far longer than the few steps that follow.
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+    @functools.partial(jax.jit, compiler_options=quick)
     def train(params, grads):
         def step(carry, grads):
             params, state = carry
@@ -70,7 +61,7 @@ def _train(weights: list[Weight], trace: Trace, dtype, compute_dtype) -> dict[st
         name: Trajectory(
             np.concatenate([start[name][None], params[name]]),
             momentum[name][-1],
-            None if second is None else _by_step(second[name]),
+            {} if second is None else _by_step(second[name]),
         )
         for name in start
     }

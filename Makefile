@@ -1,0 +1,80 @@
+# Every target works from a fresh clone: the virtual environment is made on first use, and made
+# again when requirements.lock or pyproject.toml change. `make help` lists the targets.
+
+# Interpreters to try, in order; the first that is new enough makes the environment.
+PYTHON ?= python3 python3.13 python3.12 python3.11
+# Passed on to what a target runs, as in `make test ARGS="-k momentum"`.
+ARGS ?=
+# Test processes: one a core, or a number; 0 runs the tests in one process, as a debugger needs.
+WORKERS ?= logical
+VENV := .venv
+INSTALLED := $(VENV)/installed
+UV_VERSION := 0.13.9
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+export PIP_RETRIES ?= 10
+export PIP_DEFAULT_TIMEOUT ?= 60
+
+.PHONY: help venv test parity demo ruff lint lock clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile | expand -t 10
+
+venv: $(INSTALLED)  ## install the locked packages and the project into .venv
+
+# One worker a core. So each worker's torch and BLAS keep to one thread, and no worker's JAX takes
+# most of a GPU's memory for itself. XLA's own flags are the tests' conftest.py's.
+test: export OMP_NUM_THREADS ?= 1
+test: export OPENBLAS_NUM_THREADS ?= 1
+test: export XLA_PYTHON_CLIENT_PREALLOCATE ?= false
+test: $(INSTALLED)  ## run tests/ and parity_tests/
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
+
+parity: $(INSTALLED)  ## print the parity report: JAX, PyTorch, the oracle and the originals
+	$(VENV)/bin/python -m parity_tests $(ARGS)
+
+demo: $(INSTALLED)  ## train the example GPT
+	$(VENV)/bin/python -m examples.train_gpt $(ARGS)
+
+ruff: $(INSTALLED)  ## check style
+	$(VENV)/bin/ruff check
+
+lint: ruff  ## check style, formatting and types
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/pyright
+
+# Pins that still hold are kept; `make lock ARGS=--upgrade` moves them all.
+lock: $(VENV)/bin/python  ## rewrite requirements.lock from pyproject.toml
+	$(VENV)/bin/python -m pip install --quiet uv==$(UV_VERSION)
+	cp requirements.lock $(VENV)/requirements.lock
+	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --extra dev \
+	  --no-header --no-emit-index-url --no-emit-find-links --annotation-style line \
+	  --output-file $(VENV)/requirements.lock $(ARGS) pyproject.toml
+	{ echo "# What \`make test\`, \`make demo\` and \`make lint\` install, for Python 3.11 and later."; \
+	  echo "# Written by \`make lock\` from pyproject.toml with its extra \`dev\`: edit that, not this."; \
+	  echo "# The GPU packages of torch's Linux build are left out: torch pins them itself."; \
+	  grep -Ev '^(#|nvidia-|cuda-|triton==)' $(VENV)/requirements.lock; } > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+
+clean:  ## remove what the other targets made, the environment included
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache examples/out
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@for python in $(PYTHON); do \
+	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "making $(VENV) with $$("$$python" -c 'import sys; print(sys.executable, sys.version.split()[0])')"; \
+	    "$$python" -m venv $(VENV) && exit 0; \
+	    rm -rf $(VENV); exit 1; \
+	  fi; \
+	done; \
+	echo "error: Python 3.11 or newer is needed; tried: $(PYTHON)." >&2; \
+	echo "Name one that is new enough: make PYTHON=/path/to/python3.12" >&2; \
+	exit 1
+
+$(INSTALLED): requirements.lock pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --requirement requirements.lock
+	$(VENV)/bin/python -m pip install --no-deps --no-build-isolation --editable .
+	@touch $@

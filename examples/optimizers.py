@@ -1,0 +1,74 @@
+"""The optimizers under comparison: the same clipping and the same learning-rate shape for each."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import optax_normuon
+
+WARMUP = 0.05  # fractions of the steps
+DECAY = 0.6
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """Peak learning rates. `adam_learning_rate` is that of the AdamW beside Muon or NorMuon, for
+    embedding, head and norms; AdamW alone has one rate for everything and leaves it None."""
+
+    learning_rate: float
+    adam_learning_rate: float | None = None
+
+
+def decay_to_zero(peak: float, steps: int) -> optax.Schedule:
+    """Linear warmup, constant, then linear to zero at the last step."""
+    warmup, decay = max(1, round(WARMUP * steps)), round(DECAY * steps)
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(peak / warmup, peak, warmup - 1),
+            optax.constant_schedule(peak),
+            optax.linear_schedule(peak, 0.0, decay),
+        ],
+        [warmup - 1, steps - decay],
+    )
+
+
+def adamw(rates: Rates, steps: int) -> optax.GradientTransformation:
+    """AdamW on every parameter, with the betas and epsilon that it has beside Muon too."""
+    rate = decay_to_zero(rates.learning_rate, steps)
+    return _clipped(optax.adamw(rate, b1=0.9, b2=0.95, eps=1e-10, weight_decay=0.0))
+
+
+def muon(rates: Rates, steps: int) -> optax.GradientTransformation:
+    """Muon on the matrices of the blocks, AdamW on the rest."""
+    return _clipped(optax_normuon.muon(**_matrix_optimizer_keywords(rates, steps)))
+
+
+def normuon(rates: Rates, steps: int) -> optax.GradientTransformation:
+    """NorMuon on the matrices of the blocks, AdamW on the rest."""
+    return _clipped(optax_normuon.normuon(**_matrix_optimizer_keywords(rates, steps)))
+
+
+OPTIMIZERS: dict[str, Callable[[Rates, int], optax.GradientTransformation]] = {
+    "adamw": adamw,
+    "muon": muon,
+    "normuon": normuon,
+}
+
+
+def _clipped(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    return optax.chain(optax.clip_by_global_norm(1.0), optimizer)
+
+
+def _matrix_optimizer_keywords(rates: Rates, steps: int) -> dict:
+    if rates.adam_learning_rate is None:
+        raise ValueError(f"{rates} lacks the rate of the AdamW beside Muon or NorMuon.")
+    # CPUs multiply bfloat16 no faster than float32, and the casts come on top.
+    on_cpu = jax.default_backend() == "cpu"
+    return dict(
+        learning_rate=decay_to_zero(rates.learning_rate, steps),
+        adam_learning_rate=decay_to_zero(rates.adam_learning_rate, steps),
+        compute_dtype=jnp.float32 if on_cpu else None,
+    )

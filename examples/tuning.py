@@ -1,0 +1,132 @@
+"""The learning-rate grid: searched with `--tune`, kept in a JSON file, read by every other run."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+
+from examples.corpus import Corpus
+from examples.optimizers import Rates
+from examples.training import Settings, train
+
+SEED = 1000  # apart from the seeds of the comparison, so that no optimizer is tuned on its test
+ADAMW_GRID = (2e-3, 4e-3, 8e-3, 1.6e-2)
+MATRIX_GRID = (0.01, 0.02, 0.04, 0.08)
+EXTENSIONS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class GridPoint:
+    """One run of the grid. `validation_loss` is None where the run diverged."""
+
+    optimizer: str
+    rates: Rates
+    validation_loss: float | None
+    seconds: float
+
+    @property
+    def rank(self) -> float:
+        """For `min`: the loss, and infinity for a diverged run."""
+        return math.inf if self.validation_loss is None else self.validation_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Every run of a search, with what it was run on: one JSON document."""
+
+    settings: dict
+    seed: int
+    corpus: str
+    machine: dict
+    versions: dict
+    points: tuple[GridPoint, ...]
+
+    def best(self, optimizer: str) -> Rates:
+        """The rates of the optimizer's lowest validation loss.
+
+        Raises:
+          ValueError: the grid has no run of that optimizer.
+        """
+        own = [point for point in self.points if point.optimizer == optimizer]
+        if not own:
+            raise ValueError(f"the recorded grid has no run of {optimizer}: run again with --tune.")
+        return min(own, key=lambda point: point.rank).rates
+
+    def differing_settings(self, settings: Settings) -> list[str]:
+        """`name=recorded value` where these settings are not the ones of the search."""
+        asked, recorded = _flat(dataclasses.asdict(settings)), _flat(self.settings)
+        return [f"{name}={value}" for name, value in recorded.items() if asked[name] != value]
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> "Grid":
+        content = json.loads(path.read_text())
+        points = [
+            GridPoint(**{**point, "rates": Rates(**point["rates"])})
+            for point in content.pop("points")
+        ]
+        return cls(**content, points=tuple(points))
+
+
+def search(loss: Callable[[float], float], grid: Sequence[float]) -> float:
+    """The rate of the lowest loss, on a grid that grows until the best is not at its end.
+
+    Args:
+      loss: of a rate; called once for each.
+      grid: rates to begin with; it grows by factors of two, by EXTENSIONS rates at most.
+    """
+    losses = {rate: loss(rate) for rate in grid}
+    for _ in range(EXTENSIONS):
+        best = min(losses, key=losses.__getitem__)
+        if best not in (min(losses), max(losses)):
+            break
+        rate = best / 2 if best == min(losses) else best * 2
+        losses[rate] = loss(rate)
+    return min(losses, key=losses.__getitem__)
+
+
+def tune(corpus: Corpus, settings: Settings) -> Grid:
+    """Searches AdamW's rate first; then for Muon and for NorMuon the rate of the matrices with AdamW's
+    best beside it, and at that rate the one of the AdamW beside them."""
+    points = []
+
+    @functools.cache
+    def loss(optimizer: str, rates: Rates) -> float:
+        run = train(corpus, settings, optimizer=optimizer, rates=rates, seed=SEED)
+        final = run.final_loss if math.isfinite(run.final_loss) else None
+        points.append(GridPoint(optimizer, rates, final, round(run.seconds, 1)))
+        return points[-1].rank
+
+    adam = search(lambda rate: loss("adamw", Rates(rate)), ADAMW_GRID)
+    beside = (adam / 2, adam, adam * 2)
+    for name in ("muon", "normuon"):
+        matrix = search(lambda rate, name=name: loss(name, Rates(rate, adam)), MATRIX_GRID)
+        search(lambda rate, name=name, matrix=matrix: loss(name, Rates(matrix, rate)), beside)
+    return Grid(
+        settings=dataclasses.asdict(settings),
+        seed=SEED,
+        corpus=corpus.description,
+        machine={
+            "system": f"{platform.system()} {platform.machine()}",
+            "device": jax.devices()[0].device_kind,
+            "cores": os.cpu_count(),
+        },
+        versions={
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
+        },
+        points=tuple(points),
+    )
+
+
+def _flat(settings: dict) -> dict:
+    return {**settings["model"], "batch": settings["batch"], "steps": settings["steps"]}

@@ -1,0 +1,86 @@
+"""The example's learning-rate search and its record."""
+
+import math
+
+import pytest
+
+import examples.tuning
+from examples.corpus import Corpus
+from examples.gpt import GPTConfig
+from examples.optimizers import Rates
+from examples.training import Evaluation, Run, Settings
+from examples.tuning import EXTENSIONS, Grid, search, tune
+
+SETTINGS = Settings(GPTConfig(), batch=8, steps=300)
+
+
+def distance_from(best):
+    return lambda rate: abs(math.log(rate / best))
+
+
+def test_the_search_stays_on_a_grid_that_holds_the_best_inside():
+    tried = []
+    best = search(lambda rate: tried.append(rate) or distance_from(2.0)(rate), (1.0, 2.0, 4.0))
+    assert best == 2.0
+    assert tried == [1.0, 2.0, 4.0]
+
+
+@pytest.mark.parametrize(("best", "tried"), [(8.0, [1.0, 2.0, 4.0, 8.0, 16.0]), (0.5, None)])
+def test_the_search_grows_until_the_best_is_inside(best, tried):
+    seen = []
+    assert search(lambda rate: seen.append(rate) or distance_from(best)(rate), (1.0, 2.0)) == best
+    assert min(seen) < best < max(seen)
+    assert len(seen) == len(set(seen))
+    assert tried is None or seen == tried
+
+
+def test_the_search_ends_also_when_more_is_always_better():
+    assert search(lambda rate: -rate, (1.0, 2.0)) == 2.0 * 2**EXTENSIONS
+
+
+@pytest.fixture
+def grid(monkeypatch):
+    """A search whose runs are a formula: best at 0.004, at (0.02, 0.008), and diverged from 0.08."""
+
+    def run(corpus, settings, *, optimizer, rates, seed):
+        loss = distance_from(0.004 if optimizer == "adamw" else 0.02)(rates.learning_rate)
+        if rates.adam_learning_rate is not None:
+            loss += distance_from(0.008)(rates.adam_learning_rate)
+        if rates.learning_rate >= 0.08:
+            loss = math.nan
+        return Run(optimizer, rates, seed, (Evaluation(0, None, loss),), 1.0, 0.1)
+
+    monkeypatch.setattr(examples.tuning, "train", run)
+    nothing = Corpus("nothing", None, None)  # pyright: ignore[reportArgumentType]
+    return tune(nothing, SETTINGS)
+
+
+def test_adamw_is_tuned_first_and_then_again_beside_each_matrix_optimizer(grid):
+    assert grid.best("adamw") == Rates(0.004)
+    assert grid.best("muon") == grid.best("normuon") == Rates(0.02, 0.008)
+
+
+def test_no_run_is_made_twice_and_every_run_is_recorded(grid):
+    runs = [(point.optimizer, point.rates) for point in grid.points]
+    assert len(runs) == len(set(runs))
+    assert any(point.validation_loss is None for point in grid.points)
+    for name in ("adamw", "muon", "normuon"):
+        assert sum(point.optimizer == name for point in grid.points) >= 4
+
+
+def test_the_record_reads_back_as_it_was_written(grid, tmp_path):
+    path = tmp_path / "rates.json"
+    grid.write(path)
+    assert "NaN" not in path.read_text()
+    assert Grid.read(path) == grid
+
+
+def test_settings_other_than_the_searched_ones_are_named(grid):
+    assert grid.differing_settings(SETTINGS) == []
+    other = Settings(GPTConfig(width=256), batch=8, steps=100)
+    assert grid.differing_settings(other) == ["width=128", "steps=300"]
+
+
+def test_an_optimizer_without_a_run_is_an_error_that_names_the_remedy(grid):
+    with pytest.raises(ValueError, match="--tune"):
+        grid.best("sgd")

@@ -1,0 +1,41 @@
+"""AdamW, for what is no matrix: embeddings, output heads, norms, biases."""
+
+import torch
+
+from torch_ref.dtypes import bias_correction, rounded
+
+
+def adamw(
+    gradient: torch.Tensor,
+    param: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    *,
+    lr: float,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One step of AdamW, in the order in which `optax.adamw` computes it.
+
+    m <- b1 m + (1 - b1) g, n <- b2 n + (1 - b2) g^2, and
+    delta = -lr (m / (1 - b1^t) / (sqrt(n / (1 - b2^t)) + eps) + weight_decay p).
+
+    Args:
+      gradient, param, exp_avg (m), exp_avg_sq (n): one shape, one working dtype; none is modified.
+      step: t, counted from 1.
+
+    Returns:
+      (delta to add to the parameter, the new m, the new n).
+    """
+    dtype = gradient.dtype
+    # 1 - b in double precision, as in Optax, where the betas are Python numbers.
+    m = gradient * rounded(1 - b1, dtype) + exp_avg * rounded(b1, dtype)
+    n = gradient.square() * rounded(1 - b2, dtype) + exp_avg_sq * rounded(b2, dtype)
+    m_hat = m / bias_correction(b1, step, dtype)
+    n_hat = n / bias_correction(b2, step, dtype)
+    update = m_hat / (n_hat.sqrt() + eps)
+    update = update + param * rounded(weight_decay, dtype)
+    return update * -rounded(lr, dtype), m, n

@@ -1,0 +1,118 @@
+"""What a parameter group may say, checked when the group is added."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from normuon_core import MatrixView, Recipe, find_recipe
+from torch_ref.orthogonalization import check_algorithm
+
+Group = dict[str, Any]
+
+MATRIX, ADAMW = "normuon", "adamw"
+
+
+def parameter_name(group: Group, group_index: int, position: int) -> str:
+    """What an error calls a parameter: its place, its name where the group has names, its shape."""
+    place = f"group {group_index}, parameter {position}"
+    if "param_names" in group:
+        place += f" ({group['param_names'][position]})"
+    return f"{place}, of shape {tuple(group['params'][position].shape)}"
+
+
+def group_recipe(group: Group) -> Recipe:
+    """The group's recipe with the group's own keywords put in.
+
+    Raises:
+      ValueError: an unknown recipe or shape rule, or `beta2` for a recipe without neuron
+        normalization.
+    """
+    return find_recipe(group["recipe"]).override(
+        momentum=group["momentum"],
+        nesterov=group["nesterov"],
+        beta2=group["beta2"],
+        shape_scale=group["shape_scale"],
+    )
+
+
+def parameter_view(group: Group, param: torch.Tensor, name: str = "parameter") -> MatrixView:
+    """Where the group's layout finds the matrices of a parameter.
+
+    Raises:
+      ValueError: a parameter of fewer than two axes, or a layout that does not fit its shape.
+    """
+    if param.ndim < 2:
+        raise ValueError(
+            f"{name}: a parameter of {param.ndim} axes is no matrix; put it in a group with"
+            " optimizer='adamw'."
+        )
+    return group["layout"].on(tuple(param.shape), name)
+
+
+def settle_group(group: Group, index: int) -> None:
+    """Checks a group and fills in what its recipe decides; `group` changes in place.
+
+    `momentum=None` becomes the recipe's, so that a scheduler finds a number there. Multipliers
+    given as arrays become float64 tensors.
+
+    Raises:
+      ValueError: an unknown recipe, optimizer, algorithm or shape rule; a negative or non-finite
+        rate; a decay rate outside [0, 1); a layout, splits or multipliers that do not fit a
+        parameter.
+      TypeError: a complex or integer parameter.
+    """
+    if group["optimizer"] not in (MATRIX, ADAMW):
+        raise ValueError(
+            f"group {index}: unknown optimizer {group['optimizer']!r}; use {MATRIX!r} or {ADAMW!r}."
+        )
+    for key in ("lr", "weight_decay", "adam_weight_decay", "adam_eps"):
+        if not 0 <= float(group[key]) < math.inf:
+            raise ValueError(
+                f"group {index}: {key}={group[key]}; use a finite number of at least 0."
+            )
+    for key in ("momentum", "beta2", "adam_b1", "adam_b2"):
+        if group[key] is not None and not 0 <= float(group[key]) < 1:
+            raise ValueError(f"group {index}: {key}={group[key]}; use a number in [0, 1).")
+    if group["max_stack_bytes"] is not None and group["max_stack_bytes"] <= 0:
+        raise ValueError(
+            f"group {index}: max_stack_bytes={group['max_stack_bytes']}; use a positive number."
+        )
+    for key in ("lr_mul", "wd_mul"):
+        many = np.ndim(group[key]) > 0
+        group[key] = torch.as_tensor(group[key]).double() if many else float(group[key])
+    if group["optimizer"] == MATRIX:
+        group["momentum"] = group_recipe(group).momentum.momentum
+        check_algorithm(group["algorithm"])
+    for position, param in enumerate(group["params"]):
+        _check_parameter(param, group, parameter_name(group, index, position))
+
+
+def _check_parameter(param: torch.Tensor, group: Group, name: str) -> None:
+    if not param.is_floating_point():
+        raise TypeError(
+            f"{name}: dtype {param.dtype} cannot be trained here; NorMuon takes real floating-point"
+            " parameters. Split a complex parameter with torch.view_as_real."
+        )
+    if group["bf16_remainder"] and param.dtype == torch.float16:
+        raise ValueError(
+            f"{name}: bf16_remainder keeps the lower half of a bfloat16 parameter, but this one is"
+            " float16; make it bfloat16 or leave bf16_remainder out."
+        )
+    matrix = group["optimizer"] == MATRIX
+    batch_shape = parameter_view(group, param, name).batch_shape if matrix else ()
+    for key in ("lr_mul", "wd_mul"):
+        shape = tuple(np.shape(group[key]))
+        if not _broadcasts(shape, batch_shape):
+            raise ValueError(
+                f"{name}: {key} of shape {shape} does not fit the batch axes {batch_shape}; give a"
+                " number, or one number a matrix."
+            )
+
+
+def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    try:
+        return torch.broadcast_shapes(shape, target) == torch.Size(target)
+    except RuntimeError:
+        return False

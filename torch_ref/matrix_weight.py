@@ -1,0 +1,207 @@
+"""One step of the weights that hold matrices.
+
+Momentum, decay, scaling and rate are elementwise and run weight by weight; `StackStages` run on
+stacks of many weights' matrices. A weight's momentum is done when its first matrix is due and its
+step is finished when its last one is back, so that only the weights in flight take temporary
+memory.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+
+from normuon_core import MatrixView, Recipe
+from torch_ref.dtypes import rounded, working_dtype
+from torch_ref.groups import Group, parameter_view
+from torch_ref.momentum import bias_corrected_momentum, heavy_ball_momentum, lerp_momentum
+from torch_ref.neuron_norm import statistic_shape
+from torch_ref.remainder import add_to_weight, read_weight
+from torch_ref.shape_scaling import scale_by_shape
+from torch_ref.stack_stages import StackStages
+from torch_ref.stacking import from_blocks, from_stack, pieces, to_blocks, to_stack
+from torch_ref.weight_decay import add_cautious_weight_decay
+
+DEFAULT_STACK_BYTES = 2**30
+
+
+class MatrixWeight:
+    """One weight during one step.
+
+    Args:
+      param: updated in place.
+      gradient: of the parameter's shape, not modified.
+      remainder: the lower half of the weight that a bfloat16 parameter stands for, or None.
+      state: the parameter's; "momentum" and "second_moment" are created in it and updated.
+      group: the parameter's group. recipe: the group's, with the group's keywords put in.
+      step: counted from 1.
+    """
+
+    def __init__(
+        self,
+        param: torch.Tensor,
+        gradient: torch.Tensor,
+        remainder: torch.Tensor | None,
+        state: dict[str, Any],
+        *,
+        group: Group,
+        recipe: Recipe,
+        step: int,
+    ):
+        self.param, self.gradient, self.remainder, self.state = param, gradient, remainder, state
+        self.group, self.recipe, self.step = group, recipe, step
+        self.dtype = working_dtype(param.dtype)
+        self.view = parameter_view(group, param)
+        self.directions: list[torch.Tensor] | None = None
+        self.updates: list[list[torch.Tensor]] = [[] for _ in self.view.output_sizes]
+        self.moments: list[list[torch.Tensor]] = [[] for _ in self.view.output_sizes]
+        self.missing = self.matrices * len(self.view.output_sizes)
+        self._create_state()
+
+    @property
+    def matrices(self) -> int:
+        """How many matrices each block holds."""
+        return self.view.stack_shape[0]
+
+    def stages(self, block: int) -> StackStages:
+        """What the block's matrices go through in a stack."""
+        _, rows, columns = self.view.block_stack_shape(self.view.output_sizes[block])
+        return StackStages(
+            rows=rows,
+            columns=columns,
+            output_is_rows=self.view.output_is_rows,
+            dtype=self.dtype,
+            device=self.param.device,
+            polar=self.recipe.polar,
+            neuron_norm=self.recipe.neuron_norm,
+            compute_dtype=self.group["compute_dtype"],
+            algorithm=self.group["algorithm"],
+            orthogonalizer=self.group["orthogonalizer"],
+            max_bytes=self.group["max_stack_bytes"] or DEFAULT_STACK_BYTES,
+        )
+
+    def direction(self, block: int) -> torch.Tensor:
+        """Stage 1, done once for all blocks: the block's part of u, (batch, rows, columns)."""
+        if self.directions is None:
+            rule, buffer = self.recipe.momentum, self.state["momentum"]
+            gradient = self.gradient.to(self.dtype)
+            keywords = {"momentum": rule.momentum, "nesterov": rule.nesterov}
+            match rule.rule:
+                case "lerp":
+                    u, m = lerp_momentum(gradient, buffer, **keywords)
+                case "heavy_ball":
+                    u, m = heavy_ball_momentum(gradient, buffer, **keywords)
+                case "bias_corrected":
+                    u, m = bias_corrected_momentum(gradient, buffer, **keywords, step=self.step)
+            buffer.copy_(m)
+            self.directions = to_blocks(u, self.view)
+        return self.directions[block]
+
+    def second_moment(self, block: int) -> torch.Tensor | None:
+        """The block's second moment, (batch, rows, 1) or (batch, 1, columns)."""
+        if self.recipe.neuron_norm is None:
+            return None
+        return to_stack(self._moment_state()[block], self.view)
+
+    def receive(self, block: int, update: torch.Tensor, moment: torch.Tensor | None) -> None:
+        """Takes the next of a block's matrices back; the last of the weight's finishes its step."""
+        self.updates[block].append(update)
+        if moment is not None:
+            self.moments[block].append(moment)
+        self.missing -= len(update)
+        if self.missing == 0:
+            self._finish()
+
+    def _create_state(self) -> None:
+        if "momentum" not in self.state:
+            dtype = self.group["momentum_dtype"] or self.dtype
+            self.state["momentum"] = torch.zeros_like(self.param, dtype=dtype)
+        rule = self.recipe.neuron_norm
+        if rule is None or "second_moment" in self.state:
+            return
+        moments = []
+        for size in self.view.output_sizes:
+            shape = statistic_shape(
+                rule.axis,
+                self.view.block_stack_shape(size),
+                output_is_rows=self.view.output_is_rows,
+            )
+            zeros = self.param.new_zeros(shape, dtype=self.dtype)
+            moments.append(from_stack(zeros, self.view).contiguous())
+        self.state["second_moment"] = moments if self.view.is_split else moments[0]
+
+    def _moment_state(self) -> list[torch.Tensor]:
+        moments = self.state["second_moment"]
+        return moments if self.view.is_split else [moments]
+
+    def _finish(self) -> None:
+        if self.recipe.neuron_norm is not None:
+            for moment, parts in zip(self._moment_state(), self.moments, strict=True):
+                moment.copy_(from_stack(torch.cat(parts), self.view))
+        weights = to_blocks(read_weight(self.param, self.remainder), self.view)
+        increments = [
+            self._increment(torch.cat(parts).to(self.dtype), weight)
+            for parts, weight in zip(self.updates, weights, strict=True)
+        ]
+        self.directions, self.updates, self.moments = None, [], []
+        add_to_weight(self.param, self.remainder, from_blocks(increments, self.view))
+
+    def _increment(self, v: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Stages 4 to 6 on one block, (batch, rows, columns) in the working dtype."""
+        rule = self.recipe.decay
+        lr = rounded(self.group["lr"], self.dtype)
+        weight_decay = rounded(self.group["weight_decay"], self.dtype)
+        if rule.rate_power == 2:
+            weight_decay = rounded(lr * weight_decay, self.dtype)
+        decay = partial(
+            add_cautious_weight_decay,
+            param=weight,
+            weight_decay=weight_decay,
+            wd_mul=_over_stack(self.group["wd_mul"], self.view),
+            cautious=rule.cautious,
+            direction=v,
+        )
+        scale = partial(
+            scale_by_shape,
+            rule=self.recipe.shape_scale,
+            output_is_rows=self.view.output_is_rows,
+            lr_mul=_over_stack(self.group["lr_mul"], self.view),
+            direction=v,
+        )
+        return (scale(decay(v)) if rule.inside_scale else decay(scale(v))) * -lr
+
+
+def _over_stack(value: float | torch.Tensor, view: MatrixView) -> float | torch.Tensor:
+    """A multiplier over the batch axes as (batch, 1, 1)."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.broadcast_to(view.batch_shape).reshape(-1, 1, 1)
+
+
+def step_matrices(weights: Iterable[MatrixWeight]) -> None:
+    """One step of all weights, their same-shape matrices in one stack, cut to its bound."""
+    stacks: dict[StackStages, list[tuple[MatrixWeight, int]]] = defaultdict(list)
+    for weight in weights:
+        for block in range(len(weight.view.output_sizes)):
+            stacks[weight.stages(block)].append((weight, block))
+    for stages, members in stacks.items():
+        sizes = [weight.matrices for weight, _ in members]
+        for piece in pieces(sizes, stages.matrices):
+            _step_piece(stages, [(*members[member], part) for member, part in piece])
+
+
+def _step_piece(stages: StackStages, piece: list[tuple[MatrixWeight, int, slice]]) -> None:
+    """One stack, as (weight, block, which of the block's matrices)."""
+    u = torch.cat([weight.direction(block)[part] for weight, block, part in piece])
+    moments = [
+        moment[part]
+        for weight, block, part in piece
+        if (moment := weight.second_moment(block)) is not None
+    ]
+    v, updated = stages(u, torch.cat(moments) if moments else None)
+    sizes = [part.stop - part.start for _, _, part in piece]
+    new_moments = [None] * len(piece) if updated is None else updated.split(sizes)
+    for (weight, block, _), update, moment in zip(piece, v.split(sizes), new_moments, strict=True):
+        weight.receive(block, update, moment)
