@@ -1,6 +1,7 @@
-"""The optimizers under comparison: the same clipping and the same learning-rate shape for each."""
+"""The optimizers under comparison, with the same clipping and the same learning-rate shape."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -38,17 +39,17 @@ def decay_to_zero(peak: float, steps: int) -> optax.Schedule:
 def adamw(rates: Rates, steps: int) -> optax.GradientTransformation:
     """AdamW on every parameter, with the betas and epsilon that it has beside Muon too."""
     rate = decay_to_zero(rates.learning_rate, steps)
-    return _clipped(optax.adamw(rate, b1=0.9, b2=0.95, eps=1e-10, weight_decay=0.0))
+    return optax.adamw(rate, b1=0.9, b2=0.95, eps=1e-10, weight_decay=0.0)
 
 
 def muon(rates: Rates, steps: int) -> optax.GradientTransformation:
     """Muon on the matrices of the blocks, AdamW on the rest."""
-    return _clipped(optax_normuon.muon(**_matrix_optimizer_keywords(rates, steps)))
+    return optax_normuon.muon(**_matrix_optimizer_keywords(rates, steps))
 
 
 def normuon(rates: Rates, steps: int) -> optax.GradientTransformation:
     """NorMuon on the matrices of the blocks, AdamW on the rest."""
-    return _clipped(optax_normuon.normuon(**_matrix_optimizer_keywords(rates, steps)))
+    return optax_normuon.normuon(**_matrix_optimizer_keywords(rates, steps))
 
 
 OPTIMIZERS: dict[str, Callable[[Rates, int], optax.GradientTransformation]] = {
@@ -58,8 +59,13 @@ OPTIMIZERS: dict[str, Callable[[Rates, int], optax.GradientTransformation]] = {
 }
 
 
-def _clipped(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    return optax.chain(optax.clip_by_global_norm(1.0), optimizer)
+@functools.cache
+def clipped(name: str, rates: Rates, steps: int) -> optax.GradientTransformation:
+    """The optimizer of that name behind a clipped gradient.
+
+    Asked for again it is the same object, so that runs of other seeds find their step compiled.
+    """
+    return optax.chain(optax.clip_by_global_norm(1.0), OPTIMIZERS[name](rates, steps))
 
 
 def _matrix_optimizer_keywords(rates: Rates, steps: int) -> dict:

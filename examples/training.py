@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from examples.corpus import Corpus
 from examples.gpt import GPT, GPTConfig
-from examples.optimizers import OPTIMIZERS, Rates
+from examples.optimizers import Rates, clipped
 
 EVALUATIONS = 15  # a run, besides the one before the first step
 VALIDATION_BATCHES = 8  # the same ones for every run
@@ -76,7 +76,7 @@ def train(corpus: Corpus, settings: Settings, *, optimizer: str, rates: Rates, s
     start = time.perf_counter()
     batch, steps, context = settings.batch, settings.steps, settings.model.context
     model = GPT(settings.model, rngs=nnx.Rngs(seed))
-    update = nnx.Optimizer(model, OPTIMIZERS[optimizer](rates, steps), wrt=nnx.Param)
+    update = nnx.Optimizer(model, clipped(optimizer, rates, steps), wrt=nnx.Param)
     batches = corpus.train_batches(seed=seed, steps=steps, batch=batch, context=context)
     held_out = corpus.validation_windows(count=VALIDATION_BATCHES * batch, context=context)
     held_out = jnp.asarray(held_out.reshape(VALIDATION_BATCHES, batch, context + 1))

@@ -14,8 +14,8 @@ Triple = tuple[float, float, float]
 Coefficients = tuple[Triple, ...]
 
 NEWTON_SCHULZ: Coefficients = ((3.4445, -4.7750, 2.0315),) * 5
-"""Keller Jordan's quintic, five times; steep at zero, does not converge to 1 but stays within
-[0.68, 1.13]. Source: https://kellerjordan.github.io/posts/muon and modded-nanogpt."""
+"""Keller Jordan's quintic, five times: steep at zero; it does not converge to 1 but wanders within
+[0.68, 1.14]. Source: https://kellerjordan.github.io/posts/muon and modded-nanogpt."""
 
 POLAR_EXPRESS: Coefficients = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -35,8 +35,8 @@ POLAR_EXPRESS_UNSCALED: Coefficients = (
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
 """The Polar Express paper's own table, its first five steps, without a safety factor: after five
-steps the solver's bound has not converged, so the last triple is an intermediate one.
-Source: arXiv 2505.16932, Algorithm 1."""
+steps the interval has not converged, so the last triple is an intermediate one. Its cushion is
+0.02407327424182761. Source: arXiv 2505.16932."""
 
 YOU: Coefficients = (
     (4.0848, -6.8946, 2.9270),
@@ -53,7 +53,7 @@ CUBIC: Coefficients = ((1.5, -0.5, 0.0),) * 5
 
 QUINTIC_TAYLOR: Coefficients = ((15 / 8, -10 / 8, 3 / 8),) * 5
 """The third order Taylor iteration, the limit of Polar Express once all singular values are near 1.
-Source: arXiv 2505.16932, section 3."""
+Source: arXiv 2505.16932."""
 
 
 def with_safety(coefficients: Coefficients, safety: float, *, last: bool = True) -> Coefficients:
@@ -94,7 +94,7 @@ def optimal_quintic(lower: float, upper: float) -> Triple:
     """The odd quintic p with the smallest max |1 - p(x)| over `lower <= x <= upper`.
 
     By Chebyshev's theorem the best p meets 1 - p = +E, -E, +E, -E at four points: the two ends and
-    the two inner extrema q < r of p (Polar Express, arXiv 2505.16932, section 3.3). Remez: solve the
+    the two inner extrema q < r of p (Polar Express, arXiv 2505.16932). Remez: solve the
     linear system for (a, b, c, E) at the current points, move q and r to the roots of
     p'(x) = a + 3b x^2 + 5c x^4, repeat until E stands still.
 
@@ -123,10 +123,10 @@ def optimal_quintic(lower: float, upper: float) -> Triple:
 def polar_express(
     lower_bound: float, *, steps: int, safety: float = 1.0, cushion: float = 0.02
 ) -> Coefficients:
-    """The Polar Express polynomials (arXiv 2505.16932, Algorithm 1 and section 3.4).
+    """The Polar Express polynomials (arXiv 2505.16932).
 
-    Each step is optimal for the interval that the steps before it leave, so the composition is the
-    best one of its degree for singular values in `[lower_bound, 1]`.
+    Each step is optimal for the interval that the steps before it leave, which (without cushion and
+    safety) makes the composition the best one of its degree on `[lower_bound, 1]`.
 
     Args:
       lower_bound: the smallest singular value, relative to the norm, that is to reach 1.

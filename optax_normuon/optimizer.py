@@ -10,16 +10,21 @@ from jax.typing import DTypeLike
 
 from normuon_core.recipes import Recipe, find_recipe
 from normuon_core.shape_rules import ShapeRule
-from optax_normuon.layout import Views, named_leaves
+from optax_normuon.layout import Views
 from optax_normuon.momentum import momentum_stage
 from optax_normuon.multipliers import Multipliers, MultiplierTree, resolve_multipliers
 from optax_normuon.neuron_norm import neuron_norm_stage
 from optax_normuon.orthogonalization import Algorithm, Backend, orthogonalization_stage
+from optax_normuon.parameters import check_leaves, require_params
 from optax_normuon.precision import as_schedule, in_working_precision
 from optax_normuon.routing import LayoutTree, resolve_layouts
-from optax_normuon.shape_scaling import scale_by_shape
+from optax_normuon.shape_scaling import scale_by_shape, scale_factor
 from optax_normuon.stacking import MatrixStack, on_matrices
-from optax_normuon.weight_decay import add_cautious_weight_decay
+from optax_normuon.weight_decay import (
+    WeightDecayState,
+    add_cautious_weight_decay,
+    decay_term,
+)
 
 STATIC_ARGS = (
     "recipe",
@@ -124,12 +129,11 @@ def normuon(
         decay_rate = _product_of(as_schedule(learning_rate), decay_rate)
 
     def matrices(views: Views, lr_factors: Multipliers, wd_factors: Multipliers):
-        decay = add_cautious_weight_decay(
-            decay_rate, cautious=chosen.decay.cautious, wd_mul=wd_factors, layout=views
+        return optax.chain(
+            direction(views),
+            _decay_and_scale(chosen, decay_rate, views, lr_factors, wd_factors),
+            _scale_by_rate(learning_rate),
         )
-        scale = scale_by_shape(chosen.shape_scale, lr_mul=lr_factors, layout=views)
-        ending = (decay, scale) if chosen.decay.inside_scale else (scale, decay)
-        return optax.chain(direction(views), *ending, _scale_by_rate(learning_rate))
 
     def others(lr_factors: Multipliers, wd_factors: Multipliers):
         rate = learning_rate if adam_learning_rate is None else adam_learning_rate
@@ -158,9 +162,8 @@ def normuon(
         return partition(params).init(params)
 
     def update(updates, state, params=None, **extra_args):
-        if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
-        _check_same_leaves(updates, params)
+        require_params(params)
+        check_leaves(updates, params)
         return partition(params).update(updates, state, params, **extra_args)
 
     return in_working_precision(optax.GradientTransformationExtraArgs(init, update))
@@ -259,6 +262,37 @@ def _stage_of(orthogonalizer: Orthogonalizer) -> optax.GradientTransformation:
     return optax.stateless(apply)
 
 
+def _decay_and_scale(
+    recipe: Recipe,
+    decay_rate: optax.Schedule,
+    views: Views,
+    lr_factors: Multipliers,
+    wd_factors: Multipliers,
+) -> optax.GradientTransformation:
+    """Stages 4 and 5 as the recipe orders them; mask and `rms` norm are always the direction's own."""
+    cautious, inside_scale = recipe.decay.cautious, recipe.decay.inside_scale
+
+    def init(params):
+        del params
+        return WeightDecayState(jnp.zeros([], jnp.int32))
+
+    def update(updates, state, params=None):
+        def finish(path, v, p):
+            if v is None:
+                return None
+            scale = scale_factor(recipe.shape_scale, v, views[path], lr_factors.on(path, v.dtype))
+            amount = jnp.asarray(decay_rate(state.count), v.dtype) * wd_factors.on(path, v.dtype)
+            decay = decay_term(v, p, amount, cautious=cautious)
+            return (v + decay) * scale if inside_scale else v * scale + decay
+
+        updates = jax.tree_util.tree_map_with_path(
+            finish, updates, params, is_leaf=lambda leaf: leaf is None
+        )
+        return updates, WeightDecayState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init, update)
+
+
 def _scale_by_adam(b1, b2, eps) -> optax.GradientTransformation:
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 
@@ -283,13 +317,3 @@ def _labels(params, views: Views):
     return jax.tree_util.tree_map_with_path(
         lambda path, _: "matrices" if path in views else "adamw", params
     )
-
-
-def _check_same_leaves(updates, params) -> None:
-    known = {path for path, _, _ in named_leaves(params)}
-    for path, name, _ in named_leaves(updates):
-        if path not in known:
-            raise ValueError(
-                f"{name}: a gradient without a parameter; pass the parameters that the gradients"
-                " belong to."
-            )

@@ -53,7 +53,7 @@ def polar_factor(
       An array like `x`, rounded to the compute dtype and back.
 
     Raises:
-      ValueError: fewer than two axes, an unknown `algorithm` or `backend`.
+      ValueError: fewer than two axes, no coefficients, an unknown `algorithm` or `backend`.
       TypeError: `x` or `compute_dtype` is not floating point.
     """
     x = jnp.asarray(x)
@@ -120,6 +120,8 @@ def orthogonalization_stage(
     backend: Backend,
 ) -> optax.GradientTransformation:
     """Stage 2 on a `MatrixStack`: values of any floating dtype in, compute dtype out."""
+    if not coefficients:
+        raise ValueError("coefficients is empty; give one (a, b, c) a step, as in POLYNOMIALS.")
     if algorithm not in get_args(Algorithm):
         raise ValueError(f"algorithm={algorithm!r} is unknown; use one of {get_args(Algorithm)}.")
     if backend not in get_args(Backend):
@@ -137,7 +139,7 @@ def orthogonalization_stage(
         del params
         u = stack.values.astype(working_dtype(stack.values.dtype))
         x = _normalize(u, norm_scale, eps, eps_rule)
-        gram = _takes_gram(algorithm, x.shape, compute_dtype)
+        gram = _takes_gram(algorithm, x.shape, len(coefficients), compute_dtype)
         dtype = compute_dtype or (jnp.float16 if gram else jnp.bfloat16)
         iterate = _gram_form if gram else _standard_form
         return MatrixStack(iterate(x, coefficients, jnp.dtype(dtype)), stack.output_axis), state
@@ -152,15 +154,24 @@ def _normalize(u, norm_scale: float, eps: float, eps_rule: EpsRule):
     return u / (jnp.maximum(norm, eps) if eps_rule == "max" else norm + eps)
 
 
-def _takes_gram(algorithm: Algorithm, shape, compute_dtype) -> bool:
+def _takes_gram(algorithm: Algorithm, shape, steps: int, compute_dtype) -> bool:
     if algorithm != "auto":
         return algorithm == "gram"
-    short, long = sorted(shape[-2:])
-    # Five steps in n^3: 8 long/short + 28 for the Gram form, 20 long/short + 10 for the standard one.
-    cheaper = 8 * long + 28 * short < 20 * long + 10 * short
     accurate = compute_dtype is None or jnp.dtype(compute_dtype) != jnp.bfloat16
     # float16 products are slow on CPUs and missing on TPUs.
-    return cheaper and accurate and jax.default_backend() == "gpu"
+    return accurate and jax.default_backend() == "gpu" and _gram_saves(shape, steps)
+
+
+def _gram_saves(shape, steps: int) -> bool:
+    """Whether the Gram form takes fewer operations, in units of the short side cubed.
+
+    Five steps, long side over short = ratio: 8 ratio + 28 against 20 ratio + 10, so above 1.5.
+    """
+    short, long = sorted(shape[-2:])
+    restarts = sum(map(_restarts_before, range(steps)))
+    carried = steps - 1 - restarts
+    gram = 4 * (1 + restarts) * long + (2 * steps + 6 * carried) * short
+    return gram < steps * (4 * long + 2 * short)
 
 
 def _product(a, b, *, scale=1.0, addend=None, addend_scale=1.0, transpose_a=False, transpose_b=False):
@@ -214,11 +225,12 @@ def _range_scales(shape, dtype) -> tuple[float, float]:
 def _standard_form(x, coefficients: Coefficients, dtype):
     x_scale, gram_scale = _range_scales(x.shape, dtype)
     x = (x * x_scale).astype(dtype)
-    for a, b, c in coefficients:
+    for step, (a, b, c) in enumerate(coefficients):
         gram = _gram_matrix(x, gram_scale / x_scale**2)
         z = _product(gram, gram, scale=c / gram_scale, addend=gram, addend_scale=b)
-        x = _apply(z, x, scale=1 / gram_scale, a=a)
-    return (x.astype(working_dtype(dtype)) / x_scale).astype(dtype)
+        freed = 1 / x_scale if step == len(coefficients) - 1 else 1.0
+        x = _apply(z, x, scale=freed / gram_scale, a=a * freed)
+    return x
 
 
 def _gram_form(x, coefficients: Coefficients, dtype):

@@ -54,9 +54,11 @@ def in_working_precision(
         return inner.init(lift(params))
 
     def update(updates, state, params=None, **extra_args):
+        like = updates if params is None else params
         lifted = None if params is None else lift(params)
-        target = updates if params is None else params
-        updates, state = inner.update(lift(updates), state, lifted, **extra_args)
-        return map_updates(lambda u, like: u.astype(like.dtype), updates, target), state
+        # A gradient in another precision than its parameter's follows the parameter.
+        gradients = map_updates(lambda g, p: g.astype(working_dtype(p.dtype)), updates, like)
+        updates, state = inner.update(gradients, state, lifted, **extra_args)
+        return map_updates(lambda u, p: u.astype(p.dtype), updates, like), state
 
     return optax.GradientTransformationExtraArgs(init, update)

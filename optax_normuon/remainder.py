@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_normuon.parameters import require_params
 from optax_normuon.precision import map_updates
 
 
@@ -51,11 +52,11 @@ def with_bf16_remainder(
         return Bf16RemainderState(remainder, inner.init(join(params, remainder)))
 
     def update(updates, state, params=None, **extra_args):
-        if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
+        require_params(params)
         joined = join(params, state.remainder)
         gradients = map_updates(lambda g, p: g.astype(p.dtype), updates, joined)
         deltas, inner_state = inner.update(gradients, state.inner, joined, **extra_args)
+        deltas = map_updates(_rounded, deltas)
 
         def landing(delta, weight, p):
             if not _is_bf16(p):
@@ -94,6 +95,16 @@ def join(params, remainder):
         _join_leaf(p, low) if _is_bf16(p) else p
         for p, low in zip(jax.tree.leaves(params), tree.flatten_up_to(remainder), strict=True)
     )
+
+
+def _rounded(delta):
+    """`delta`, out of reach of a fused multiply-add.
+
+    Compilers contract weight + rate * v into one operation with one rounding; a float32 run, whose
+    updates are handed out, rounds twice. XLA drops an optimization barrier before it fuses on the
+    CPU; a select that no compiler can decide stays.
+    """
+    return jnp.where(jnp.isnan(delta), jnp.nan, delta)
 
 
 def _is_bf16(leaf) -> bool:

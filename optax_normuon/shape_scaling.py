@@ -56,8 +56,7 @@ def scale_by_shape(
             if v is None:
                 return None
             v = v.astype(working_dtype(v.dtype))
-            factor = factors.on(path, v.dtype)
-            return v * factor if path not in views else _scale(rule, v, views[path], factor)
+            return v * scale_factor(rule, v, views.get(path), factors.on(path, v.dtype))
 
         scaled = jax.tree_util.tree_map_with_path(scale, updates, is_leaf=lambda leaf: leaf is None)
         return scaled, state
@@ -65,15 +64,23 @@ def scale_by_shape(
     return optax.GradientTransformation(init, update)
 
 
-def _scale(rule: ShapeRule, v, view: MatrixView, factor):
-    """One leaf; the shape factor and `factor` are multiplied first, so that v is rounded once."""
-    shape_factors = [shape_factor(rule, size, view.inputs) for size in view.output_sizes]
-    if rule != "rms" and len(set(shape_factors)) == 1:
-        return v * (factor * shape_factors[0])
+def scale_factor(rule: ShapeRule, v, view: MatrixView | None, lr_factor):
+    """What one leaf is multiplied by: a number, or an array that broadcasts to the leaf.
+
+    Args:
+      v: the leaf, whose norms the `rms` rule takes. view: None for a leaf that is no matrix.
+      lr_factor: a number or a broadcastable array; its product with the shape's factor is rounded
+        before it meets v.
+    """
+    if view is None:
+        return lr_factor
+    factors = [shape_factor(rule, size, view.inputs) for size in view.output_sizes]
+    if rule != "rms" and len(set(factors)) == 1:
+        return lr_factor * factors[0]
     blocks = []
-    for block, k in zip(split_blocks(v, view), shape_factors, strict=True):
+    for block, factor in zip(split_blocks(v, view), factors, strict=True):
         if rule == "rms":
             norm = jnp.sqrt(jnp.sum(jnp.square(block), axis=(-2, -1), keepdims=True))
-            k = k / jnp.maximum(norm, RMS_FLOOR)
-        blocks.append(block * k)
-    return join_blocks(blocks, view) * factor
+            factor = factor / jnp.maximum(norm, RMS_FLOOR)
+        blocks.append(jnp.broadcast_to(jnp.asarray(factor, v.dtype), block.shape))
+    return lr_factor * join_blocks(blocks, view)

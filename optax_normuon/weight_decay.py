@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_normuon.layout import path_name
 from optax_normuon.multipliers import MultiplierTree, resolve_multipliers
-from optax_normuon.precision import as_schedule, cast_leaf, working_dtype
+from optax_normuon.parameters import check_leaves, require_params
+from optax_normuon.precision import as_schedule, working_dtype
 from optax_normuon.routing import LayoutTree, resolve_layouts
 
 
@@ -54,25 +54,16 @@ def add_cautious_weight_decay(
         return resolve_multipliers(wd_mul, params, views, what="wd_mul")
 
     def update(updates, state, params=None):
-        if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
+        require_params(params)
+        check_leaves(updates, params)
         factors = _multipliers(params)
 
         def decay(path, v, p):
             if v is None:
                 return None
-            if v.shape != p.shape:
-                raise ValueError(
-                    f"{path_name(path)}: the update has shape {v.shape}, the parameter {p.shape};"
-                    " pass the parameters that the gradients belong to."
-                )
-            dtype = working_dtype(v.dtype)
-            v, p = v.astype(dtype), cast_leaf(p, dtype)
-            amount = jnp.asarray(schedule(state.count), dtype) * factors.on(path, dtype)
-            decayed = amount * p
-            # The product v p could underflow to zero, which counts as agreement.
-            agrees = jnp.sign(v) * jnp.sign(p) >= 0
-            return v + (jnp.where(agrees, decayed, 0) if cautious else decayed)
+            v = v.astype(working_dtype(v.dtype))
+            amount = jnp.asarray(schedule(state.count), v.dtype) * factors.on(path, v.dtype)
+            return v + decay_term(v, p.astype(v.dtype), amount, cautious=cautious)
 
         updates = jax.tree_util.tree_map_with_path(
             decay, updates, params, is_leaf=lambda leaf: leaf is None
@@ -80,3 +71,10 @@ def add_cautious_weight_decay(
         return updates, WeightDecayState(optax.safe_increment(state.count))
 
     return optax.GradientTransformation(init, update)
+
+
+def decay_term(v, p, amount, *, cautious: bool):
+    """amount [v p >= 0] p, or amount p; all of one dtype."""
+    decayed = amount * p
+    # Not v * p >= 0: the product can underflow to zero, which counts as agreement.
+    return jnp.where(jnp.sign(v) * jnp.sign(p) >= 0, decayed, 0) if cautious else decayed

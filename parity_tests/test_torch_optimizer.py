@@ -133,7 +133,7 @@ def test_parameters_without_gradient_are_skipped():
     assert idle not in optimizer.state
 
 
-@pytest.mark.parametrize("shape", [(0, 4, 6), (0, 6), (4, 0)])
+@pytest.mark.parametrize("shape", [(0, 4, 6), (4, 0)])
 def test_parameters_without_entries_pass(shape):
     param = torch.nn.Parameter(torch.empty(shape))
     param.grad = torch.empty(shape)

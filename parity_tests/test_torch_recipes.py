@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normuon_core import RECIPES, MatrixLayout
+from normuon_core import RECIPES, Decay, MatrixLayout
 from parity_tests import oracle
 from parity_tests.torch_driver import run_torch
 from parity_tests.traces import GOLDEN, load_trace
@@ -137,11 +137,17 @@ def test_every_layout_follows_the_oracle(case, recipe):
     check_against_oracle(recipe, layout, shape)
 
 
-@pytest.mark.parametrize("recipe", ["normuon", "normuon_2026_08", "normuon_official"])
+CAUTIOUS_OUTSIDE = dataclasses.replace(RECIPES["normuon"], decay=Decay(inside_scale=False))
+
+
+# A rate of zero shows that the mask looks at the update before its scale.
+@pytest.mark.parametrize(
+    "recipe", ["normuon", "normuon_2026_08", "normuon_official", CAUTIOUS_OUTSIDE]
+)
 @pytest.mark.parametrize("array", [np.asarray, torch.tensor], ids=["numpy", "torch"])
 def test_multipliers_act_on_their_own_matrix(recipe, array):
-    lr_mul, wd_mul = array([[1.0, 2.0, 0.5]]), array([[1.0, 0.0, 3.0], [2.0, 1.0, 1.0]])
-    check_against_oracle(recipe, OUT_IN, (2, 3, 4, 5), lr_mul=lr_mul, wd_mul=wd_mul)
+    lr_mul, wd_mul = array([[1.0, 0.3, 0.0]]), array([[1.0, 0.0, 3.0], [2.0, 1.0, 1.0]])
+    check_against_oracle(recipe, OUT_IN, (2, 3, 5, 4), lr_mul=lr_mul, wd_mul=wd_mul)
 
 
 VARIANTS = {

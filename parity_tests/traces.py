@@ -1,7 +1,7 @@
 """Golden traces: what the original implementations did, read as public keywords and layouts.
 
 `golden/README.md` says how a trace is laid out. Everything dialect-specific about reading one is
-here; the drivers in `drivers.py` see only recipes, layouts and multipliers.
+here; the drivers (`jax_driver.py`, `torch_driver.py`) see only recipes, layouts and multipliers.
 """
 
 import dataclasses

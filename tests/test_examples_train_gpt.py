@@ -26,7 +26,9 @@ def invoke(*arguments):
     app = typer.Typer()
     app.command()(main)
     sizes = [f"--{name}={size}" for name, size in TINY.items()]
-    result = CliRunner().invoke(app, ["--corpus", SMALL_CORPUS, *sizes, *arguments])
+    arguments = ["--corpus", SMALL_CORPUS, *sizes, *arguments]
+    with jax.numpy_dtype_promotion("standard"):  # Optax's AdamW promotes its step count
+        result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     return result.exit_code, Text.from_ansi(result.output).plain
 
 
@@ -95,7 +97,7 @@ def test_the_learning_rate_warms_up_stays_and_decays_to_zero():
     values = np.asarray(jax.vmap(rate)(jnp.arange(101))).tolist()
     assert values[0] == pytest.approx(2.0 / 5)
     assert values[4:40] == pytest.approx([2.0] * 36)
-    assert values[99] == pytest.approx(2.0 / 60)
+    assert values[99] == pytest.approx(2.0 / 60, rel=1e-4)
     assert values[100] == 0.0
 
 

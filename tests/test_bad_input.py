@@ -1,0 +1,169 @@
+"""What bad input gets: an error at the door that names the leaf, the value and the remedy."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from normuon_core.recipes import RECIPES
+from optax_normuon import (
+    MatrixLayout,
+    add_cautious_weight_decay,
+    layout_by_path,
+    muon,
+    normalize_neurons,
+    normuon,
+    orthogonalize,
+    polar_factor,
+    scale_by_shape,
+)
+
+OPTAX_MESSAGE = "You are using a transformation that requires the current value of parameters"
+KERNEL = {"mlp": {"kernel": jnp.ones((4, 6))}}
+
+
+def init(params=None, **keywords):
+    return normuon(0.1, **keywords).init(KERNEL if params is None else params)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (MatrixLayout(0, 0), r"mlp/kernel: .*reduction_axis=0 .*output_axis=0 overlap.*one side only"),
+        (MatrixLayout((0, 1), -1), r"mlp/kernel: .*overlap on shape \(4, 6\)"),
+        (MatrixLayout(0, 2), r"mlp/kernel: .*output_axis=2 runs past the rank of shape \(4, 6\)"),
+        (MatrixLayout(-3, 1), r"mlp/kernel: .*reduction_axis=-3 runs past.*from -2 to 1"),
+        (MatrixLayout((), 1), r"mlp/kernel: .*reduction_axis is empty"),
+        (MatrixLayout(0, 1, (2, 3)), r"mlp/kernel: output_splits=\(2, 3\) sum to 5.*6 neurons"),
+        (MatrixLayout(0, 1, (6, 0)), r"mlp/kernel: output_splits=\(6, 0\).*positive sizes"),
+        ("rows", r"mlp/kernel: a layout must be a MatrixLayout.*got 'rows'"),
+    ],
+    ids=str,
+)
+def test_a_layout_that_does_not_fit_its_leaf(layout, message):
+    with pytest.raises(ValueError, match=message):
+        init(layout=layout)
+
+
+def test_a_layout_tree_that_does_not_match_the_parameters():
+    with pytest.raises(ValueError, match=r"layout does not match the parameters \(leaves: mlp/kernel"):
+        init(layout={"attention": MatrixLayout(0, 1)})
+
+
+def test_a_path_pattern_that_meets_no_leaf():
+    with pytest.raises(ValueError, match=r"'atention/\*' meets no leaf; the leaves are mlp/kernel"):
+        init(layout=layout_by_path({"atention/*": None}))
+
+
+@pytest.mark.parametrize(("name", "near"), [("normoun", "normuon"), ("moonligt", "moonlight")])
+def test_an_unknown_recipe_is_answered_with_the_nearest(name, near):
+    with pytest.raises(ValueError, match=f"unknown recipe '{name}'; did you mean '{near}'"):
+        normuon(0.1, recipe=name)
+
+
+def test_beta2_for_a_recipe_without_neuron_normalization():
+    with pytest.raises(ValueError, match=r"beta2=0.9 has no effect.*'normuon'"):
+        muon(0.1, beta2=0.9)
+
+
+@pytest.mark.parametrize("make", [lambda: normuon(0.1), lambda: add_cautious_weight_decay(0.1)])
+def test_missing_parameters_get_optaxs_own_message(make):
+    tx = make()
+    state = tx.init(KERNEL)
+    with pytest.raises(ValueError, match=OPTAX_MESSAGE):
+        tx.update(KERNEL, state)
+
+
+@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.int32])
+@pytest.mark.parametrize("shape", [(4, 6), (4,)])
+def test_a_complex_or_integer_leaf(dtype, shape):
+    params = {"mlp": {"kernel": jnp.ones((4, 6)), "phase": jnp.ones(shape, dtype)}}
+    name = jnp.dtype(dtype).name
+    with pytest.raises(TypeError, match=f"mlp/phase: dtype {name}.*optax.masked"):
+        init(params)
+
+
+def test_a_gradient_without_a_parameter():
+    tx = normuon(0.1)
+    state = tx.init(KERNEL)
+    with pytest.raises(ValueError, match="mlp/bias: a gradient without a parameter"):
+        tx.update({"mlp": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}}, state, KERNEL)
+
+
+def test_a_gradient_of_another_shape():
+    tx = normuon(0.1)
+    with pytest.raises(ValueError, match=r"mlp/kernel: .*shape \(6, 4\) .*shape \(4, 6\)"):
+        tx.update({"mlp": {"kernel": jnp.ones((6, 4))}}, tx.init(KERNEL), KERNEL)
+
+
+def test_triton_where_there_is_none():
+    with pytest.raises(ValueError, match=r"backend='triton' is not available.*'xla', 'auto'"):
+        normuon(0.1, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"algorithm": "grahm"}, r"algorithm='grahm' is unknown; use one of .*'gram'"),
+        ({"shape_scale": "spectrall"}, r"unknown shape scale 'spectrall'; did you mean 'spectral'"),
+        ({"max_stack_bytes": 0}, r"max_stack_bytes=0 must be positive"),
+    ],
+    ids=["algorithm", "shape_scale", "max_stack_bytes"],
+)
+def test_an_option_that_is_none(keywords, message):
+    with pytest.raises(ValueError, match=message):
+        init(**keywords)
+
+
+def test_an_integer_compute_dtype():
+    with pytest.raises(TypeError, match="compute_dtype=.*int32.*not real floating point"):
+        orthogonalize(compute_dtype=jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("lr_mul", "message"),
+    [
+        (np.ones(3), r"mlp/kernel: lr_mul has shape \(3,\), but .* has no batch axes"),
+        ({"attention": 2.0}, "lr_mul does not match the parameters"),
+    ],
+    ids=["shape", "tree"],
+)
+def test_a_multiplier_that_does_not_fit(lr_mul, message):
+    with pytest.raises(ValueError, match=message):
+        init(lr_mul=lr_mul)
+    with pytest.raises(ValueError, match=message):
+        scale_by_shape(lr_mul=lr_mul).init(KERNEL)
+
+
+def test_a_vector_has_no_polar_factor():
+    with pytest.raises(ValueError, match=r"got shape \(3,\)"):
+        polar_factor(jnp.ones(3))
+    with pytest.raises(TypeError, match="got int32"):
+        polar_factor(jnp.ones((3, 3), jnp.int32))
+
+
+def test_an_unknown_neuron_axis():
+    with pytest.raises(ValueError, match="axis='rows' is unknown"):
+        normalize_neurons(axis="rows")
+    recipe = RECIPES["normuon"]
+    stage = dataclasses.replace(recipe.neuron_norm, axis="rows")
+    with pytest.raises(ValueError, match="axis='rows' is unknown"):
+        normuon(0.1, recipe=dataclasses.replace(recipe, neuron_norm=stage))
+
+
+def test_an_orthogonalizer_that_changes_the_shape():
+    tx = normuon(0.1, orthogonalizer=lambda stack: stack[:, :2])
+    with pytest.raises(ValueError, match=r"orthogonalizer returned shape \(1, 2, 6\)"):
+        tx.update(KERNEL, tx.init(KERNEL), KERNEL)
+
+
+def test_a_zero_gradient_moves_nothing_but_still_decays():
+    params = {"kernel": jnp.asarray([[1.0, -2.0], [3.0, 0.5]])}
+    zeros = {"kernel": jnp.zeros((2, 2))}
+    still, decaying = (normuon(0.1, weight_decay=decay) for decay in (0.0, 0.5))
+    updates, _ = still.update(zeros, still.init(params), params)
+    np.testing.assert_array_equal(updates["kernel"], 0.0)
+    updates, _ = decaying.update(zeros, decaying.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -0.05 * params["kernel"], rtol=1e-6)

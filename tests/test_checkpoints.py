@@ -1,0 +1,99 @@
+"""Orbax saves parameters and optimizer state, and training goes on as if nothing had happened."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+from optax_normuon import STATIC_ARGS, MatrixLayout, normuon, with_bf16_remainder
+
+SHAPES = {"blocks": {"up": {"kernel": (3, 4, 8)}}, "dense": {"bias": (4,), "kernel": (8, 4)}}
+SPLIT = {
+    "blocks": MatrixLayout(-2, -1, output_splits=(4, 2, 2)),
+    "dense": {"bias": None, "kernel": MatrixLayout(0, 1)},
+}
+
+
+def draw(seed, dtype):
+    """A tree with a stack of three matrices, a matrix and a vector."""
+    random = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(random.normal(size=shape), dtype),
+        SHAPES,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def train(tx, params, state, seeds, dtype):
+    for seed in seeds:
+        updates, state = tx.update(draw(seed, dtype), state, params)
+        with jax.numpy_dtype_promotion("standard"):  # Optax adds a float32 update to a bf16 weight
+            params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def falling(count):
+    return 0.1 / (1 + count.astype(jnp.float32))
+
+
+OPTIMIZERS = {
+    "normuon": (normuon(falling, weight_decay=0.1), jnp.float32),
+    "clipped": (optax.chain(optax.clip_by_global_norm(1.0), normuon(falling)), jnp.float32),
+    "split": (normuon(falling, weight_decay=0.1, layout=SPLIT), jnp.float32),
+    "bf16": (normuon(falling), jnp.bfloat16),
+    "bf16 remainder": (with_bf16_remainder(normuon(falling, weight_decay=0.1)), jnp.bfloat16),
+    "bf16 remainder, split": (with_bf16_remainder(normuon(falling, layout=SPLIT)), jnp.bfloat16),
+    "injected": (
+        optax.inject_hyperparams(normuon, static_args=STATIC_ARGS)(falling, weight_decay=0.1),
+        jnp.float32,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_goes_on_bit_for_bit_after_a_restore(name, tmp_path):
+    tx, dtype = OPTIMIZERS[name]
+    start = draw(0, dtype)
+    params, state = train(tx, start, tx.init(start), (1, 2), dtype)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "step", (params, state))
+        checkpointer.wait_until_finished()
+        # What a new process knows: shapes and dtypes, from the same `init`.
+        target = jax.eval_shape(lambda: (start, tx.init(start)))
+        restored_params, restored = checkpointer.restore(tmp_path / "step", target)
+    chex.assert_trees_all_equal_structs(restored, state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(restored, state)
+    chex.assert_trees_all_equal((restored_params, restored), (params, state))
+    resumed = train(tx, restored_params, restored, (3, 4), dtype)
+    chex.assert_trees_all_equal(resumed, train(tx, params, state, (3, 4), dtype))
+    # A run that lost its state takes another way on every leaf.
+    forgetful, _ = train(tx, params, tx.init(params), (3, 4), dtype)
+    differ = jax.tree.map(lambda a, b: not jnp.array_equal(a, b), forgetful, resumed[0])
+    assert all(jax.tree.leaves(differ))
+
+
+def test_the_state_of_a_split_leaf_is_saved_one_array_a_block(tmp_path):
+    tx, dtype = OPTIMIZERS["split"]
+    params = draw(0, dtype)
+    _, state = train(tx, params, tx.init(params), (1,), dtype)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "step", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "step", jax.eval_shape(lambda: state))
+    blocks = optax.tree.get(restored, "second_moment")["blocks"]["up"]["kernel"]
+    assert [block.shape for block in blocks] == [(3, 1, 4), (3, 1, 2), (3, 1, 2)]
+    assert all(block.any() for block in blocks)
+
+
+def test_a_checkpoint_of_another_layout_is_refused(tmp_path):
+    tx, dtype = OPTIMIZERS["normuon"]
+    params = draw(0, dtype)
+    other, _ = OPTIMIZERS["split"]
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "step", tx.init(params))
+        checkpointer.wait_until_finished()
+        with pytest.raises(ValueError, match="second_moment|structure"):
+            checkpointer.restore(tmp_path / "step", jax.eval_shape(other.init, params))
