@@ -30,7 +30,10 @@ def steps_to_reach(run: Run, loss: float) -> float | None:
 
 def result_table(runs: Sequence[Run]) -> Table:
     """A row for each optimizer: mean and spread over its seeds."""
-    table = Table(title="Validation loss in nats a byte, at the end of the decay")
+    table = Table(
+        title="Validation loss in nats a byte, at the end of the decay",
+        caption="A run's seconds include compilation and evaluation, a step's milliseconds do not.",
+    )
     for heading in (
         "optimizer",
         "learning rate",

@@ -1,7 +1,8 @@
 """Trains a small GPT with AdamW, Muon and NorMuon from the same weights on the same batches.
 
-`python -m examples.train_gpt` takes two to three minutes on two CPU cores. On a GPU, say
-`--width 768 --depth 12 --heads 12 --context 1024 --batch 32 --steps 3000 --dtype bfloat16 --tune`.
+`python -m examples.train_gpt` takes about two minutes on two CPU cores. On a GPU try
+`--width 512 --depth 8 --heads 8 --context 512 --batch 64 --steps 2000 --dtype bfloat16`, with `--tune`
+first: the best learning rates change with model, batch and steps.
 """
 
 from collections.abc import Sequence

@@ -25,8 +25,8 @@ def pytest_generate_tests(metafunc):
 @pytest.mark.parametrize("run", [run_jax, run_torch, run_oracle], ids=["jax", "torch", "oracle"])
 @pytest.mark.usefixtures("x64")
 def test_the_original_is_reproduced(trace_path, run):
-    """Largest distance over the repository's traces: JAX 4.4e-13, torch 4.5e-13, oracle 4.0e-13;
-    on dion's split weights 1.7e-8 in all three (bound 1e-6)."""
+    """Largest distance over the repository's traces: 4.4e-13 in JAX, torch and oracle;
+    on dion's split weights 1.7e-8 (bound 1e-6)."""
     trace = load_trace(trace_path)
     for name, (params, momentum, second_moment) in run(trace).items():
         (weight,) = (weight for weight in trace.weights if weight.name == name)

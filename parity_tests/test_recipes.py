@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from normuon_core import RECIPES
@@ -32,7 +33,7 @@ def distances(actual, expected) -> dict[str, float]:
 @pytest.mark.parametrize("run", [run_jax, run_torch], ids=["jax", "torch"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_hard_gradients_agree_with_the_oracle(recipe, run):
-    """Largest distance: JAX 1.6e-13, torch 1.6e-13."""
+    """Largest distance: JAX 1.8e-13, torch 7.9e-14."""
     shapes = SHAPES if recipe == "normuon" else {name: SHAPES[name] for name in FEWER_SHAPES}
     trace = make_trace(recipe, shapes=shapes)
     found = distances(run(trace), run_oracle(trace))
@@ -89,3 +90,20 @@ def test_every_field_of_a_recipe_counts(variant, run):
     after = run_oracle(trace)
     assert max(infinity_distance(after[n].params, before[n].params) for n in shapes) > 100 * BOUND
     assert max(distances(run(trace), after).values()) <= BOUND
+
+
+@pytest.mark.parametrize("run", [run_jax, run_torch], ids=["jax", "torch"])
+@pytest.mark.parametrize("inside_scale", [True, False])
+@pytest.mark.parametrize("rule", ["rms", "spectral"])
+def test_mask_and_rms_norm_are_the_directions_own(rule, inside_scale, run):
+    """Not those of the decayed or scaled update: a rate multiplier of 0 or -1 leaves the mask."""
+    decay = dataclasses.replace(NORMUON.decay, inside_scale=inside_scale)
+    recipe = dataclasses.replace(NORMUON, decay=decay, shape_scale=rule)
+    made = make_trace(recipe, shapes={name: SHAPES[name] for name in ("split", "stack")}, steps=3)
+    split, stack = made.weights
+    weights = (
+        dataclasses.replace(split, lr_mul=0.0),
+        dataclasses.replace(stack, lr_mul=np.array([1.0, 0.0, -1.0])),
+    )
+    trace = dataclasses.replace(made, weights=weights)
+    assert max(distances(run(trace), run_oracle(trace)).values()) <= BOUND

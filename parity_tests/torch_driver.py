@@ -1,70 +1,61 @@
-"""Runs a golden trace's weight through `torch_ref.NorMuon`, in one dtype throughout."""
-
-from dataclasses import dataclass
+"""The weights of a trace through `torch_ref.NorMuon`."""
 
 import numpy as np
 import torch
 
-from parity_tests.traces import Trace, Weight
+from parity_tests.traces import Trace
+from parity_tests.trajectory import Trajectory
 from torch_ref import NorMuon
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a run leaves behind, in float64.
-
-    Attributes:
-      params: (T + 1, *shape), the first as given.
-      momentum: (T, *shape), after each step.
-      second_moment: by step from 1, in the weight's rank (blocks of a split joined flat); empty
-        without neuron normalization.
-    """
-
-    params: np.ndarray
-    momentum: np.ndarray
-    second_moment: dict[int, np.ndarray]
-
-
 def run_torch(
-    weight: Weight, trace: Trace, *, dtype: torch.dtype = torch.float64, **keywords
-) -> Run:
-    """Every step of a trace on one of its weights.
+    trace: Trace, *, dtype: torch.dtype = torch.float64, compute_dtype: torch.dtype | None = None
+) -> dict[str, Trajectory]:
+    """Trains every weight of the trace on its gradients, learning rates and momenta, by name.
 
     Args:
-      weight, trace: what to run, see `parity_tests.traces`.
-      dtype: of parameters, gradients and, unless `keywords` say otherwise, the computation.
-      **keywords: for `NorMuon`.
+      dtype: of parameters and gradients. compute_dtype: None is `dtype`.
     """
-    param = torch.nn.Parameter(torch.tensor(weight.params[0], dtype=dtype))
+    params = [torch.nn.Parameter(torch.tensor(w.params[0], dtype=dtype)) for w in trace.weights]
+    groups = [
+        {
+            "params": [param],
+            "recipe": weight.recipe,
+            "layout": weight.layout,
+            "lr_mul": weight.lr_mul,
+            "wd_mul": weight.wd_mul,
+        }
+        for param, weight in zip(params, trace.weights, strict=True)
+    ]
     optimizer = NorMuon(
-        [param],
-        lr=0.0,
-        recipe=weight.recipe,
-        weight_decay=trace.weight_decay,
-        layout=weight.layout,
-        lr_mul=weight.lr_mul,
-        wd_mul=weight.wd_mul,
-        **{"compute_dtype": dtype, **keywords},
+        groups, lr=0.0, weight_decay=trace.weight_decay, compute_dtype=compute_dtype or dtype
     )
-    params, momentum, second_moment = [_array(param)], [], {}
-    for index, gradient in enumerate(weight.grads):
-        param.grad = torch.tensor(gradient, dtype=dtype)
-        optimizer.param_groups[0]["lr"] = float(trace.lr[index])
-        optimizer.param_groups[0]["momentum"] = float(trace.mu[index])
+    history = [[_array(param)] for param in params]
+    moments: list[dict[int, np.ndarray]] = [{} for _ in params]
+    for t, (lr, mu) in enumerate(zip(trace.lr, trace.mu, strict=True)):
+        for group in optimizer.param_groups:
+            group.update(lr=float(lr), momentum=float(mu))
+        for param, weight in zip(params, trace.weights, strict=True):
+            param.grad = torch.tensor(weight.grads[t], dtype=dtype)
         optimizer.step()
-        state = optimizer.state[param]
-        params.append(_array(param))
-        momentum.append(_array(state["momentum"]))
-        if "second_moment" in state:
-            moments = state["second_moment"]
-            split = isinstance(moments, list)
-            second_moment[index + 1] = (
-                np.concatenate([_array(block).ravel() for block in moments])
-                if split
-                else _array(moments)
-            )
-    return Run(np.stack(params), np.stack(momentum), second_moment)
+        for param, steps, moment in zip(params, history, moments, strict=True):
+            steps.append(_array(param))
+            if "second_moment" in optimizer.state[param]:
+                moment[t + 1] = _flat(optimizer.state[param]["second_moment"])
+    return {
+        weight.name: Trajectory(
+            np.stack(steps), _array(optimizer.state[param]["momentum"]), moment
+        )
+        for weight, param, steps, moment in zip(
+            trace.weights, params, history, moments, strict=True
+        )
+    }
+
+
+def _flat(second_moment: torch.Tensor | list[torch.Tensor]) -> np.ndarray:
+    blocks = second_moment if isinstance(second_moment, list) else [second_moment]
+    return np.concatenate([_array(block).ravel() for block in blocks])
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().double().numpy().copy()
+    return tensor.detach().numpy().copy()

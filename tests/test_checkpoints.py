@@ -1,5 +1,7 @@
 """Orbax saves parameters and optimizer state, and training goes on as if nothing had happened."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ SPLIT = {
 }
 
 
-def draw(seed, dtype):
+def draw(seed, dtype) -> Any:
     """A tree with a stack of three matrices, a matrix and a vector."""
     random = np.random.default_rng(seed)
     return jax.tree.map(
@@ -27,27 +29,31 @@ def draw(seed, dtype):
     )
 
 
-def train(tx, params, state, seeds, dtype):
+def train(step, params, state, seeds, dtype) -> Any:
     for seed in seeds:
-        updates, state = tx.update(draw(seed, dtype), state, params)
+        updates, state = step(draw(seed, dtype), state, params)
         with jax.numpy_dtype_promotion("standard"):  # Optax adds a float32 update to a bf16 weight
             params = optax.apply_updates(params, updates)
     return params, state
 
 
-def falling(count):
-    return 0.1 / (1 + count.astype(jnp.float32))
+RATE = optax.linear_schedule(0.1, 0.0, 10)
 
-
+# A float32 iteration compiles in half the time of a bfloat16 one.
 OPTIMIZERS = {
-    "normuon": (normuon(falling, weight_decay=0.1), jnp.float32),
-    "clipped": (optax.chain(optax.clip_by_global_norm(1.0), normuon(falling)), jnp.float32),
-    "split": (normuon(falling, weight_decay=0.1, layout=SPLIT), jnp.float32),
-    "bf16": (normuon(falling), jnp.bfloat16),
-    "bf16 remainder": (with_bf16_remainder(normuon(falling, weight_decay=0.1)), jnp.bfloat16),
-    "bf16 remainder, split": (with_bf16_remainder(normuon(falling, layout=SPLIT)), jnp.bfloat16),
+    "chained": (
+        optax.chain(optax.clip_by_global_norm(1.0), normuon(RATE, compute_dtype=jnp.float32)),
+        jnp.float32,
+    ),
+    "split": (
+        normuon(RATE, weight_decay=0.1, layout=SPLIT, compute_dtype=jnp.float32),
+        jnp.float32,
+    ),
+    "bf16 remainder": (with_bf16_remainder(normuon(RATE, layout=SPLIT)), jnp.bfloat16),
     "injected": (
-        optax.inject_hyperparams(normuon, static_args=STATIC_ARGS)(falling, weight_decay=0.1),
+        optax.inject_hyperparams(normuon, static_args=STATIC_ARGS)(
+            RATE, weight_decay=0.1, compute_dtype=jnp.float32
+        ),
         jnp.float32,
     ),
 }
@@ -56,8 +62,8 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_goes_on_bit_for_bit_after_a_restore(name, tmp_path):
     tx, dtype = OPTIMIZERS[name]
-    start = draw(0, dtype)
-    params, state = train(tx, start, tx.init(start), (1, 2), dtype)
+    start, step = draw(0, dtype), jax.jit(tx.update)
+    params, state = train(step, start, tx.init(start), (1, 2), dtype)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "step", (params, state))
         checkpointer.wait_until_finished()
@@ -67,31 +73,30 @@ def test_training_goes_on_bit_for_bit_after_a_restore(name, tmp_path):
     chex.assert_trees_all_equal_structs(restored, state)
     chex.assert_trees_all_equal_shapes_and_dtypes(restored, state)
     chex.assert_trees_all_equal((restored_params, restored), (params, state))
-    resumed = train(tx, restored_params, restored, (3, 4), dtype)
-    chex.assert_trees_all_equal(resumed, train(tx, params, state, (3, 4), dtype))
+    resumed = train(step, restored_params, restored, (3, 4), dtype)
+    chex.assert_trees_all_equal(resumed, train(step, params, state, (3, 4), dtype))
     # A run that lost its state takes another way on every leaf.
-    forgetful, _ = train(tx, params, tx.init(params), (3, 4), dtype)
+    forgetful, _ = train(step, params, tx.init(params), (3, 4), dtype)
     differ = jax.tree.map(lambda a, b: not jnp.array_equal(a, b), forgetful, resumed[0])
     assert all(jax.tree.leaves(differ))
 
 
 def test_the_state_of_a_split_leaf_is_saved_one_array_a_block(tmp_path):
     tx, dtype = OPTIMIZERS["split"]
-    params = draw(0, dtype)
-    _, state = train(tx, params, tx.init(params), (1,), dtype)
+    state = jax.tree.map(jnp.ones_like, tx.init(draw(0, dtype)))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "step", state)
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "step", jax.eval_shape(lambda: state))
-    blocks = optax.tree.get(restored, "second_moment")["blocks"]["up"]["kernel"]
+    blocks: Any = optax.tree.get(restored, "second_moment")["blocks"]["up"]["kernel"]
     assert [block.shape for block in blocks] == [(3, 1, 4), (3, 1, 2), (3, 1, 2)]
-    assert all(block.any() for block in blocks)
+    assert all(block.all() for block in blocks)
 
 
 def test_a_checkpoint_of_another_layout_is_refused(tmp_path):
-    tx, dtype = OPTIMIZERS["normuon"]
+    tx, dtype = OPTIMIZERS["chained"]
     params = draw(0, dtype)
-    other, _ = OPTIMIZERS["split"]
+    other = optax.chain(optax.clip_by_global_norm(1.0), OPTIMIZERS["split"][0])
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "step", tx.init(params))
         checkpointer.wait_until_finished()

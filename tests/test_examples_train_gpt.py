@@ -13,11 +13,12 @@ from rich.text import Text
 from typer.testing import CliRunner
 
 from examples.comparison import steps_to_reach
-from examples.optimizers import OPTIMIZERS, Rates, decay_to_zero
+from examples.optimizers import Rates, decay_to_zero
 from examples.train_gpt import main
 from examples.training import Evaluation, Run
 
 SMALL_CORPUS = str(Path(asyncio.__file__).parent)
+NAMES = ("adamw", "normuon")
 TINY = dict(width=32, depth=1, heads=2, context=32, batch=8, steps=30)
 
 
@@ -35,7 +36,9 @@ def invoke(*arguments):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     output = tmp_path_factory.mktemp("out")
-    exit_code, printed = invoke("--output", str(output), "--seeds", "2")
+    exit_code, printed = invoke(
+        "--output", str(output), "--seeds", "2", "--optimizers", ",".join(NAMES)
+    )
     assert exit_code == 0, printed
     return printed, output
 
@@ -58,8 +61,8 @@ def test_it_prints_and_writes_tables_picture_and_csv(finished):
     printed, output = finished
     table = (output / "table.txt").read_text()
     for text in (printed, table):
-        assert all(name in text for name in OPTIMIZERS)
-        assert "normuon − muon" in text
+        assert all(name in text for name in NAMES)
+        assert "normuon − adamw" in text
     assert (output / "validation.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -69,12 +72,12 @@ def test_it_says_that_the_recorded_rates_belong_to_another_model(finished):
 
 def test_every_optimizer_starts_from_the_weights_of_the_seed(lines):
     for seed in (0, 1):
-        assert len({losses(lines, name, seed)[0] for name in OPTIMIZERS}) == 1
+        assert len({losses(lines, name, seed)[0] for name in NAMES}) == 1
     assert losses(lines, "adamw", 0)[0] != losses(lines, "adamw", 1)[0]
 
 
 def test_every_optimizer_learns(lines):
-    for name in OPTIMIZERS:
+    for name in NAMES:
         for seed in (0, 1):
             first, *_, last = losses(lines, name, seed)
             assert last < first - 1.0

@@ -6,6 +6,7 @@ Sizes differ from each other wherever they can, so that a swapped axis shows in 
 
 import contextlib
 import re
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -55,7 +56,7 @@ def reasons(params):
     return {path: row["why"] for path, row in rows(describe(params)).items()}
 
 
-def shapes(tree):
+def shapes(tree) -> Any:
     """Abstract float32 parameters from a tree of shapes."""
     return jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
@@ -64,7 +65,7 @@ def shapes(tree):
     )
 
 
-def leaf(path, shape):
+def leaf(path, shape) -> Any:
     """One leaf at `a/b/c`."""
     tree = shape
     for name in reversed(path.split("/")):
@@ -72,7 +73,7 @@ def leaf(path, shape):
     return shapes(tree)
 
 
-def linen(module, *inputs, **keywords):
+def linen(module, *inputs, **keywords) -> Any:
     """The abstract parameters of a Linen module."""
     inputs = [jax.ShapeDtypeStruct(x, jnp.float32) if isinstance(x, tuple) else x for x in inputs]
     # Flax adds biases to batches.
@@ -82,7 +83,7 @@ def linen(module, *inputs, **keywords):
         )["params"]
 
 
-def of_nnx(make):
+def of_nnx(make) -> Any:
     """The abstract parameters of an NNX module, from a function of its random streams."""
     return nnx.state(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param)
 
@@ -102,7 +103,11 @@ LINEN = {
     "1-D Conv": (nn.Conv(20, (3,)), SEQUENCE, {"kernel": "1 x (20, 36)", "bias": ADAMW}),
     "2-D Conv": (nn.Conv(20, (3, 3)), IMAGE, {"kernel": "1 x (20, 54)", "bias": ADAMW}),
     "1x1 Conv": (nn.Conv(20, (1, 1)), IMAGE, {"kernel": "1 x (20, 6)", "bias": ADAMW}),
-    "3-D Conv": (nn.Conv(20, (2, 2, 2)), (1, 4, 4, 4, 6), {"kernel": "1 x (20, 48)", "bias": ADAMW}),
+    "3-D Conv": (
+        nn.Conv(20, (2, 2, 2)),
+        (1, 4, 4, 4, 6),
+        {"kernel": "1 x (20, 48)", "bias": ADAMW},
+    ),
     "depthwise Conv": (
         nn.Conv(6, (3, 3), feature_group_count=6),
         IMAGE,
@@ -155,7 +160,10 @@ NNX = {
         lambda r: nnx.Einsum("bd,dhf->bhf", (12, 2, 4), (2, 4), rngs=r),
         {"kernel": "1 x (8, 12)", "bias": ADAMW},
     ),
-    "1-D Conv": (lambda r: nnx.Conv(12, 20, (3,), rngs=r), {"kernel": "1 x (20, 36)", "bias": ADAMW}),
+    "1-D Conv": (
+        lambda r: nnx.Conv(12, 20, (3,), rngs=r),
+        {"kernel": "1 x (20, 36)", "bias": ADAMW},
+    ),
     "2-D Conv": (
         lambda r: nnx.Conv(6, 20, (3, 3), rngs=r),
         {"kernel": "1 x (20, 54)", "bias": ADAMW},
@@ -276,7 +284,9 @@ class Transformer(nn.Module):
         embed = nn.Embed(30, 12)
         x = embed(tokens) + self.param("pos_embedding", nn.initializers.normal(), (1, 5, 12))
         if self.scanned:
-            stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+            stack = nn.scan(
+                Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+            )
             x, _ = stack(self.use_bias, name="blocks")(x, None)
         else:
             x, _ = Block(self.use_bias)(x)
@@ -520,7 +530,9 @@ def test_a_kernel_with_two_readings_is_refused_with_a_line_to_paste():
     params = shapes({"mixer": {"kernel": (3, 12, 20)}, "up": {"kernel": (12, 20)}})
     message, layout = ask(params)
     assert "mixer/kernel: shape (3, 12, 20)" in message
-    assert "3 linear layers, 12 in, 20 out: MatrixLayout(reduction_axis=-2, output_axis=-1)" in message
+    assert (
+        "3 linear layers, 12 in, 20 out: MatrixLayout(reduction_axis=-2, output_axis=-1)" in message
+    )
     assert "a 1-D convolution, 36 in, 20 out: MatrixLayout(reduction_axis=(-3, -2)" in message
     assert outcome(params, layout) == {"mixer/kernel": "3 x (20, 12)", "up/kernel": "1 x (20, 12)"}
     # Each reading that is printed is one that can be pasted.
@@ -529,7 +541,9 @@ def test_a_kernel_with_two_readings_is_refused_with_a_line_to_paste():
         (MatrixLayout(-3, (-2, -1)), "1 x (240, 3)"),
         (None, ADAMW),
     ]:
-        assert outcome(params, layout_by_path({"mixer/kernel": reading}))["mixer/kernel"] == expected
+        assert (
+            outcome(params, layout_by_path({"mixer/kernel": reading}))["mixer/kernel"] == expected
+        )
 
 
 AMBIGUOUS = {
@@ -598,7 +612,7 @@ def test_every_kernel_is_routed_or_asked_about_and_the_answer_is_taken(name, sha
 PARAMS = {"blocks": {"up": {"kernel": (3, 4, 8)}}, "dense": {"bias": (4,), "kernel": (8, 4)}}
 
 
-def draw(seed):
+def draw(seed) -> Any:
     random = np.random.default_rng(seed)
     return jax.tree.map(
         lambda shape: jnp.asarray(random.normal(size=shape), jnp.float32),
@@ -641,10 +655,15 @@ LAYOUTS = {
 }
 
 
-def step(layout):
+def one_step(tx, gradients, params) -> Any:
+    """Updates and state after the first step."""
+    return tx.update(gradients, tx.init(params), params)
+
+
+def step(layout) -> Any:
     params = draw(0)
     tx = normuon(0.1, weight_decay=0.1, layout=layout)
-    return tx.update(draw(1), tx.init(params), params)
+    return one_step(tx, draw(1), params)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
@@ -702,15 +721,21 @@ def test_a_pattern_that_meets_no_leaf_is_refused():
         normuon(0.1, layout=layout_by_path({"*/querry/kernel": None})).init(draw(0))
 
 
+ROWS: Any = {"blocks/*": "rows"}
+
+
 @pytest.mark.parametrize(
     ("layout", "complaint"),
     [
         ({"blocks": MatrixLayout(1, 2)}, "layout does not match the parameters"),
-        ({"blocks": MatrixLayout(1, 2), "dense": MatrixLayout(0, 1)}, "dense/bias: .*past the rank"),
+        (
+            {"blocks": MatrixLayout(1, 2), "dense": MatrixLayout(0, 1)},
+            "dense/bias: .*past the rank",
+        ),
         ({"blocks": MatrixLayout(1, 1), "dense": None}, "blocks/up/kernel: .*overlap"),
         ({"blocks": MatrixLayout(1, 2, (4, 3)), "dense": None}, "blocks/up/kernel: .*sum to 7"),
         ({"blocks": "rows", "dense": None}, "layout"),
-        (layout_by_path({"blocks/*": "rows"}), "blocks/up/kernel: a layout must be"),
+        (layout_by_path(ROWS), "blocks/up/kernel: a layout must be"),
     ],
     ids=["no prefix", "past the rank", "overlap", "splits", "no layout", "no layout by path"],
 )
@@ -730,7 +755,9 @@ def test_a_leaf_without_a_real_floating_dtype_is_refused_by_name(dtype):
 
 
 def test_describe_prints_the_scale_of_each_matrix():
-    params = shapes({"up": {"kernel": (12, 48)}, "down": {"kernel": (48, 12)}, "norm": {"scale": (12,)}})
+    params = shapes(
+        {"up": {"kernel": (12, 48)}, "down": {"kernel": (48, 12)}, "norm": {"scale": (12,)}}
+    )
     for rule, scales in [
         ("original", {"up/kernel": "2", "down/kernel": "1", "norm/scale": ""}),
         ("spectral", {"up/kernel": "2", "down/kernel": "0.5", "norm/scale": ""}),

@@ -1,5 +1,7 @@
 """Schedules against constants, and the multipliers of single leaves and single matrices."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,7 @@ LEAVES = [STACK, VECTOR, MATRIX]
 RATE_TWICE = [name for name, recipe in RECIPES.items() if recipe.decay.rate_power == 2]
 
 
-def draw(seed, dtype=jnp.float32):
+def draw(seed, dtype=jnp.float32) -> Any:
     """A tree with a stack of three matrices, a matrix and a vector."""
     random = np.random.default_rng(seed)
     return jax.tree.map(
@@ -34,13 +36,18 @@ def draw(seed, dtype=jnp.float32):
     )
 
 
-def at(tree, path):
+def at(tree: Any, path) -> Any:
     for key in path:
         tree = tree[key]
     return tree
 
 
-def run(tx, steps=3):
+def one_step(tx, gradients, params) -> Any:
+    """Updates and state after the first step."""
+    return tx.update(gradients, tx.init(params), params)
+
+
+def run(tx, steps=3) -> Any:
     """Parameters after some steps on fixed gradients, and the state."""
     params = draw(0)
     state = tx.init(params)
@@ -163,7 +170,7 @@ def test_a_rate_that_enters_twice_scales_the_decay_by_its_square(recipe):
     params = draw(0)
     nothing = optax.tree.zeros_like(params)
 
-    def decay(learning_rate, weight_decay=0.5):
+    def decay(learning_rate, weight_decay: Any = 0.5):
         tx = normuon(learning_rate, weight_decay=weight_decay, recipe=recipe, shape_scale="none")
         state = tx.init(params)
         first, state = tx.update(nothing, state, params)
@@ -175,7 +182,7 @@ def test_a_rate_that_enters_twice_scales_the_decay_by_its_square(recipe):
         chex.assert_trees_all_close(first, -0.2 * 0.2 * 0.5 * at(params, path), rtol=1e-5)
         chex.assert_trees_all_close(second, -0.1 * 0.1 * 0.5 * at(params, path), rtol=1e-5)
         once = normuon(0.2, weight_decay=0.5, shape_scale="none")
-        decayed, _ = once.update(nothing, once.init(params), params)
+        decayed, _ = one_step(once, nothing, params)
         chex.assert_trees_all_close(at(decayed, path), -0.2 * 0.5 * at(params, path), rtol=1e-5)
     chex.assert_trees_all_equal(decay(constant(0.2)), decay(0.2))
     chex.assert_trees_all_equal(decay(0.2, constant(0.5)), decay(0.2))
@@ -190,13 +197,11 @@ def test_adamw_has_the_learning_rate_until_it_is_given_its_own():
 
 
 def test_the_adamw_part_is_optax_adamw():
-    keywords = dict(b1=0.8, b2=0.9, eps=1e-6, weight_decay=0.3)
+    keywords: dict[str, Any] = dict(b1=0.8, b2=0.9, eps=1e-6, weight_decay=0.3)
     tx = optax.adamw(0.1, **keywords)
     with jax.numpy_dtype_promotion("standard"):  # Optax raises b1 to its integer step count
         whole, _ = run(tx)
-    mine, _ = run(
-        normuon(0.1, adam_b1=0.8, adam_b2=0.9, adam_eps=1e-6, adam_weight_decay=0.3)
-    )
+    mine, _ = run(normuon(0.1, adam_b1=0.8, adam_b2=0.9, adam_eps=1e-6, adam_weight_decay=0.3))
     chex.assert_trees_all_close(at(mine, VECTOR), at(whole, VECTOR), rtol=1e-6)
     assert not jnp.allclose(at(mine, MATRIX), at(whole, MATRIX), rtol=1e-2)
 
@@ -204,7 +209,7 @@ def test_the_adamw_part_is_optax_adamw():
 # Multipliers
 
 
-def scaled(updates, factors):
+def scaled(updates, factors) -> Any:
     """Each leaf's updates times its factor."""
     return jax.tree.map(lambda u, k: u * jnp.asarray(k, u.dtype), updates, factors)
 
@@ -232,7 +237,7 @@ MULTIPLIERS = {
 }
 
 
-def as_factors(values):
+def as_factors(values) -> Any:
     """One value a leaf, shaped to broadcast along the leaf."""
     stack, vector, matrix = (
         jnp.broadcast_to(jnp.asarray(value, jnp.float32), at(SHAPES, path))
@@ -241,10 +246,10 @@ def as_factors(values):
     return {"blocks": {"up": {"kernel": stack}}, "dense": {"bias": vector, "kernel": matrix}}
 
 
-def updates_with(**keywords):
+def updates_with(**keywords) -> Any:
     params = draw(0)
     tx = normuon(0.1, weight_decay=0.5, adam_weight_decay=0.5, **keywords)
-    return tx.update(draw(1), tx.init(params), params)[0]
+    return one_step(tx, draw(1), params)[0]
 
 
 @pytest.mark.parametrize("given", MULTIPLIERS.values(), ids=MULTIPLIERS.keys())
@@ -271,7 +276,7 @@ def test_a_decay_outside_the_scale_does_not_feel_lr_mul():
     params, nothing = draw(0), optax.tree.zeros_like(draw(0))
     for recipe, factor in (("normuon", 4.0), ("muon_keller", 1.0)):
         plain, slow = (
-            tx.update(nothing, tx.init(params), params)[0]
+            one_step(tx, nothing, params)[0]
             for tx in (
                 normuon(0.1, recipe=recipe, weight_decay=0.5),
                 normuon(0.1, recipe=recipe, weight_decay=0.5, lr_mul=4.0),
@@ -297,7 +302,9 @@ def test_a_leaf_with_lr_mul_zero_does_not_move(path):
 def test_one_matrix_of_a_stack_can_be_frozen():
     frozen = {"blocks": np.asarray([1.0, 0.0, 1.0], np.float32), "dense": None}
     start, (after, _) = draw(0), run(normuon(0.1, weight_decay=0.5, lr_mul=frozen))
-    moved = [not jnp.array_equal(*pair) for pair in zip(at(after, STACK), at(start, STACK), strict=True)]
+    moved = [
+        not jnp.array_equal(*pair) for pair in zip(at(after, STACK), at(start, STACK), strict=True)
+    ]
     assert moved == [True, False, True]
 
 
@@ -327,7 +334,7 @@ def test_a_decay_stage_alone_takes_wd_mul():
     params, updates = draw(0), draw(1)
     wd_mul = {"blocks": PER_MATRIX, "dense": {"bias": 0.0, "kernel": 2.0}}
     tx = add_cautious_weight_decay(0.5, cautious=False, wd_mul=wd_mul)
-    decayed, _ = tx.update(updates, tx.init(params), params)
+    decayed, _ = one_step(tx, updates, params)
     factors = as_factors([PER_MATRIX[:, None, None], 0.0, 2.0])
     want = optax.tree.add(updates, scaled(scaled(params, factors), as_factors([0.5] * 3)))
     chex.assert_trees_all_close(decayed, want, rtol=1e-6)

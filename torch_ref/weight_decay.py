@@ -35,6 +35,7 @@ def add_cautious_weight_decay(
     factor = rounded(weight_decay, update.dtype) * rounded_multiplier(wd_mul, update)
     decay = param * factor
     if cautious:
-        agrees = (update if direction is None else direction) * param >= 0
+        # Not the product's sign: it can underflow to zero, which counts as agreement.
+        agrees = (update if direction is None else direction).sign() * param.sign() >= 0
         decay = decay.masked_fill(~agrees, 0.0)
     return update + decay
