@@ -51,7 +51,7 @@ def test_fifty_steps_stay_together(recipe):
 
 def test_another_recipe_does_not():
     ours, _ = trajectories("normuon")
-    _, theirs = trajectories("normuon_2025_11")
+    _, theirs = trajectories("normuon_official")
     found = distances(ours, theirs)
     assert found["weights"] > 1000 * BOUNDS["weights"]
     assert found["momentum"] <= BOUNDS["momentum"]
