@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from normuon_core.polynomials import POLAR_EXPRESS, Coefficients
+from normuon_core.polynomials import (
+    MAX_GRAM_AMPLIFICATION,
+    POLAR_EXPRESS,
+    Coefficients,
+    gram_restarts_before,
+    last_amplification,
+)
 from normuon_core.recipes import EpsRule
 from optax_normuon.precision import working_dtype
 from optax_normuon.routing import LayoutTree
@@ -45,8 +51,8 @@ def polar_factor(
         float64). None is bfloat16, and float16 where the Gram form runs.
       algorithm: "gram" iterates on the Gram matrix alone (Dao-AILab/gram-newton-schulz), equal in
         exact arithmetic and cheaper where one side is long; float16 keeps its accuracy, bfloat16
-        does not. "auto" is "gram" on GPUs for sides in a ratio above 1.5 unless the compute dtype is
-        bfloat16, else "standard".
+        does not. "auto" is "gram" on GPUs for sides in a ratio above 1.5, unless the compute dtype is
+        bfloat16 or the polynomials amplify too much (`normuon_core.polynomials`), else "standard".
       backend: "xla", or "auto" for the best that is there.
 
     Returns:
@@ -139,7 +145,7 @@ def orthogonalization_stage(
         del params
         u = stack.values.astype(working_dtype(stack.values.dtype))
         x = _normalize(u, norm_scale, eps, eps_rule)
-        gram = _takes_gram(algorithm, x.shape, len(coefficients), compute_dtype)
+        gram = _takes_gram(algorithm, x.shape, coefficients, compute_dtype)
         dtype = compute_dtype or (jnp.float16 if gram else jnp.bfloat16)
         iterate = _gram_form if gram else _standard_form
         return MatrixStack(iterate(x, coefficients, jnp.dtype(dtype)), stack.output_axis), state
@@ -154,12 +160,18 @@ def _normalize(u, norm_scale: float, eps: float, eps_rule: EpsRule):
     return u / (jnp.maximum(norm, eps) if eps_rule == "max" else norm + eps)
 
 
-def _takes_gram(algorithm: Algorithm, shape, steps: int, compute_dtype) -> bool:
+def _takes_gram(algorithm: Algorithm, shape, coefficients: Coefficients, compute_dtype) -> bool:
     if algorithm != "auto":
         return algorithm == "gram"
-    accurate = compute_dtype is None or jnp.dtype(compute_dtype) != jnp.bfloat16
+    bf16 = compute_dtype is not None and jnp.dtype(compute_dtype) == jnp.bfloat16
     # float16 products are slow on CPUs and missing on TPUs.
-    return accurate and jax.default_backend() == "gpu" and _gram_saves(shape, steps)
+    on_gpu = jax.default_backend() == "gpu"
+    return (
+        on_gpu
+        and not bf16
+        and last_amplification(coefficients) <= MAX_GRAM_AMPLIFICATION
+        and _gram_saves(shape, len(coefficients))
+    )
 
 
 def _gram_saves(shape, steps: int) -> bool:
@@ -168,7 +180,7 @@ def _gram_saves(shape, steps: int) -> bool:
     Five steps, long side over short = ratio: 8 ratio + 28 against 20 ratio + 10, so above 1.5.
     """
     short, long = sorted(shape[-2:])
-    restarts = sum(map(_restarts_before, range(steps)))
+    restarts = sum(map(gram_restarts_before, range(steps)))
     carried = steps - 1 - restarts
     gram = 4 * (1 + restarts) * long + (2 * steps + 6 * carried) * short
     return gram < steps * (4 * long + 2 * short)
@@ -244,7 +256,7 @@ def _gram_form(x, coefficients: Coefficients, dtype):
     x = (x * x_scale).astype(dtype)
     q = gram = None
     for step, (a, b, c) in enumerate(coefficients):
-        if _restarts_before(step):
+        if gram_restarts_before(step):
             x, q = _apply(q, x), None
         if q is None:
             gram = _gram_matrix(x, gram_scale / x_scale**2)
@@ -253,15 +265,10 @@ def _gram_form(x, coefficients: Coefficients, dtype):
             q = _plus_identity(z, a, 1 / gram_scale)
         else:
             q = _product(q, z, scale=1 / gram_scale, addend=q, addend_scale=a)
-        if step + 1 < len(coefficients) and not _restarts_before(step + 1):
+        if step + 1 < len(coefficients) and not gram_restarts_before(step + 1):
             half = _product(gram, z, scale=1 / gram_scale, addend=gram, addend_scale=a)
             gram = _product(z, half, scale=1 / gram_scale, addend=half, addend_scale=a)
     return _apply(q, x, scale=1 / x_scale)
-
-
-def _restarts_before(step: int) -> bool:
-    """Before the third of five steps (Dao-AILab/gram-newton-schulz), and every third after it."""
-    return step % 3 == 2
 
 
 def _plus_identity(z, a: float, scale: float):

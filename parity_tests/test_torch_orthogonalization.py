@@ -110,7 +110,7 @@ def test_gram_form_restarts_in_polynomials_of_any_length():
 @pytest.mark.parametrize("restarts", [True, False])
 def test_restart_is_what_keeps_the_small_directions(monkeypatch, restarts):
     if not restarts:
-        monkeypatch.setattr(forms, "FIRST_RESTART", 99)
+        monkeypatch.setattr(forms, "gram_restarts_before", lambda step: False)
     x = torch.tensor(with_spectrum("log", 48, 192, 0), dtype=torch.float32)
     found = polar_factor(x, algorithm="gram", compute_dtype=torch.float16)
     wanted = oracle.polar_factor(x.double().numpy(), POLAR_EXPRESS)
@@ -198,11 +198,11 @@ def test_input_is_not_modified_and_any_leading_axes_pass():
 
 
 def test_auto_takes_the_gram_form_on_cuda_where_it_saves_operations():
-    def choice(rows, columns, device="cuda", compute_dtype=None):
+    def choice(rows, columns, device="cuda", compute_dtype=None, polar=POLAR_EXPRESS):
         return forms.choose_form(
             rows,
             columns,
-            steps=5,
+            coefficients=polar.coefficients,
             algorithm="auto",
             compute_dtype=compute_dtype,
             device=torch.device(device),
@@ -214,6 +214,7 @@ def test_auto_takes_the_gram_form_on_cuda_where_it_saves_operations():
     assert choice(100, 400, "cpu") == ("standard", torch.bfloat16)
     assert choice(100, 400, compute_dtype=torch.bfloat16) == ("standard", torch.bfloat16)
     assert choice(100, 400, compute_dtype=torch.float32) == ("gram", torch.float32)
+    assert choice(100, 400, polar=NEWTON_SCHULZ) == ("standard", torch.bfloat16)
 
 
 def test_no_coefficients_and_an_unknown_algorithm_raise():

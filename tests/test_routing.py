@@ -712,8 +712,17 @@ def test_layout_by_path_overrides_only_what_its_patterns_meet():
     }
     assert outcome(params, layout) == {**routed, **changed}
     assert all(routed[path] != cell for path, cell in changed.items())
-    why = rows(describe(params, layout))["lm_head/kernel"]["why"]
-    assert why == "layout given for lm_head/*"
+
+
+def test_describe_says_which_leaves_a_pattern_has_decided():
+    params = shapes({"up": {"kernel": (12, 20)}, "lm_head": {"kernel": (12, 30)}, "wpe": (5, 12)})
+    layout = layout_by_path({"lm_head/*": MatrixLayout(0, 1)})
+    table = rows(describe(params, layout))
+    assert {path: row["why"] for path, row in table.items()} == {
+        "lm_head/kernel": "layout given for lm_head/*",
+        "up/kernel": "a linear layer, 12 in, 20 out",
+        "wpe": "embedding",
+    }
 
 
 def test_a_pattern_that_meets_no_leaf_is_refused():

@@ -6,16 +6,17 @@ from typing import Literal, get_args
 import torch
 
 from normuon_core import POLYNOMIALS, Coefficients
+from normuon_core.polynomials import (
+    MAX_GRAM_AMPLIFICATION,
+    gram_restarts_before,
+    last_amplification,
+)
 from normuon_core.recipes import EpsRule
 from torch_ref.dtypes import working_dtype
 from torch_ref.norms import frobenius_norm
 from torch_ref.product import product
 
 Algorithm = Literal["standard", "gram", "auto"]
-
-FIRST_RESTART, RESTART_EVERY = 2, 3
-"""The Gram form starts afresh before its third step and every third one after."""
-
 
 def polar_factor(
     x: torch.Tensor,
@@ -44,7 +45,8 @@ def polar_factor(
         is max(norm_scale |x|, eps).
       compute_dtype: of the products; None is bfloat16, and float16 where the Gram form runs.
       algorithm: "standard", "gram", or "auto": the Gram form on CUDA devices where it takes fewer
-        operations, unless `compute_dtype` is bfloat16.
+        operations, unless `compute_dtype` is bfloat16 or the polynomials amplify too much
+        (`normuon_core.polynomials.MAX_GRAM_AMPLIFICATION`).
 
     Returns:
       (..., rows, columns) in the compute dtype. Zero for a zero matrix; NaN for one that holds a
@@ -61,7 +63,7 @@ def polar_factor(
     algorithm, compute_dtype = choose_form(
         rows,
         columns,
-        steps=len(coefficients),
+        coefficients=coefficients,
         algorithm=algorithm,
         compute_dtype=compute_dtype,
         device=x.device,
@@ -87,7 +89,7 @@ def choose_form(
     rows: int,
     columns: int,
     *,
-    steps: int,
+    coefficients: Coefficients,
     algorithm: Algorithm,
     compute_dtype: torch.dtype | None,
     device: torch.device,
@@ -99,8 +101,12 @@ def choose_form(
     """
     check_algorithm(algorithm)
     if algorithm == "auto":
-        worthwhile = device.type == "cuda" and compute_dtype != torch.bfloat16
-        algorithm = "gram" if worthwhile and _gram_saves(rows, columns, steps) else "standard"
+        accurate = (
+            compute_dtype != torch.bfloat16
+            and last_amplification(coefficients) <= MAX_GRAM_AMPLIFICATION
+        )
+        saves = device.type == "cuda" and _gram_saves(rows, columns, len(coefficients))
+        algorithm = "gram" if accurate and saves else "standard"
     if compute_dtype is None:
         compute_dtype = torch.float16 if algorithm == "gram" else torch.bfloat16
     return algorithm, compute_dtype
@@ -112,14 +118,10 @@ def _gram_saves(rows: int, columns: int, steps: int) -> bool:
     Five steps, long side over short side = ratio: 8 ratio + 28 against 20 ratio + 10.
     """
     ratio = max(rows, columns) / min(rows, columns)
-    restarts = sum(_restarts_before(step) for step in range(steps))
+    restarts = sum(gram_restarts_before(step) for step in range(steps))
     carried = steps - 1 - restarts
     gram = 4 * ratio * (1 + restarts) + 2 * steps + 2 * carried + 4 * carried
     return gram < steps * (4 * ratio + 2)
-
-
-def _restarts_before(step: int) -> bool:
-    return step >= FIRST_RESTART and (step - FIRST_RESTART) % RESTART_EVERY == 0
 
 
 def range_scales(rows: int, columns: int, compute_dtype: torch.dtype) -> tuple[float, float]:
@@ -165,7 +167,7 @@ def _gram_form(
         )
         if step == last:
             break
-        if _restarts_before(step + 1):
+        if gram_restarts_before(step + 1):
             x, q = _on_short_side(q, x), None
             gram = _gram(x, alpha=gram_scale / x_scale**2)
         else:

@@ -47,7 +47,7 @@ class StackStages:
         _, compute_dtype = choose_form(
             self.rows,
             self.columns,
-            steps=len(self.polar.coefficients),
+            coefficients=self.polar.coefficients,
             algorithm=self.algorithm,
             compute_dtype=self.compute_dtype,
             device=self.device,
