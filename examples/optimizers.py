@@ -71,7 +71,7 @@ def clipped(name: str, rates: Rates, steps: int) -> optax.GradientTransformation
 def _matrix_optimizer_keywords(rates: Rates, steps: int) -> dict:
     if rates.adam_learning_rate is None:
         raise ValueError(f"{rates} lacks the rate of the AdamW beside Muon or NorMuon.")
-    # CPUs multiply bfloat16 no faster than float32, and the casts come on top.
+    # On CPUs the update takes longer in bfloat16 than in float32: no faster products, more casts.
     on_cpu = jax.default_backend() == "cpu"
     return dict(
         learning_rate=decay_to_zero(rates.learning_rate, steps),

@@ -15,8 +15,8 @@ from examples.corpus import Corpus
 from examples.gpt import GPT, GPTConfig
 from examples.optimizers import Rates, clipped
 
-EVALUATIONS = 15  # a run, besides the one before the first step
-VALIDATION_BATCHES = 8  # the same ones for every run
+EVALUATIONS = 12  # a run, besides the one before the first step
+VALIDATION_BATCHES = 24  # the same ones for every run
 
 
 @dataclasses.dataclass(frozen=True)

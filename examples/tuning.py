@@ -95,8 +95,7 @@ def search(loss: Callable[[float], float], grid: Sequence[float]) -> float:
 
 
 def tune(corpus: Corpus, settings: Settings) -> Grid:
-    """Searches AdamW's rate first; then for Muon and for NorMuon the rate of the matrices with AdamW's
-    best beside it, and at that rate the one of the AdamW beside them."""
+    """Searches AdamW's rate first, then Muon's and NorMuon's together with the AdamW beside each."""
     points = []
 
     @functools.cache
@@ -107,10 +106,8 @@ def tune(corpus: Corpus, settings: Settings) -> Grid:
         return points[-1].rank
 
     adam = search(lambda rate: loss("adamw", Rates(rate)), ADAMW_GRID)
-    beside = (adam / 2, adam, adam * 2)
     for name in ("muon", "normuon"):
-        matrix = search(lambda rate, name=name: loss(name, Rates(rate, adam)), MATRIX_GRID)
-        search(lambda rate, name=name, matrix=matrix: loss(name, Rates(matrix, rate)), beside)
+        _search_both_rates(functools.partial(loss, name), adam)
     return Grid(
         settings=dataclasses.asdict(settings),
         seed=SEED,
@@ -126,6 +123,15 @@ def tune(corpus: Corpus, settings: Settings) -> Grid:
         },
         points=tuple(points),
     )
+
+
+def _search_both_rates(loss: Callable[[Rates], float], adam: float) -> None:
+    """The matrices' rate with AdamW's best beside it; the AdamW beside; the matrices' rate again, for
+    the two depend on each other."""
+    matrix = search(lambda rate: loss(Rates(rate, adam)), MATRIX_GRID)
+    # Embedding and head alone bear, and like, a higher rate than a whole model does.
+    beside = search(lambda rate: loss(Rates(matrix, rate)), (adam, 2 * adam, 4 * adam))
+    search(lambda rate: loss(Rates(rate, beside)), (matrix / 2, matrix, matrix * 2))
 
 
 def _flat(settings: dict) -> dict:

@@ -1,4 +1,4 @@
-"""What `optax_normuon` and `torch_ref` share: recipes, polynomials, layouts. Imports neither framework."""
+"""What `optax_normuon` and `torch_ref` share; imports neither framework."""
 
 from normuon_core.layout import MatrixLayout, MatrixView
 from normuon_core.polynomials import POLYNOMIALS, Coefficients, optimal_quintic, polar_express

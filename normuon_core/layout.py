@@ -31,9 +31,7 @@ class MatrixLayout:
 
     def __repr__(self) -> str:
         splits = "" if self.output_splits is None else f", output_splits={self.output_splits}"
-        return (
-            f"MatrixLayout(reduction_axis={self.reduction_axis}, output_axis={self.output_axis}{splits})"
-        )
+        return f"MatrixLayout(reduction_axis={self.reduction_axis}, output_axis={self.output_axis}{splits})"
 
     def on(self, shape: tuple[int, ...], name: str = "array") -> "MatrixView":
         """This layout on an array of `shape`; `name` is what an error calls the array.
@@ -72,7 +70,9 @@ def _positive(axes: Axes, shape: tuple[int, ...], name: str, side: str) -> tuple
     axes = (axes,) if isinstance(axes, int) else tuple(axes)
     rank = len(shape)
     if not axes:
-        raise ValueError(f"{name}: the layout's {side} is empty; a matrix needs an axis on each side.")
+        raise ValueError(
+            f"{name}: the layout's {side} is empty; a matrix needs an axis on each side."
+        )
     for axis in axes:
         if not -rank <= axis < rank:
             raise ValueError(

@@ -81,9 +81,7 @@ class Recipe:
     shape_scale: ShapeRule
     source: str
 
-    def override(
-        self, *, momentum=None, nesterov=None, beta2=None, shape_scale=None
-    ) -> "Recipe":
+    def override(self, *, momentum=None, nesterov=None, beta2=None, shape_scale=None) -> "Recipe":
         """The recipe with the fields that people tune replaced; None keeps the recipe's own.
 
         Raises:
@@ -183,9 +181,7 @@ RECIPES: dict[str, Recipe] = {
         "max_dim",
         "KellerJordan/modded-nanogpt, record 2024-10-10_Muon (it has no weight decay)",
     ),
-    "muon_keller": Recipe(
-        Momentum(), _NS5, None, _PLAIN, "original", "KellerJordan/Muon 857d1ad"
-    ),
+    "muon_keller": Recipe(Momentum(), _NS5, None, _PLAIN, "original", "KellerJordan/Muon 857d1ad"),
     "moonlight": Recipe(
         _HEAVY_BALL,
         _NS5,

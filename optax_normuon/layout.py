@@ -1,15 +1,17 @@
-"""Values that callers give by tree, by prefix or by callable, brought to the leaves by key path."""
+"""Which leaves of a tree are matrices, and how each holds them: the caller's layouts, resolved."""
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
+import jax.numpy as jnp
+import numpy as np
+from optax.contrib import MuonDimensionNumbers
 
 from normuon_core.layout import MatrixLayout, MatrixView
+from optax_normuon.paths import KeyPath, broadcast_prefix, named_leaves
+from optax_normuon.routing import Route, as_matrix_layout, route
 
-__all__ = ["KeyPath", "MatrixLayout", "Views", "broadcast_prefix", "named_leaves", "path_name"]
-
-KeyPath = tuple[Any, ...]
+LayoutTree = Any
+"""A `LeafLayout`, a tree or prefix tree of them, or a callable from the parameters to one."""
 
 
 class Views(dict[KeyPath, MatrixView]):
@@ -20,37 +22,59 @@ class Views(dict[KeyPath, MatrixView]):
     """
 
 
-def path_name(path: KeyPath) -> str:
-    """`blocks/0/attention/query/kernel`; the `value` that Flax NNX appends is left out."""
-    if len(path) > 1 and path[-1] in _NNX_VALUE:
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+def resolve_layouts(layout: LayoutTree | Views, params) -> Views:
+    """One `MatrixView` for each leaf that is a matrix; the leaves that are not are absent.
 
-
-_NNX_VALUE = (jax.tree_util.GetAttrKey("value"), jax.tree_util.GetAttrKey("raw_value"))
-
-
-def named_leaves(tree) -> list[tuple[KeyPath, str, Any]]:
-    """(path, name, leaf) of every leaf."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [(path, path_name(path), leaf) for path, leaf in leaves]
-
-
-def broadcast_prefix(
-    prefix, tree, *, is_leaf: Callable[[Any], bool], what: str
-) -> Mapping[KeyPath, Any]:
-    """The prefix's value for every leaf of `tree`, by key path.
+    Args:
+      layout: see `LayoutTree`; None at the root routes by path and shape, None at a leaf or subtree
+        leaves it to AdamW. `Views` are handed back as they are.
+      params: arrays or abstract arrays.
 
     Raises:
-      ValueError: `prefix` is no prefix of `tree`.
+      ValueError: a layout that does not fit its leaf or the tree, or (None at the root) a leaf that
+        can be read in two ways; TypeError: a complex or integer leaf. Each names the leaf.
     """
-    try:
-        values = jax.tree.broadcast(prefix, tree, is_leaf=is_leaf)
-    except (ValueError, TypeError) as error:
-        names = ", ".join(name for _, name, _ in named_leaves(tree)[:8])
-        raise ValueError(
-            f"{what} does not match the parameters (leaves: {names}): {error}. Give one value for"
-            " all, a tree with the parameters' structure, a prefix of it, or a callable of the"
-            " parameters."
-        ) from None
-    return dict(jax.tree_util.tree_flatten_with_path(values, is_leaf=is_leaf)[0])
+    if isinstance(layout, Views):
+        return layout
+    return Views(
+        {
+            path: found.layout.on(np.shape(leaf), name)
+            for (path, name, leaf), found in zip(
+                named_leaves(params), find_routes(layout, params).values(), strict=True
+            )
+            if found.layout is not None
+        }
+    )
+
+
+def find_routes(layout: LayoutTree, params) -> dict[KeyPath, Route]:
+    """In the leaves' order."""
+    leaves = named_leaves(params)
+    if not leaves:
+        return {}
+    for _, name, leaf in leaves:
+        _check_dtype(name, leaf)
+    if callable(layout):
+        layout = layout(params)
+    if layout is None:
+        return route(params)
+    given = broadcast_prefix(layout, params, is_leaf=_is_leaf_layout, what="layout")
+    return {
+        path: Route(None, "layout: None")
+        if given[path] is None
+        else Route(as_matrix_layout(name, given[path]), "layout given")
+        for path, name, _ in leaves
+    }
+
+
+def _is_leaf_layout(node) -> bool:
+    return node is None or isinstance(node, MatrixLayout | MuonDimensionNumbers)
+
+
+def _check_dtype(name: str, leaf) -> None:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise TypeError(
+            f"{name}: dtype {leaf.dtype} has no NorMuon or AdamW update; parameters must be real"
+            " floating point. Leave the leaf out with optax.masked, or split a complex one into its"
+            " real and imaginary parts."
+        )

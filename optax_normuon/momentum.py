@@ -1,11 +1,11 @@
 """Stage 1: the momentum of each leaf, whatever its shape."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from normuon_core.recipes import Momentum
 from optax_normuon.precision import as_schedule, lift, map_updates, working_dtype
@@ -14,8 +14,8 @@ from optax_normuon.precision import as_schedule, lift, map_updates, working_dtyp
 class MomentumState(NamedTuple):
     """`count`: steps done, int32. `momentum`: a tree like the parameters."""
 
-    count: jax.Array
-    momentum: optax.Updates
+    count: ArrayLike
+    momentum: Any
 
 
 def lerp_momentum(
@@ -134,7 +134,7 @@ def _momentum(accumulate, direction, momentum, momentum_dtype) -> optax.Gradient
             return accumulate(m.astype(g.dtype), g, jnp.asarray(mu, g.dtype))
 
         def direction_leaf(g, m):
-            return direction(m, g, jnp.asarray(mu, g.dtype), count.astype(g.dtype))
+            return direction(m, g, jnp.asarray(mu, g.dtype), jnp.asarray(count, g.dtype))
 
         accumulated = map_updates(accumulate_leaf, gradients, state.momentum)
         directions = map_updates(direction_leaf, gradients, accumulated)

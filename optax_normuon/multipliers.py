@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_normuon.layout import KeyPath, Views, broadcast_prefix, named_leaves
+from normuon_core.layout import MatrixView
+from optax_normuon.layout import Views
+from optax_normuon.paths import KeyPath, broadcast_prefix, named_leaves
 
 MultiplierTree = Any
 """None, a number, an array over a leaf's batch axes, a tree or prefix of them, or a callable to one."""
@@ -50,15 +52,15 @@ def _is_factor(node) -> bool:
     return node is None or isinstance(node, int | float | np.ndarray | np.generic | jax.Array)
 
 
-def _on_batch_axes(factor, shape, view, name, what):
+def _on_batch_axes(factor, shape, view: MatrixView | None, name: str, what: str):
     if np.ndim(factor) == 0:
         return float(factor) if isinstance(factor, int | float) else factor
-    batch_shape = () if view is None else view.batch_shape
-    if np.shape(factor) != batch_shape:
+    if view is None or np.shape(factor) != view.batch_shape:
+        batch_shape = () if view is None else view.batch_shape
         raise ValueError(
             f"{name}: {what} has shape {np.shape(factor)}, but the leaf of shape {shape} has"
-            f" {'no batch axes' if not batch_shape else f'batch axes of shape {batch_shape}'};"
+            f" {f'batch axes of shape {batch_shape}' if batch_shape else 'no batch axes'};"
             " give a number, or one number for each of its matrices."
         )
     ones = [size if axis in view.batch_axes else 1 for axis, size in enumerate(shape)]
-    return jnp.reshape(factor, ones)
+    return factor.reshape(ones)

@@ -1,21 +1,21 @@
 """Stage 3: NorMuon's second moment, one number a neuron."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from normuon_core.recipes import EpsRule, NeuronAxis
+from optax_normuon.layout import LayoutTree
 from optax_normuon.precision import working_dtype
-from optax_normuon.routing import LayoutTree
-from optax_normuon.stacking import MatrixStack, on_matrices
+from optax_normuon.stacking import MatrixStack, MatrixStage, on_matrices
 
 
 class NeuronNormState(NamedTuple):
     """`second_moment`: a tree like the parameters, float32 (float64 for float64), the reduced axes 1."""
 
-    second_moment: optax.Updates
+    second_moment: Any
 
 
 def normalize_neurons(
@@ -52,7 +52,7 @@ def normalize_neurons(
 
 def neuron_norm_stage(
     beta2, *, axis: NeuronAxis, eps: float, eps_rule: EpsRule, rescale: EpsRule | None
-) -> optax.GradientTransformation:
+) -> MatrixStage:
     """Stage 3 on a `MatrixStack`; arithmetic in float32 (float64 for float64), rounded once to the
     dtype of the values."""
     if axis not in ("output", "input", "longer"):
@@ -71,8 +71,7 @@ def neuron_norm_stage(
         shape[reduced_axis(stack)] = 1
         return NeuronNormState(jnp.zeros(shape, working_dtype(stack.values.dtype)))
 
-    def update(stack, state, params=None):
-        del params
+    def update(stack, state):
         reduced = reduced_axis(stack)
         count = stack.values.shape[reduced]
         v = stack.values.astype(working_dtype(stack.values.dtype))
@@ -89,4 +88,4 @@ def neuron_norm_stage(
         normalized = (v.astype(s.dtype) * t).astype(stack.values.dtype)
         return MatrixStack(normalized, stack.output_axis), NeuronNormState(s)
 
-    return optax.GradientTransformation(init, update)
+    return MatrixStage(init, update)

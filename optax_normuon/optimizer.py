@@ -10,16 +10,15 @@ from jax.typing import DTypeLike
 
 from normuon_core.recipes import Recipe, find_recipe
 from normuon_core.shape_rules import ShapeRule
-from optax_normuon.layout import Views
+from optax_normuon.layout import LayoutTree, Views, resolve_layouts
 from optax_normuon.momentum import momentum_stage
 from optax_normuon.multipliers import Multipliers, MultiplierTree, resolve_multipliers
 from optax_normuon.neuron_norm import neuron_norm_stage
 from optax_normuon.orthogonalization import Algorithm, Backend, orthogonalization_stage
 from optax_normuon.parameters import check_leaves, require_params
 from optax_normuon.precision import as_schedule, in_working_precision
-from optax_normuon.routing import LayoutTree, resolve_layouts
 from optax_normuon.shape_scaling import scale_by_shape, scale_factor
-from optax_normuon.stacking import MatrixStack, on_matrices
+from optax_normuon.stacking import MatrixStack, MatrixStage, chain_stages, on_matrices
 from optax_normuon.weight_decay import (
     WeightDecayState,
     add_cautious_weight_decay,
@@ -170,7 +169,9 @@ def normuon(
 
 
 @functools.wraps(normuon, assigned=("__annotations__",))
-def muon(learning_rate: optax.ScalarOrSchedule, **keywords) -> optax.GradientTransformationExtraArgs:
+def muon(
+    learning_rate: optax.ScalarOrSchedule, **keywords
+) -> optax.GradientTransformationExtraArgs:
     """Muon for the matrices of a model, AdamW for everything else: `normuon` with recipe "muon".
 
     Args:
@@ -242,24 +243,23 @@ def _direction(
     def direction(layout):
         return optax.chain(
             momentum,
-            on_matrices(optax.chain(*stages), layout=layout, max_stack_bytes=max_stack_bytes),
+            on_matrices(chain_stages(*stages), layout=layout, max_stack_bytes=max_stack_bytes),
         )
 
     return direction
 
 
-def _stage_of(orthogonalizer: Orthogonalizer) -> optax.GradientTransformation:
-    def apply(stack, params=None):
-        del params
+def _stage_of(orthogonalizer: Orthogonalizer) -> MatrixStage:
+    def update(stack, state):
         result = orthogonalizer(stack.values)
         if result.shape != stack.values.shape:
             raise ValueError(
                 f"orthogonalizer returned shape {result.shape} for a stack of shape"
                 f" {stack.values.shape}; it must keep (batch, rows, columns)."
             )
-        return MatrixStack(result, stack.output_axis)
+        return MatrixStack(result, stack.output_axis), state
 
-    return optax.stateless(apply)
+    return MatrixStage(lambda stack: optax.EmptyState(), update)
 
 
 def _decay_and_scale(

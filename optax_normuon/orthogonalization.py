@@ -16,9 +16,9 @@ from normuon_core.polynomials import (
     last_amplification,
 )
 from normuon_core.recipes import EpsRule
+from optax_normuon.layout import LayoutTree
 from optax_normuon.precision import working_dtype
-from optax_normuon.routing import LayoutTree
-from optax_normuon.stacking import MatrixStack, on_matrices
+from optax_normuon.stacking import MatrixStack, MatrixStage, on_matrices
 
 Algorithm = Literal["standard", "gram", "auto"]
 Backend = Literal["xla", "auto"]
@@ -124,7 +124,7 @@ def orthogonalization_stage(
     compute_dtype: DTypeLike | None,
     algorithm: Algorithm,
     backend: Backend,
-) -> optax.GradientTransformation:
+) -> MatrixStage:
     """Stage 2 on a `MatrixStack`: values of any floating dtype in, compute dtype out."""
     if not coefficients:
         raise ValueError("coefficients is empty; give one (a, b, c) a step, as in POLYNOMIALS.")
@@ -141,8 +141,7 @@ def orthogonalization_stage(
         del stack
         return optax.EmptyState()
 
-    def update(stack, state, params=None):
-        del params
+    def update(stack, state):
         u = stack.values.astype(working_dtype(stack.values.dtype))
         x = _normalize(u, norm_scale, eps, eps_rule)
         gram = _takes_gram(algorithm, x.shape, coefficients, compute_dtype)
@@ -150,7 +149,7 @@ def orthogonalization_stage(
         iterate = _gram_form if gram else _standard_form
         return MatrixStack(iterate(x, coefficients, jnp.dtype(dtype)), stack.output_axis), state
 
-    return optax.GradientTransformation(init, update)
+    return MatrixStage(init, update)
 
 
 def _normalize(u, norm_scale: float, eps: float, eps_rule: EpsRule):
@@ -186,7 +185,9 @@ def _gram_saves(shape, steps: int) -> bool:
     return gram < steps * (4 * long + 2 * short)
 
 
-def _product(a, b, *, scale=1.0, addend=None, addend_scale=1.0, transpose_a=False, transpose_b=False):
+def _product(
+    a, b, *, scale=1.0, addend=None, addend_scale=1.0, transpose_a=False, transpose_b=False
+):
     """scale * op(a) op(b) + addend_scale * addend: accumulated and finished in float32 (float64 for
     float64), rounded once to a's dtype."""
     accumulator = working_dtype(a.dtype)

@@ -2,7 +2,7 @@
 
 import optax
 
-from optax_normuon.layout import named_leaves
+from optax_normuon.paths import named_leaves
 
 
 def require_params(params) -> None:

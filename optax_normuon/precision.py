@@ -1,5 +1,7 @@
 """The working dtype: what elementwise arithmetic and optimizer state use, whatever the weights use."""
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,7 +16,7 @@ def working_dtype(dtype: DTypeLike) -> jnp.dtype:
 
 def as_schedule(value) -> optax.Schedule:
     """A number, a traced scalar or a schedule, as a schedule: one path for all three."""
-    return value if callable(value) else lambda count: value
+    return cast(optax.Schedule, value) if callable(value) else lambda count: value
 
 
 def cast_leaf(leaf, dtype: DTypeLike):

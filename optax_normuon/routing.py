@@ -12,17 +12,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from optax.contrib import MuonDimensionNumbers
 
 from normuon_core.layout import MatrixLayout
-from normuon_core.shape_rules import shape_factor
-from optax_normuon.layout import KeyPath, Views, broadcast_prefix, named_leaves
+from optax_normuon.paths import KeyPath, named_leaves
 
 LeafLayout = MatrixLayout | MuonDimensionNumbers | None
-LayoutTree = Any
-"""A `LeafLayout`, a tree or prefix tree of them, or a callable from the parameters to one."""
 
 _EMBEDDING = {"embed", "embedding", "embeddings", "embedder", "wte", "wpe", "vocab", "unembed"}
 _POSITION = {"pos", "position", "positional", "posembed"}
@@ -31,7 +27,7 @@ _NORM = {"norm", "layernorm", "rmsnorm", "batchnorm", "groupnorm", "instancenorm
 _VECTOR = {"bias", "scale", "gamma", "beta", "b"}
 _LINEAR = {"dense", "linear", "mlp", "ffn", "fc", "up", "down", "gate", "expert", "experts", "moe"}
 _CONV = {"conv", "convolution"}
-_QUERY, _ATTENTION_IN, _ATTENTION_OUT = {"query", "q"}, {"query", "key", "value", "q", "k", "v"}, {"out", "o"}
+_ATTENTION_IN, _ATTENTION_OUT = {"query", "key", "value", "q", "k", "v"}, {"out", "o"}
 _STACKED = {"scan", "stack", "stacked", "vmap"}
 
 
@@ -227,7 +223,9 @@ def route(params, overrides: Mapping[str, LeafLayout] | None = None) -> dict[Key
     overrides = overrides or {}
     tree = _Tree(params)
     unused = [
-        pattern for pattern in overrides if not any(fnmatch.fnmatch(n, pattern) for n in tree.shapes)
+        pattern
+        for pattern in overrides
+        if not any(fnmatch.fnmatch(n, pattern) for n in tree.shapes)
     ]
     if unused:
         raise ValueError(
@@ -241,7 +239,7 @@ def route(params, overrides: Mapping[str, LeafLayout] | None = None) -> dict[Key
             routes[path] = _route_leaf(name, tree)
         else:
             chosen = overrides[pattern]
-            layout = None if chosen is None else _as_matrix_layout(name, chosen)
+            layout = None if chosen is None else as_matrix_layout(name, chosen)
             routes[path] = Route(layout, f"layout given for {pattern}")
     return routes
 
@@ -266,108 +264,17 @@ def layout_by_path(overrides: Mapping[str, LeafLayout]) -> Callable[[Any], Any]:
     return layout
 
 
-def resolve_layouts(layout: LayoutTree | Views, params) -> Views:
-    """One `MatrixView` for each leaf that is a matrix; the leaves that are not are absent.
-
-    Args:
-      layout: see `LayoutTree`; None at the root routes by path and shape, None at a leaf or subtree
-        leaves it to AdamW. `Views` are handed back as they are.
-      params: arrays or abstract arrays.
-
-    Raises:
-      ValueError: a layout that does not fit its leaf or the tree, or (None at the root) a leaf that
-        can be read in two ways; TypeError: a complex or integer leaf. Each names the leaf.
-    """
-    if isinstance(layout, Views):
-        return layout
-    return Views(
-        {
-            path: found.layout.on(np.shape(leaf), name)
-            for (path, name, leaf), found in zip(
-                named_leaves(params), _routes(layout, params).values(), strict=True
-            )
-            if found.layout is not None
-        }
-    )
-
-
-def _routes(layout: LayoutTree, params) -> dict[KeyPath, Route]:
-    """In the leaves' order."""
-    leaves = named_leaves(params)
-    if not leaves:
-        return {}
-    for _, name, leaf in leaves:
-        _check_dtype(name, leaf)
-    if callable(layout):
-        layout = layout(params)
-    if layout is None:
-        return route(params)
-    given = broadcast_prefix(layout, params, is_leaf=_is_leaf_layout, what="layout")
-    return {
-        path: Route(None, "layout: None")
-        if given[path] is None
-        else Route(_as_matrix_layout(name, given[path]), "layout given")
-        for path, name, _ in leaves
-    }
-
-
-def _is_leaf_layout(node) -> bool:
-    return node is None or isinstance(node, MatrixLayout | MuonDimensionNumbers)
-
-
-def _as_matrix_layout(name: str, layout) -> MatrixLayout:
+def as_matrix_layout(name: str, layout) -> MatrixLayout:
+    """A leaf's layout as a `MatrixLayout`; `name` is what an error calls the leaf."""
     if isinstance(layout, MatrixLayout):
         return layout
     if isinstance(layout, MuonDimensionNumbers):
-        return MatrixLayout(*(axes if isinstance(axes, int) else tuple(axes) for axes in layout))
+        reduction, output = (
+            axes if isinstance(axes, int) else tuple(axes)
+            for axes in (layout.reduction_axis, layout.output_axis)
+        )
+        return MatrixLayout(reduction, output)
     raise ValueError(
         f"{name}: a layout must be a MatrixLayout, an optax.contrib.MuonDimensionNumbers or None"
         f" (AdamW), got {layout!r}."
-    )
-
-
-def _check_dtype(name: str, leaf) -> None:
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise TypeError(
-            f"{name}: dtype {leaf.dtype} has no NorMuon or AdamW update; parameters must be real"
-            " floating point. Leave the leaf out with optax.masked, or split a complex one into its"
-            " real and imaginary parts."
-        )
-
-
-def describe(params, layout: LayoutTree = None, *, shape_scale: str = "original") -> str:
-    """A table of what `normuon` would do with each leaf, to be printed and read before training.
-
-    Args:
-      params: arrays or abstract arrays.
-      layout: as for `normuon`.
-      shape_scale: the rule whose factors the `scale` column shows.
-
-    Returns:
-      One line a leaf: path, shape, matrices x (out, in), optimizer, scale, and why.
-
-    Raises:
-      ValueError, TypeError: as `normuon(...).init` would.
-    """
-    views = resolve_layouts(layout, params)
-    rows = [("path", "shape", "matrices x (out, in)", "optimizer", "scale", "why")]
-    for (path, name, leaf), found in zip(
-        named_leaves(params), _routes(layout, params).values(), strict=True
-    ):
-        shape = "x".join(map(str, np.shape(leaf))) or "()"
-        if path not in views:
-            rows.append((name, shape, "", "AdamW", "", found.why))
-            continue
-        view = views[path]
-        batch, inputs = view.stack_shape[0], view.inputs
-        matrices = [f"{batch} x ({size}, {inputs})" for size in view.output_sizes]
-        scales = [f"{shape_factor(shape_scale, size, inputs):.4g}" for size in view.output_sizes]
-        if shape_scale == "rms":
-            scales = ["rms"]
-        rows.append((name, shape, " + ".join(matrices), "NorMuon", ", ".join(scales), found.why))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, tuple("-" * width for width in widths))
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
     )

@@ -6,9 +6,9 @@ import optax
 
 from normuon_core.layout import MatrixView
 from normuon_core.shape_rules import RMS_FLOOR, ShapeRule, check_shape_rule, shape_factor
+from optax_normuon.layout import LayoutTree, resolve_layouts
 from optax_normuon.multipliers import MultiplierTree, resolve_multipliers
 from optax_normuon.precision import working_dtype
-from optax_normuon.routing import LayoutTree, resolve_layouts
 from optax_normuon.stacking import join_blocks, split_blocks
 
 
@@ -18,7 +18,7 @@ def scale_by_shape(
     lr_mul: MultiplierTree = None,
     layout: LayoutTree = None,
 ) -> optax.GradientTransformation:
-    """Multiplies every matrix by a factor of its shape (outputs r, inputs c), and every leaf by `lr_mul`.
+    """Multiplies each matrix by a factor of its shape (outputs r, inputs c), each leaf by `lr_mul`.
 
     | rule | factor | from |
     | --- | --- | --- |
@@ -26,7 +26,7 @@ def scale_by_shape(
     | `match_rms_adamw` | 0.2 sqrt(max(r, c)) | Moonlight: AdamW's learning rates carry over |
     | `spectral` | sqrt(r/c) | arXiv 2310.17813 |
     | `max_dim` | sqrt(max(r, c)) | modded-nanogpt, 2024-10 |
-    | `rms` | 0.2 sqrt(r c) / \\|v\\|_F | NorMuon's paper |
+    | `rms` | 0.2 sqrt(r c) / (Frobenius norm of v) | NorMuon's paper |
     | `none` | 1 | |
 
     Args:

@@ -5,15 +5,15 @@ Layouts, splits, grouping and memory live here; a stage on matrices does not kno
 
 import math
 from collections import defaultdict
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from normuon_core.layout import MatrixView
-from optax_normuon.layout import Views
-from optax_normuon.routing import LayoutTree, resolve_layouts
+from optax_normuon.layout import LayoutTree, Views, resolve_layouts
 
 DEFAULT_MAX_STACK_BYTES = 2**30
 
@@ -39,7 +39,34 @@ class MatrixStack:
 
     @classmethod
     def tree_unflatten(cls, output_axis, children):
-        return cls(*children, output_axis)
+        (values,) = children
+        return cls(values, output_axis)
+
+
+class MatrixStage(NamedTuple):
+    """What `optax.GradientTransformation` is for trees, for a `MatrixStack`.
+
+    Its state must start at zero and consist of arrays (batch, rows or 1, columns or 1).
+    """
+
+    init: Callable[[MatrixStack], Any]
+    update: Callable[[MatrixStack, Any], tuple[MatrixStack, Any]]
+
+
+def chain_stages(*stages: MatrixStage) -> MatrixStage:
+    """The stages one after the other; the state is the tuple of theirs."""
+
+    def init(stack):
+        return tuple(stage.init(stack) for stage in stages)
+
+    def update(stack, states):
+        new_states = []
+        for stage, state in zip(stages, states, strict=True):
+            stack, state = stage.update(stack, state)
+            new_states.append(state)
+        return stack, tuple(new_states)
+
+    return MatrixStage(init, update)
 
 
 class _Piece(NamedTuple):
@@ -52,24 +79,23 @@ class _Piece(NamedTuple):
 
 
 def on_matrices(
-    inner: optax.GradientTransformation,
+    inner: MatrixStage,
     *,
     layout: LayoutTree | Views = None,
     max_stack_bytes: int | None = None,
 ) -> optax.GradientTransformation:
-    """Runs `inner`, a transformation of a `MatrixStack`, on the matrices of a tree.
+    """Runs `inner` on the matrices of a tree.
 
     Matrices of one shape, orientation and dtype are stacked across leaves, and `inner` is called once
     for each stack. Leaves that are no matrices, and `None`, pass unchanged; results come back in the
     leaf's dtype.
 
-    `inner`'s state must start at zero and consist of arrays (batch, rows or 1, columns or 1). It is
-    kept leaf by leaf in trees like the parameters, each array of its leaf's rank with ones where a
-    side is reduced; a leaf with `output_splits` has a tuple of one array a block, and a leaf that is
-    no matrix an `optax.MaskedNode`.
+    `inner`'s state is kept leaf by leaf in trees like the parameters, each array of its leaf's rank
+    with ones where a side is reduced; a leaf with `output_splits` has a tuple of one array a block,
+    and a leaf that is no matrix an `optax.MaskedNode`.
 
     Args:
-      inner: one stage, or several joined by `optax.chain`.
+      inner: one stage, or several joined by `chain_stages`.
       layout: see `normuon`.
       max_stack_bytes: a ceiling for the working memory of one stack, estimated as four times the
         stack itself; stacks beyond it run one after the other. None is 1 GiB. A single matrix is
@@ -155,7 +181,11 @@ def as_stack(x, view: MatrixView):
     """A leaf, or a statistic of its rank, as (batch, rows, columns)."""
     ordered = x.transpose(view.order)
     batch, rows = len(view.batch_axes), len(view.row_axes)
-    sides = (ordered.shape[:batch], ordered.shape[batch : batch + rows], ordered.shape[batch + rows :])
+    sides = (
+        ordered.shape[:batch],
+        ordered.shape[batch : batch + rows],
+        ordered.shape[batch + rows :],
+    )
     return ordered.reshape([math.prod(side) for side in sides])
 
 

@@ -5,17 +5,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
+from optax_normuon.layout import LayoutTree, Views, resolve_layouts
 from optax_normuon.multipliers import MultiplierTree, resolve_multipliers
 from optax_normuon.parameters import check_leaves, require_params
 from optax_normuon.precision import as_schedule, working_dtype
-from optax_normuon.routing import LayoutTree, resolve_layouts
 
 
 class WeightDecayState(NamedTuple):
     """`count`: steps done, int32."""
 
-    count: jax.Array
+    count: ArrayLike
 
 
 def add_cautious_weight_decay(
@@ -50,7 +51,7 @@ def add_cautious_weight_decay(
         return WeightDecayState(jnp.zeros([], jnp.int32))
 
     def _multipliers(params):
-        views = resolve_layouts(layout, params) if wd_mul is not None else {}
+        views = resolve_layouts(layout, params) if wd_mul is not None else Views()
         return resolve_multipliers(wd_mul, params, views, what="wd_mul")
 
     def update(updates, state, params=None):

@@ -29,5 +29,7 @@ def largest_ulps(actual, expected) -> float:
     error of a sum is.
     """
     size = np.max(np.abs(expected), initial=0.0)
-    difference = np.max(np.abs(actual.astype(np.float64) - expected.astype(np.float64)), initial=0.0)
+    difference = np.max(
+        np.abs(actual.astype(np.float64) - expected.astype(np.float64)), initial=0.0
+    )
     return float(difference / np.spacing(size)) if difference > 0 else 0.0

@@ -112,7 +112,15 @@ class WeightState:
 
 
 def step_weight(
-    recipe: Recipe, layout: MatrixLayout, p, g, state: WeightState, *, lr_mul=1.0, wd_mul=1.0, **rates
+    recipe: Recipe,
+    layout: MatrixLayout,
+    p,
+    g,
+    state: WeightState,
+    *,
+    lr_mul=1.0,
+    wd_mul=1.0,
+    **rates,
 ):
     """`step` on every matrix of a weight; `lr_mul` and `wd_mul` are numbers or arrays over its batch."""
     as_matrices, as_weight = _matrices(p.shape, layout)

@@ -30,7 +30,9 @@ def trajectories(recipe):
 def distances(ours, theirs) -> dict[str, float]:
     pairs = [(ours[name], theirs[name]) for name in theirs]
     first = [[t.params[1] - t.params[0] for t in pair] for pair in pairs]
-    moments = [[t.second_moment[step] for t in pair] for pair in pairs for step in pair[1].second_moment]
+    moments = [
+        [t.second_moment[step] for t in pair] for pair in pairs for step in pair[1].second_moment
+    ]
     compared = {
         "first increment": first,
         "weights": [[t.params for t in pair] for pair in pairs],

@@ -33,7 +33,9 @@ def test_the_original_is_reproduced(trace_path, run):
         distances = {
             "weights": infinity_distance(params, weight.params),
             "increments": max(
-                infinity_distance(params[t + 1] - params[t], weight.params[t + 1] - weight.params[t])
+                infinity_distance(
+                    params[t + 1] - params[t], weight.params[t + 1] - weight.params[t]
+                )
                 for t in range(len(weight.grads))
             ),
         }

@@ -42,7 +42,9 @@ def torch_polar_factors(stack, dtype: str, algorithm: str):
 
 
 def median_error(factors, expected) -> float:
-    return float(np.median([frobenius_distance(f, e) for f, e in zip(factors, expected, strict=True)]))
+    return float(
+        np.median([frobenius_distance(f, e) for f, e in zip(factors, expected, strict=True)])
+    )
 
 
 def draw(spectrum: str, shape=SHAPE, draws: int = DRAWS) -> np.ndarray:
@@ -111,7 +113,9 @@ def test_bfloat16_loses_the_gram_form(factors):
     """Why "auto" takes the Gram form in float16 only: 8 times the error, 0.51 against 0.063."""
     stack = draw("log-spaced to 1e-9", draws=4)
     expected = [oracle.polar_factor(u, POLAR) for u in stack]
-    half, brain = (median_error(factors(stack, d, "gram"), expected) for d in ("float16", "bfloat16"))
+    half, brain = (
+        median_error(factors(stack, d, "gram"), expected) for d in ("float16", "bfloat16")
+    )
     assert brain > 4 * half
 
 

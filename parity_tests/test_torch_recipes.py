@@ -23,6 +23,7 @@ from torch_ref.stacking import (
 FLOAT64 = {"compute_dtype": torch.float64}
 SCHEDULE = [(0.02, 0.9), (0.05, 0.95), (0.01, 0.8)]
 
+
 def relative_error(found, wanted):
     found, wanted = np.ravel(found), np.ravel(wanted)
     return np.abs(found - wanted).max() / np.abs(wanted).max()

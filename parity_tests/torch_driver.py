@@ -43,9 +43,7 @@ def run_torch(
             if "second_moment" in optimizer.state[param]:
                 moment[t + 1] = _flat(optimizer.state[param]["second_moment"])
     return {
-        weight.name: Trajectory(
-            np.stack(steps), _array(optimizer.state[param]["momentum"]), moment
-        )
+        weight.name: Trajectory(np.stack(steps), _array(optimizer.state[param]["momentum"]), moment)
         for weight, param, steps, moment in zip(
             trace.weights, params, history, moments, strict=True
         )

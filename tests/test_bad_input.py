@@ -4,7 +4,6 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from normuon_core.recipes import RECIPES

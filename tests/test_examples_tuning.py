@@ -40,12 +40,18 @@ def test_the_search_ends_also_when_more_is_always_better():
 
 @pytest.fixture
 def grid(monkeypatch):
-    """A search whose runs are a formula: best at 0.004, at (0.02, 0.008), and diverged from 0.08."""
+    """A search whose runs are a formula, with (0.02, 0.008) as the best rates of Muon and NorMuon.
+
+    Beside 0.004 the best rate of the matrices would be 0.01; from 0.08 on a run diverges.
+    """
 
     def run(corpus, settings, *, optimizer, rates, seed):
-        loss = distance_from(0.004 if optimizer == "adamw" else 0.02)(rates.learning_rate)
-        if rates.adam_learning_rate is not None:
-            loss += distance_from(0.008)(rates.adam_learning_rate)
+        if optimizer == "adamw":
+            loss = distance_from(0.004)(rates.learning_rate)
+        else:
+            beside = rates.adam_learning_rate
+            loss = distance_from(2.5 * beside)(rates.learning_rate)
+            loss += 2 * distance_from(0.008)(beside)
         if rates.learning_rate >= 0.08:
             loss = math.nan
         return Run(optimizer, rates, seed, (Evaluation(0, None, loss),), 1.0, 0.1)

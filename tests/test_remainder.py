@@ -28,7 +28,8 @@ def both_runs():
 
     Update and apply_updates are compiled apart, as two programs that both round the update.
     """
-    inner = normuon(0.02, recipe="normuon_2026_08", weight_decay=1.2, layout={"w": MatrixLayout(-1, -2), "b": None})
+    layout = {"w": MatrixLayout(-1, -2), "b": None}
+    inner = normuon(0.02, recipe="normuon_2026_08", weight_decay=1.2, layout=layout)
     start = {"w": high_half(draw(0, 2, 6, 9)), "b": high_half(draw(1, 7))}
     gradients = [{"w": draw((2, t), 2, 6, 9), "b": draw((3, t), 7)} for t in range(STEPS)]
     apply = jax.jit(optax.apply_updates)

@@ -546,6 +546,16 @@ def test_a_kernel_with_two_readings_is_refused_with_a_line_to_paste():
         )
 
 
+@pytest.mark.parametrize("name", ["mixer[0]", "mixer*", "Mixer"])
+def test_the_line_to_paste_means_its_own_leaf_alone(name):
+    params = shapes({name: {"kernel": (3, 12, 20)}, "mixer0": {"conv": {"kernel": (3, 12, 20)}}})
+    _, layout = ask(params)
+    assert outcome(params, layout) == {
+        f"{name}/kernel": "3 x (20, 12)",
+        "mixer0/conv/kernel": "1 x (20, 36)",
+    }
+
+
 AMBIGUOUS = {
     "an unnamed stack": {"layers": {"wq": {"kernel": (3, 12, 8)}}},
     "square heads": {"q_proj": {"kernel": (8, 8, 8)}, "o_proj": {"kernel": (8, 8, 8)}},

@@ -18,6 +18,7 @@ from torch_ref.product import product
 
 Algorithm = Literal["standard", "gram", "auto"]
 
+
 def polar_factor(
     x: torch.Tensor,
     *,
