@@ -31,7 +31,8 @@ class MatrixLayout:
 
     def __repr__(self) -> str:
         splits = "" if self.output_splits is None else f", output_splits={self.output_splits}"
-        return f"MatrixLayout(reduction_axis={self.reduction_axis}, output_axis={self.output_axis}{splits})"
+        axes = f"reduction_axis={self.reduction_axis}, output_axis={self.output_axis}"
+        return f"MatrixLayout({axes}{splits})"
 
     def on(self, shape: tuple[int, ...], name: str = "array") -> "MatrixView":
         """This layout on an array of `shape`; `name` is what an error calls the array.

@@ -1,5 +1,6 @@
 """Which leaves of a tree are matrices, and how each holds them: the caller's layouts, resolved."""
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from normuon_core.layout import MatrixLayout, MatrixView
 from optax_normuon.paths import KeyPath, broadcast_prefix, named_leaves
-from optax_normuon.routing import Route, as_matrix_layout, route
+from optax_normuon.routing import NO_ENTRIES, LayoutByPath, Route, as_matrix_layout, route
 
 LayoutTree = Any
 """A `LeafLayout`, a tree or prefix tree of them, or a callable from the parameters to one."""
@@ -54,17 +55,21 @@ def find_routes(layout: LayoutTree, params) -> dict[KeyPath, Route]:
         return {}
     for _, name, leaf in leaves:
         _check_dtype(name, leaf)
+    if isinstance(layout, LayoutByPath):
+        return route(params, layout.overrides)
     if callable(layout):
         layout = layout(params)
     if layout is None:
         return route(params)
     given = broadcast_prefix(layout, params, is_leaf=_is_leaf_layout, what="layout")
-    return {
-        path: Route(None, "layout: None")
-        if given[path] is None
-        else Route(as_matrix_layout(name, given[path]), "layout given")
-        for path, name, _ in leaves
-    }
+    return {path: _given_route(name, np.shape(leaf), given[path]) for path, name, leaf in leaves}
+
+
+def _given_route(name: str, shape, layout) -> Route:
+    if layout is None:
+        return Route(None, "layout: None")
+    route = Route(as_matrix_layout(name, layout), "layout given")
+    return route if math.prod(shape) else NO_ENTRIES
 
 
 def _is_leaf_layout(node) -> bool:

@@ -34,10 +34,10 @@ def resolve_multipliers(
     if isinstance(multipliers, Multipliers):
         return multipliers
     leaves = named_leaves(params)
-    if callable(multipliers):
-        multipliers = multipliers(params)
     if multipliers is None or not leaves:
         return Multipliers()
+    if callable(multipliers):
+        multipliers = multipliers(params)
     given = broadcast_prefix(multipliers, params, is_leaf=_is_factor, what=what)
     return Multipliers(
         {

@@ -15,8 +15,8 @@ from optax_normuon.momentum import momentum_stage
 from optax_normuon.multipliers import Multipliers, MultiplierTree, resolve_multipliers
 from optax_normuon.neuron_norm import neuron_norm_stage
 from optax_normuon.orthogonalization import Algorithm, Backend, orthogonalization_stage
-from optax_normuon.parameters import check_leaves, require_params
-from optax_normuon.precision import as_schedule, in_working_precision
+from optax_normuon.parameters import require_params
+from optax_normuon.precision import as_schedule, in_working_precision, map_updates
 from optax_normuon.shape_scaling import scale_by_shape, scale_factor
 from optax_normuon.stacking import MatrixStack, MatrixStage, chain_stages, on_matrices
 from optax_normuon.weight_decay import (
@@ -162,7 +162,6 @@ def normuon(
 
     def update(updates, state, params=None, **extra_args):
         require_params(params)
-        check_leaves(updates, params)
         return partition(params).update(updates, state, params, **extra_args)
 
     return in_working_precision(optax.GradientTransformationExtraArgs(init, update))
@@ -294,12 +293,25 @@ def _decay_and_scale(
 
 
 def _scale_by_adam(b1, b2, eps) -> optax.GradientTransformation:
+    """`optax.scale_by_adam`, in which a parameter without gradient keeps its moments."""
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 
+    def where_given(updates, new, old):
+        return jax.tree.map(
+            lambda g, new, old: old if g is None else new,
+            *(updates, new, old),
+            is_leaf=lambda leaf: leaf is None,
+        )
+
     def update(updates, state, params=None):
+        given = where_given(updates, updates, jax.tree.map(jnp.zeros_like, state.mu))
         # Optax raises a float to its integer step count, which callers' strict promotion forbids.
         with jax.numpy_dtype_promotion("standard"):
-            return adam.update(updates, state, params)
+            directions, new = adam.update(given, state, params)
+        kept = new._replace(
+            mu=where_given(updates, new.mu, state.mu), nu=where_given(updates, new.nu, state.nu)
+        )
+        return map_updates(lambda _, direction: direction, updates, directions), kept
 
     return optax.GradientTransformation(adam.init, update)
 

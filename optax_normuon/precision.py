@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
+from optax_normuon.parameters import check_leaves
+
 
 def working_dtype(dtype: DTypeLike) -> jnp.dtype:
     """float32 for the floating dtypes narrower than it; every other dtype as it is."""
@@ -56,6 +58,8 @@ def in_working_precision(
         return inner.init(lift(params))
 
     def update(updates, state, params=None, **extra_args):
+        if params is not None:
+            check_leaves(updates, params)
         like = updates if params is None else params
         lifted = None if params is None else lift(params)
         # A gradient in another precision than its parameter's follows the parameter.

@@ -6,9 +6,11 @@ Where two readings are left, `route` raises and prints both: a guess would train
 """
 
 import fnmatch
+import glob
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -20,12 +22,19 @@ from optax_normuon.paths import KeyPath, named_leaves
 
 LeafLayout = MatrixLayout | MuonDimensionNumbers | None
 
-_EMBEDDING = {"embed", "embedding", "embeddings", "embedder", "wte", "wpe", "vocab", "unembed"}
-_POSITION = {"pos", "position", "positional", "posembed"}
-_HEAD = {"head", "logits", "classifier", "readout", "unembed"}
-_NORM = {"norm", "layernorm", "rmsnorm", "batchnorm", "groupnorm", "instancenorm", "ln", "bn"}
-_VECTOR = {"bias", "scale", "gamma", "beta", "b"}
-_LINEAR = {"dense", "linear", "mlp", "ffn", "fc", "up", "down", "gate", "expert", "experts", "moe"}
+_EMBEDDING = {
+    *("emb", "embed", "embedding", "embeddings", "embedder", "wte", "wpe", "vocab"),
+    *("unembed", "unembedding"),
+}
+_TABLE = {"pos", "position", "positional", "posembed", "token", "tokens", "cls"}
+_HEAD = {"head", "classifier", "readout"}
+_NORM = {
+    *("norm", "layernorm", "rmsnorm", "batchnorm", "groupnorm", "instancenorm", "ln", "bn"),
+}
+_VECTOR = {"bias", "scale", "gamma", "beta"}
+_LINEAR = {
+    *("dense", "linear", "mlp", "ffn", "fc", "up", "down", "gate", "expert", "experts", "moe"),
+}
 _CONV = {"conv", "convolution"}
 _ATTENTION_IN, _ATTENTION_OUT = {"query", "key", "value", "q", "k", "v"}, {"out", "o"}
 _STACKED = {"scan", "stack", "stacked", "vmap"}
@@ -45,6 +54,9 @@ class Route(NamedTuple):
 
     layout: MatrixLayout | None
     why: str
+
+
+NO_ENTRIES = Route(None, "no entries")
 
 
 def _words(part: str) -> list[str]:
@@ -116,45 +128,25 @@ class _Tree:
 def _route_leaf(name: str, tree: _Tree) -> Route:
     shape = tree.shapes[name]
     parts = name.split("/")
-    leaf_words = _words(parts[-1])
+    leaf = _words(parts[-1])
     parent = _words(parts[-2]) if len(parts) > 1 else []
     path_words = {word for part in parts for word in _words(part)}
     if len(shape) < 2:
         return Route(None, "no matrix")
-    if path_words & _EMBEDDING:
+    if math.prod(shape) == 0:
+        return NO_ENTRIES
+    if path_words & _EMBEDDING or set(leaf) & _TABLE:
         return Route(None, "embedding")
-    if set(leaf_words) & _POSITION:
-        return Route(None, "position embedding")
-    if (set(leaf_words[-1:]) | set(parent[-1:])) & _HEAD:
+    if "logits" in path_words or (set(leaf[-1:]) | set(parent[-1:])) & _HEAD:
         return Route(None, "output head")
-    if set(leaf_words[-1:]) & _VECTOR:
+    if set(leaf[-1:]) & _VECTOR or parts[-1] == "b":
         return Route(None, f"a stack of vectors: {parts[-1]}")
-    if set(parent) & _NORM and "kernel" not in leaf_words:
+    if set(leaf[-1:]) & _NORM or (set(parent) & _NORM and "kernel" not in leaf):
         return Route(None, "normalization")
-    if parts[-1] == "weight" and len(shape) == 2:
-        return _matrix_unless_vector(shape, MatrixLayout(-1, -2), "a weight (out, in)")
-    return _route_kernel(name, shape, parent, path_words, tree)
-
-
-def _route_kernel(name, shape, parent, path_words, tree) -> Route:
-    role = set(parent) - {"proj"}
-    if len(shape) == 2:
-        readings = [_linear(shape)]
-    elif role & _CONV:
-        readings = _convolutions(shape)
-        if not path_words & _STACKED and tree.beside(name, "bias") is None:
-            readings = readings[:1]
-    elif role and role <= _ATTENTION_IN:
-        heads = _outputs_merged(shape, "attention kernel")
-        readings = _fitting_attention(name, tree, [heads, _linear(shape)])
-    elif role and role <= _ATTENTION_OUT and _query_beside(name, tree) is not None:
-        heads = _inputs_merged(shape, 2, "attention output kernel")
-        readings = _fitting_attention(name, tree, [heads, _linear(shape)])
-    elif set(parent) & _LINEAR and "general" not in parent:
-        readings = [_linear(shape)]
+    if parts[-1] == "weight":
+        readings = _weight_readings(shape, parent)
     else:
-        readings = _all_readings(shape)
-    readings = _fitting_bias(readings, tree.beside(name, "bias"))
+        readings = _kernel_readings(name, shape, parent, path_words, tree)
     if len(readings) != 1:
         raise ValueError(_ambiguous(name, shape, readings))
     (reading,) = readings
@@ -163,17 +155,61 @@ def _route_kernel(name, shape, parent, path_words, tree) -> Route:
     return _matrix_unless_vector(shape, reading.layout, reading.meaning)
 
 
+def _weight_readings(shape, parent: list[str]) -> list[Reading]:
+    """`weight` is stored (out, in), as in Equinox and PyTorch."""
+    *batch, outputs, inputs = shape
+    kind = f"{math.prod(batch)} linear weights" if batch else "a linear weight"
+    stack = Reading(f"{kind}, {inputs} in, {outputs} out", MatrixLayout(-1, -2), (*batch, outputs))
+    if not batch:
+        return [stack]
+    outputs, *rest = shape
+    convolution = Reading(
+        f"a {len(shape) - 2}-D convolution weight, {math.prod(rest)} in, {outputs} out",
+        MatrixLayout(tuple(range(1, len(shape))), 0),
+        (outputs,),
+    )
+    if set(parent) & _CONV:
+        return [convolution]
+    return [stack] if set(parent) & _LINEAR else [stack, convolution]
+
+
+def _kernel_readings(name, shape, parent: list[str], path_words, tree: _Tree) -> list[Reading]:
+    """What the name suggests if the bias beside the kernel allows it, else whatever the bias does."""
+    if len(shape) == 2:
+        return [_linear(shape)]
+    bias = tree.beside(name, "bias")
+    suggested = _suggested_readings(name, shape, parent, path_words, tree)
+    if bias is None:
+        return suggested
+    for readings in (suggested, _all_readings(shape)):
+        fitting = [reading for reading in readings if reading.bias_shape == bias]
+        if fitting:
+            return fitting
+    return _all_readings(shape)
+
+
+def _suggested_readings(name, shape, parent, path_words, tree) -> list[Reading]:
+    role = set(parent) - {"proj"}
+    if role & _CONV:
+        readings = _convolutions(shape)
+        stacked = path_words & _STACKED or tree.beside(name, "bias") is not None
+        return readings if stacked else readings[:1]
+    if role and role <= _ATTENTION_IN:
+        heads = _outputs_merged(shape, "attention kernel")
+        return _fitting_attention(name, tree, [heads, _linear(shape)])
+    if role and role <= _ATTENTION_OUT and _query_beside(name, tree) is not None:
+        heads = _inputs_merged(shape, 2, "attention output kernel")
+        return _fitting_attention(name, tree, [heads, _linear(shape)])
+    if set(parent) & _LINEAR and "general" not in parent:
+        return [_linear(shape)]
+    return _all_readings(shape)
+
+
 def _matrix_unless_vector(shape, layout: MatrixLayout, why: str) -> Route:
     _, rows, columns = layout.on(shape).stack_shape
     if min(rows, columns) == 1:
         return Route(None, "a vector: one side is 1")
     return Route(layout, why)
-
-
-def _fitting_bias(readings: list[Reading], bias: tuple[int, ...] | None) -> list[Reading]:
-    """The readings that the bias beside the kernel allows; all where it is missing or fits none."""
-    fitting = [reading for reading in readings if reading.bias_shape == bias]
-    return fitting or readings
 
 
 def _query_beside(name: str, tree: _Tree) -> tuple[int, ...] | None:
@@ -204,7 +240,8 @@ def _ambiguous(name: str, shape, readings: list[Reading]) -> str:
     lines += [f"  {reading.meaning}: {reading.layout}" for reading in readings]
     lines += [
         "Say which, for example with",
-        f'  layout=optax_normuon.layout_by_path({{"{name}": optax_normuon.{readings[0].layout}}})',
+        f"  layout=optax_normuon.layout_by_path({{{glob.escape(name)!r}:"
+        f" optax_normuon.{readings[0].layout}}})",
         "or give None in the layout's place to leave the leaf to AdamW.",
     ]
     return "\n".join(lines)
@@ -225,7 +262,7 @@ def route(params, overrides: Mapping[str, LeafLayout] | None = None) -> dict[Key
     unused = [
         pattern
         for pattern in overrides
-        if not any(fnmatch.fnmatch(n, pattern) for n in tree.shapes)
+        if not any(fnmatch.fnmatchcase(n, pattern) for n in tree.shapes)
     ]
     if unused:
         raise ValueError(
@@ -234,7 +271,7 @@ def route(params, overrides: Mapping[str, LeafLayout] | None = None) -> dict[Key
         )
     routes = {}
     for path, name, _ in named_leaves(params):
-        pattern = next((p for p in overrides if fnmatch.fnmatch(name, p)), None)
+        pattern = next((p for p in overrides if fnmatch.fnmatchcase(name, p)), None)
         if pattern is None:
             routes[path] = _route_leaf(name, tree)
         else:
@@ -244,7 +281,19 @@ def route(params, overrides: Mapping[str, LeafLayout] | None = None) -> dict[Key
     return routes
 
 
-def layout_by_path(overrides: Mapping[str, LeafLayout]) -> Callable[[Any], Any]:
+@dataclass(frozen=True)
+class LayoutByPath:
+    """What `layout_by_path` returns: routing by path and shape, with overrides."""
+
+    overrides: Mapping[str, LeafLayout]
+
+    def __call__(self, params) -> Any:
+        """The tree of layouts, for composing layouts of one's own."""
+        routes = route(params, self.overrides)
+        return jax.tree_util.tree_map_with_path(lambda path, _: routes[path].layout, params)
+
+
+def layout_by_path(overrides: Mapping[str, LeafLayout]) -> LayoutByPath:
     """A layout that routes by path and shape except where a pattern says otherwise.
 
     Args:
@@ -256,12 +305,7 @@ def layout_by_path(overrides: Mapping[str, LeafLayout]) -> Callable[[Any], Any]:
 
     Example: `normuon(0.02, layout=layout_by_path({"*/conv/kernel": None}))`.
     """
-
-    def layout(params):
-        routes = route(params, overrides)
-        return jax.tree_util.tree_map_with_path(lambda path, _: routes[path].layout, params)
-
-    return layout
+    return LayoutByPath(dict(overrides))
 
 
 def as_matrix_layout(name: str, layout) -> MatrixLayout:

@@ -48,9 +48,9 @@ def scale_by_shape(
         return optax.EmptyState()
 
     def update(updates, state, params=None):
-        del params
-        views = resolve_layouts(layout, updates)
-        factors = resolve_multipliers(lr_mul, updates, views, what="lr_mul")
+        like = updates if params is None else params
+        views = resolve_layouts(layout, like)
+        factors = resolve_multipliers(lr_mul, like, views, what="lr_mul")
 
         def scale(path, v):
             if v is None:

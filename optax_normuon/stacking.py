@@ -136,8 +136,7 @@ def on_matrices(
         )
 
     def update(updates, state, params=None):
-        del params
-        found = resolve_layouts(layout, updates)
+        found = resolve_layouts(layout, updates if params is None else params)
         paths_and_leaves, tree = jax.tree_util.tree_flatten_with_path(
             updates, is_leaf=lambda leaf: leaf is None
         )

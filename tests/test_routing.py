@@ -560,7 +560,6 @@ AMBIGUOUS = {
     "an unnamed stack": {"layers": {"wq": {"kernel": (3, 12, 8)}}},
     "square heads": {"q_proj": {"kernel": (8, 8, 8)}, "o_proj": {"kernel": (8, 8, 8)}},
     "an attention kernel alone": {"query": {"kernel": (12, 2, 4)}},
-    "a 1x1 convolution as query": {"query": {"kernel": (1, 1, 12, 12), "bias": (12,)}},
     "a DenseGeneral without bias": {"DenseGeneral_0": {"kernel": (12, 2, 4)}},
     "a stacked convolution without bias": {"ScanBlock_0": {"conv": {"kernel": (3, 4, 6, 20)}}},
 }
