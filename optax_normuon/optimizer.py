@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -303,11 +304,11 @@ def _scale_by_adam(b1, b2, eps) -> optax.GradientTransformation:
             is_leaf=lambda leaf: leaf is None,
         )
 
-    def update(updates, state, params=None):
+    def update(updates, state: Any, params=None):
         given = where_given(updates, updates, jax.tree.map(jnp.zeros_like, state.mu))
         # Optax raises a float to its integer step count, which callers' strict promotion forbids.
         with jax.numpy_dtype_promotion("standard"):
-            directions, new = adam.update(given, state, params)
+            directions, new = cast(tuple[Any, Any], adam.update(given, state, params))
         kept = new._replace(
             mu=where_given(updates, new.mu, state.mu), nu=where_given(updates, new.nu, state.nu)
         )

@@ -6,13 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import DTypeLike
 
 import optax_normuon
 from parity_tests.traces import Trace, Weight
 from parity_tests.trajectory import Trajectory
 
 
-def run_jax(trace: Trace, *, dtype=np.float64, compute_dtype=None) -> dict[str, Trajectory]:
+def run_jax(
+    trace: Trace, *, dtype: DTypeLike = np.float64, compute_dtype: DTypeLike | None = None
+) -> dict[str, Trajectory]:
     """Trains every weight of the trace on its gradients, learning rates and momenta, by name.
 
     Args:

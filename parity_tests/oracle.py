@@ -6,6 +6,7 @@ applies it to every matrix that a layout finds in a weight.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -78,7 +79,16 @@ def shape_scale(rule: str, v: np.ndarray) -> float:
 
 
 def step(
-    recipe: Recipe, p, g, state: State, *, lr, weight_decay=0.0, mu=None, lr_mul=1.0, wd_mul=1.0
+    recipe: Recipe,
+    p,
+    g,
+    state: State,
+    *,
+    lr,
+    weight_decay=0.0,
+    mu=None,
+    lr_mul: Any = 1.0,
+    wd_mul: Any = 1.0,
 ):
     """One step of one (outputs, inputs) matrix: the new parameter; `state` changes in place.
 
@@ -118,8 +128,8 @@ def step_weight(
     g,
     state: WeightState,
     *,
-    lr_mul=1.0,
-    wd_mul=1.0,
+    lr_mul: Any = 1.0,
+    wd_mul: Any = 1.0,
     **rates,
 ):
     """`step` on every matrix of a weight; `lr_mul` and `wd_mul` are numbers or arrays over its batch."""

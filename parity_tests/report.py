@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import torch
 
 import optax_normuon
@@ -110,7 +111,7 @@ def _momentum(recipe: Recipe, dtype: str):
             **count,
         )
         yield np.asarray(ours), theirs.numpy()
-        yield np.asarray(state.momentum), kept.numpy()
+        yield np.asarray(optax.tree.get(state, "momentum")), kept.numpy()
 
 
 def _polar_factor(recipe: Recipe, dtype: str):

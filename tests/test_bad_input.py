@@ -30,7 +30,10 @@ def init(params=None, **keywords):
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        (MatrixLayout(0, 0), r"mlp/kernel: .*reduction_axis=0 .*output_axis=0 overlap.*one side only"),
+        (
+            MatrixLayout(0, 0),
+            r"mlp/kernel: .*reduction_axis=0 .*output_axis=0 overlap.*one side only",
+        ),
         (MatrixLayout((0, 1), -1), r"mlp/kernel: .*overlap on shape \(4, 6\)"),
         (MatrixLayout(0, 2), r"mlp/kernel: .*output_axis=2 runs past the rank of shape \(4, 6\)"),
         (MatrixLayout(-3, 1), r"mlp/kernel: .*reduction_axis=-3 runs past.*from -2 to 1"),
@@ -47,7 +50,9 @@ def test_a_layout_that_does_not_fit_its_leaf(layout, message):
 
 
 def test_a_layout_tree_that_does_not_match_the_parameters():
-    with pytest.raises(ValueError, match=r"layout does not match the parameters \(leaves: mlp/kernel"):
+    with pytest.raises(
+        ValueError, match=r"layout does not match the parameters \(leaves: mlp/kernel"
+    ):
         init(layout={"attention": MatrixLayout(0, 1)})
 
 

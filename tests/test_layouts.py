@@ -45,7 +45,9 @@ def concatenated(split, axis):
 def test_a_split_is_separate_parameters(recipe, out_first):
     """Grouped-query attention: 6 query, 4 key, 2 value neurons; in float32, to 2e-7 (measured)."""
     axis, layout = (0, MatrixLayout(1, 0)) if out_first else (1, MatrixLayout(0, 1))
-    shapes = {name: (n, 5) if out_first else (5, n) for name, n in zip("abc", (6, 4, 2), strict=True)}
+    shapes = {
+        name: (n, 5) if out_first else (5, n) for name, n in zip("abc", (6, 4, 2), strict=True)
+    }
     params = {name: draw(ord(name), *shape) for name, shape in shapes.items()}
     gradients = gradients_like(params, 0)
     tx_keywords = dict(recipe=recipe, weight_decay=0.1, compute_dtype=jnp.float32)

@@ -57,12 +57,16 @@ def test_the_transpose_has_the_transposed_factor(algorithm, seed):
 @given(seed=seeds, order=st.permutations(range(SHAPE[0])))
 def test_permuting_a_batch_permutes_the_factors(algorithm, seed, order):
     x = draw(seed)
-    chex.assert_trees_all_equal(factor(x[order, :, :], algorithm), factor(x, algorithm)[order, :, :])
+    chex.assert_trees_all_equal(
+        factor(x[order, :, :], algorithm), factor(x, algorithm)[order, :, :]
+    )
 
 
 @pytest.mark.parametrize("algorithm", FORMS)
 @exact
-@given(seed=seeds, where=st.integers(0, SHAPE[0] - 1), bad=st.sampled_from([np.nan, np.inf, -np.inf]))
+@given(
+    seed=seeds, where=st.integers(0, SHAPE[0] - 1), bad=st.sampled_from([np.nan, np.inf, -np.inf])
+)
 def test_a_bad_entry_reaches_only_its_own_matrix(algorithm, seed, where, bad):
     x = draw(seed)
     y = x.copy()

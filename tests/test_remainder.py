@@ -53,7 +53,9 @@ def both_runs():
 def test_the_joined_weight_is_the_float32_runs_bit_for_bit(both_runs):
     (params, state), (wide, _), (plain, _) = both_runs
     chex.assert_trees_all_equal(join(params, state.remainder), wide)
-    assert not np.array_equal(plain["w"].astype(jnp.float32), high_half(wide["w"]).astype(jnp.float32))
+    assert not np.array_equal(
+        plain["w"].astype(jnp.float32), high_half(wide["w"]).astype(jnp.float32)
+    )
 
 
 def test_the_parameter_is_the_high_half(both_runs):
@@ -99,7 +101,9 @@ def test_it_never_drifts_from_where_it_landed():
     params = jnp.ones(512, jnp.bfloat16)
     state = with_bf16_remainder(optax.identity()).init(params)
     for _ in range(20):
-        target = jnp.asarray(rng.standard_normal(512) * 2.0 ** rng.integers(-20, 20, 512), jnp.float32)
+        target = jnp.asarray(
+            rng.standard_normal(512) * 2.0 ** rng.integers(-20, 20, 512), jnp.float32
+        )
         with jax.numpy_dtype_promotion("standard"):
             updates, state = with_bf16_remainder(assign(target)).update(params, state, params)
             params = optax.apply_updates(params, updates)
@@ -118,5 +122,7 @@ def test_other_dtypes_pass_to_the_inner_transformation():
 
 def test_missing_parameters_get_optaxs_own_message():
     tx = with_bf16_remainder(optax.sgd(0.1))
-    with pytest.raises(ValueError, match="You are using a transformation that requires the current"):
+    with pytest.raises(
+        ValueError, match="You are using a transformation that requires the current"
+    ):
         tx.update(jnp.ones(2), tx.init(jnp.ones(2)))

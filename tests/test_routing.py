@@ -577,6 +577,7 @@ def test_what_path_and_shape_do_not_settle_is_asked(tree):
 CONTRADICTIONS = {
     # The bias beside the kernel is no stack, so the kernel is not one either.
     "a ConvTranspose named up": ({"up": {"kernel": (2, 2, 6, 20), "bias": (20,)}}, "1 x (20, 24)"),
+    "a 1x1 Conv named query": ({"query": {"kernel": (1, 1, 6, 20), "bias": (20,)}}, "1 x (20, 6)"),
     "a Conv named gate": ({"gate": {"kernel": (3, 12, 20), "bias": (20,)}}, "1 x (20, 36)"),
     # The scanned axis is the second, as in MaxText.
     "a scan over axis 1": ({"Dense_0": {"kernel": (12, 3, 20), "bias": (20, 3)}}, "3 x (20, 12)"),

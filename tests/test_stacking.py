@@ -46,7 +46,13 @@ def test_a_ceiling_bounds_every_stack_and_changes_no_result():
     seen, inner = recording()
     tx = on_matrices(inner, layout=LAYOUT, max_stack_bytes=4 * 4 * 96)
     updates, _ = tx.update(draw(), tx.init(draw()))
-    assert sorted(shape for shape, _ in seen) == [(1, 4, 6), (1, 6, 4), (4, 4, 6), (4, 4, 6), (4, 4, 6)]
+    assert sorted(shape for shape, _ in seen) == [
+        (1, 4, 6),
+        (1, 6, 4),
+        (4, 4, 6),
+        (4, 4, 6),
+        (4, 4, 6),
+    ]
     chex.assert_trees_all_equal(updates, jax.tree.map(lambda x: 2 * x, draw()))
 
 
@@ -109,6 +115,7 @@ def test_the_callers_orthogonalizer_gets_float32_stacks():
     near, _ = ours.update(gradients, ours.init(gradients))
     assert sorted(seen) == [((1, 6, 4), jnp.float32), ((13, 4, 6), jnp.float32)]
     correlation = jnp.vdot(result["a"], near["a"]).astype(jnp.float32) / (
-        jnp.linalg.norm(result["a"].astype(jnp.float32)) * jnp.linalg.norm(near["a"].astype(jnp.float32))
+        jnp.linalg.norm(result["a"].astype(jnp.float32))
+        * jnp.linalg.norm(near["a"].astype(jnp.float32))
     )
     assert 0.9 < correlation < 1

@@ -173,7 +173,9 @@ def test_shape_factors(rule, tall, wide):
 def test_rms_gives_each_matrix_the_root_mean_square_of_adamw():
     x = draw(0, 3, 12, 4) * jnp.asarray([1.0, 10.0, 0.1])[:, None, None]
     (update,), _ = run(scale_by_shape("rms", layout=OUT_IN), [x])
-    chex.assert_trees_all_close(jnp.sqrt(jnp.mean(update**2, (-2, -1))), jnp.full(3, 0.2), rtol=1e-6)
+    chex.assert_trees_all_close(
+        jnp.sqrt(jnp.mean(update**2, (-2, -1))), jnp.full(3, 0.2), rtol=1e-6
+    )
     zeros, _ = run(scale_by_shape("rms", layout=OUT_IN), [jnp.zeros((4, 4))])
     chex.assert_trees_all_equal(zeros[0], jnp.zeros((4, 4)))
 
