@@ -1,9 +1,14 @@
 """What every test runs under: strict promotion, no silent rank broadcasting, GPU tests only on GPUs."""
 
+import os
 from pathlib import Path
 
-import jax
-import pytest
+# Tests compile small programs and run each a few times: most of their time is the compiler's.
+QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = f"{QUICK_COMPILATION} {os.environ.get('XLA_FLAGS', '')}"
+
+import jax  # noqa: E402 - XLA reads its flags once, at import
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

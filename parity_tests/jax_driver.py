@@ -1,7 +1,5 @@
 """The weights of a trace through `optax_normuon`."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,10 +41,7 @@ def _train(weights: list[Weight], trace: Trace, dtype, compute_dtype) -> dict[st
         compute_dtype=compute_dtype,
     )
 
-    # Compiling takes far longer than the few steps that follow.
-    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-    @functools.partial(jax.jit, compiler_options=quick)
+    @jax.jit
     def train(params, grads):
         def step(carry, grads):
             params, state = carry

@@ -1,5 +1,7 @@
 """bf16 parameters with their low 16 bits kept beside them."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -32,10 +34,13 @@ def both_runs():
     inner = normuon(0.02, recipe="normuon_2026_08", weight_decay=1.2, layout=layout)
     start = {"w": high_half(draw(0, 2, 6, 9)), "b": high_half(draw(1, 7))}
     gradients = [{"w": draw((2, t), 2, 6, 9), "b": draw((3, t), 7)} for t in range(STEPS)]
-    apply = jax.jit(optax.apply_updates)
+    # As users compile, with fused multiply-adds, which conftest.py's quick compilation leaves out.
+    optimized = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+    compile_as_users_do = functools.partial(jax.jit, compiler_options=optimized)
+    apply = compile_as_users_do(optax.apply_updates)
 
     def train(tx, params):
-        state, update = tx.init(params), jax.jit(tx.update)
+        state, update = tx.init(params), compile_as_users_do(tx.update)
         for gradient in gradients:
             updates, state = update(gradient, state, params)
             params = apply(params, updates)
