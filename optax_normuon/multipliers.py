@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from normuon_core.layout import MatrixView
@@ -17,10 +16,9 @@ MultiplierTree = Any
 class Multipliers(dict[KeyPath, Any]):
     """Factors by key path: already checked against their leaves' batch shapes."""
 
-    def on(self, path: KeyPath, dtype) -> jax.Array | float:
-        """The leaf's factor, broadcastable to the leaf; 1.0 where none was given."""
-        factor = self.get(path, 1.0)
-        return factor if isinstance(factor, float) else jnp.asarray(factor, dtype)
+    def on(self, path: KeyPath) -> Any:
+        """The leaf's factor: a number, or a NumPy or JAX array that broadcasts to the leaf."""
+        return self.get(path, 1.0)
 
 
 def resolve_multipliers(

@@ -280,8 +280,10 @@ def _decay_and_scale(
         def finish(path, v, p):
             if v is None:
                 return None
-            scale = scale_factor(recipe.shape_scale, v, views[path], lr_factors.on(path, v.dtype))
-            amount = jnp.asarray(decay_rate(state.count), v.dtype) * wd_factors.on(path, v.dtype)
+            scale = scale_factor(recipe.shape_scale, v, views[path], lr_factors.on(path))
+            amount = jnp.asarray(decay_rate(state.count), v.dtype) * jnp.asarray(
+                wd_factors.on(path), v.dtype
+            )
             decay = decay_term(v, p, amount, cautious=cautious)
             return (v + decay) * scale if inside_scale else v * scale + decay
 

@@ -56,7 +56,7 @@ def scale_by_shape(
             if v is None:
                 return None
             v = v.astype(working_dtype(v.dtype))
-            return v * scale_factor(rule, v, views.get(path), factors.on(path, v.dtype))
+            return v * scale_factor(rule, v, views.get(path), factors.on(path))
 
         scaled = jax.tree_util.tree_map_with_path(scale, updates, is_leaf=lambda leaf: leaf is None)
         return scaled, state
@@ -65,22 +65,24 @@ def scale_by_shape(
 
 
 def scale_factor(rule: ShapeRule, v, view: MatrixView | None, lr_factor):
-    """What one leaf is multiplied by: a number, or an array that broadcasts to the leaf.
+    """What one leaf is multiplied by: a scalar or an array of v's dtype that broadcasts to the leaf.
 
     Args:
       v: the leaf, whose norms the `rms` rule takes. view: None for a leaf that is no matrix.
-      lr_factor: a number or a broadcastable array; its product with the shape's factor is rounded
-        before it meets v.
+      lr_factor: a number or a broadcastable array. A number's, or a NumPy array's, product with the
+        shape's factor is taken in double precision and rounded once.
     """
     if view is None:
-        return lr_factor
+        return jnp.asarray(lr_factor, v.dtype)
     factors = [shape_factor(rule, size, view.inputs) for size in view.output_sizes]
     if rule != "rms" and len(set(factors)) == 1:
-        return lr_factor * factors[0]
+        return jnp.asarray(lr_factor * factors[0], v.dtype)
+    if isinstance(lr_factor, float):
+        factors, lr_factor = [factor * lr_factor for factor in factors], 1.0
     blocks = []
     for block, factor in zip(split_blocks(v, view), factors, strict=True):
         if rule == "rms":
             norm = jnp.sqrt(jnp.sum(jnp.square(block), axis=(-2, -1), keepdims=True))
             factor = factor / jnp.maximum(norm, RMS_FLOOR)
         blocks.append(jnp.broadcast_to(jnp.asarray(factor, v.dtype), block.shape))
-    return lr_factor * join_blocks(blocks, view)
+    return jnp.asarray(lr_factor, v.dtype) * join_blocks(blocks, view)

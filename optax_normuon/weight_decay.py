@@ -63,7 +63,9 @@ def add_cautious_weight_decay(
             if v is None:
                 return None
             v = v.astype(working_dtype(v.dtype))
-            amount = jnp.asarray(schedule(state.count), v.dtype) * factors.on(path, v.dtype)
+            amount = jnp.asarray(schedule(state.count), v.dtype) * jnp.asarray(
+                factors.on(path), v.dtype
+            )
             return v + decay_term(v, p.astype(v.dtype), amount, cautious=cautious)
 
         updates = jax.tree_util.tree_map_with_path(

@@ -272,6 +272,11 @@ COMPLEX = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))
         ({"max_stack_bytes": 0}, ValueError, "group 0: max_stack_bytes=0"),
         ({"params": [parameter(5)]}, ValueError, r"parameter 0, of shape \(5,\).*'adamw'"),
         (
+            {"params": [parameter(8, 4, 3, 3)]},
+            ValueError,
+            r"read in two ways; .*reduction_axis=\(1, 2, 3\), output_axis=0\) for a convolution",
+        ),
+        (
             {"params": [("w", parameter(4, 6)), ("bias", parameter(5))]},
             ValueError,
             r"group 0, parameter 1 \(bias\), of shape \(5,\).*optimizer='adamw'",

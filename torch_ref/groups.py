@@ -6,12 +6,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from normuon_core import MatrixView, Recipe, find_recipe
+from normuon_core import MatrixLayout, MatrixView, Recipe, find_recipe
 from torch_ref.orthogonalization import check_algorithm
 
 Group = dict[str, Any]
 
 MATRIX, ADAMW = "normuon", "adamw"
+
+OUT_IN = MatrixLayout(reduction_axis=-1, output_axis=-2)
+"""How `torch.nn.Linear` stores a weight, or a stack of them."""
 
 
 def parameter_name(group: Group, group_index: int, position: int) -> str:
@@ -48,7 +51,14 @@ def parameter_view(group: Group, param: torch.Tensor, name: str = "parameter") -
             f"{name}: a parameter of {param.ndim} axes is no matrix; put it in a group with"
             " optimizer='adamw'."
         )
-    return group["layout"].on(tuple(param.shape), name)
+    if group["layout"] is None and param.ndim > 3:
+        inputs = tuple(range(1, param.ndim))
+        raise ValueError(
+            f"{name}: {param.ndim} axes can be read in two ways; give the group"
+            f" layout={MatrixLayout(inputs, 0)} for a convolution, or layout={OUT_IN} for a stack of"
+            " (out, in) matrices."
+        )
+    return (group["layout"] or OUT_IN).on(tuple(param.shape), name)
 
 
 def settle_group(group: Group, index: int) -> None:

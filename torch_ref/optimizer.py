@@ -20,9 +20,6 @@ from torch_ref.stack_stages import Orthogonalizer
 # weights_only=True.
 torch.serialization.add_safe_globals([MatrixLayout, Recipe, Momentum, Polar, NeuronNorm, Decay])
 
-OUT_IN = MatrixLayout(reduction_axis=-1, output_axis=-2)
-"""How `torch.nn.Linear` stores a weight, or a stack of them."""
-
 
 class NorMuon(torch.optim.Optimizer):
     """Muon with a second moment for each neuron, in every published dialect; AdamW for the rest.
@@ -45,8 +42,8 @@ class NorMuon(torch.optim.Optimizer):
       recipe: a name from `normuon_core.RECIPES`, or a `Recipe`.
       weight_decay: of the matrices, as the recipe's decay says.
       momentum, nesterov, beta2, shape_scale: in place of the recipe's own.
-      layout: which axes of the group's weights are the sides of their matrices; (out, in) with
-        leading batch axes by default.
+      layout: which axes of the group's weights are the sides of their matrices. None is (out, in)
+        with at most one leading batch axis; more axes may be a convolution's and need a layout.
       lr_mul, wd_mul: multiply rate and decay; a number, or an array over a weight's batch axes
         (numbers only in AdamW groups).
       optimizer: "normuon" or "adamw".
@@ -81,7 +78,7 @@ class NorMuon(torch.optim.Optimizer):
         nesterov: bool | None = None,
         beta2: float | None = None,
         shape_scale: ShapeRule | None = None,
-        layout: MatrixLayout = OUT_IN,
+        layout: MatrixLayout | None = None,
         lr_mul: Any = 1.0,
         wd_mul: Any = 1.0,
         optimizer: Literal["normuon", "adamw"] = MATRIX,
