@@ -213,8 +213,9 @@ SAME_SHAPE = [(6, 10), (3, 6, 10), (10, 6), (6, 10), (2, 2, 6, 10)]
 @pytest.mark.parametrize("max_matrices", [1, 2, 3, 1000])
 def test_stacking_makes_the_same_update_as_one_by_one(max_matrices):
     each = bytes_per_matrix(6, 10, dtype=torch.float32, compute_dtype=torch.bfloat16)
-    params, states = train(SAME_SHAPE, max_stack_bytes=each * max_matrices)
-    alone, alone_states = train(SAME_SHAPE, groups=[[i] for i in range(5)], max_stack_bytes=1)
+    params, states = train(SAME_SHAPE, layout=OUT_IN, max_stack_bytes=each * max_matrices)
+    groups = [[i] for i in range(5)]
+    alone, alone_states = train(SAME_SHAPE, groups=groups, layout=OUT_IN, max_stack_bytes=1)
     for param, other, state, other_state in zip(params, alone, states, alone_states, strict=True):
         assert torch.equal(param, other)
         for key in ("momentum", "second_moment"):
