@@ -43,7 +43,7 @@ def concatenated(split, axis):
 @pytest.mark.parametrize("recipe", ["normuon", "normuon_2025_11", "normuon_paper"])
 @pytest.mark.parametrize("out_first", [True, False])
 def test_a_split_is_separate_parameters(recipe, out_first):
-    """Grouped-query attention: 6 query, 4 key, 2 value neurons; in float32, to 2e-7 (measured)."""
+    """Grouped-query attention: 6 query, 4 key, 2 value neurons, in float32."""
     axis, layout = (0, MatrixLayout(1, 0)) if out_first else (1, MatrixLayout(0, 1))
     shapes = {
         name: (n, 5) if out_first else (5, n) for name, n in zip("abc", (6, 4, 2), strict=True)

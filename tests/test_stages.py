@@ -75,7 +75,7 @@ few = settings(max_examples=25, deadline=None)
 @few
 @given(seed=seeds, steps=st.integers(1, 4), axis=st.sampled_from(["output", "input", "longer"]))
 def test_normalization_keeps_each_matrix_norm(seed, steps, axis):
-    """Largest relative difference of the norms in 300 draws: 2.5e-7."""
+    """Largest relative difference of the norms in 300 draws: 2.4e-7."""
     gradients = [draw((seed, step), 2, 6, 4) for step in range(steps)]
     updates, _ = run(normalize_neurons(axis=axis, layout=OUT_IN), gradients)
     norms = [jnp.linalg.norm(x, axis=(-2, -1)) for x in (updates[-1], gradients[-1])]
