@@ -55,7 +55,7 @@ lock: $(VENV)/bin/python  ## rewrite requirements.lock from pyproject.toml
 	{ echo "# What \`make test\`, \`make demo\` and \`make lint\` install, for Python 3.11 and later."; \
 	  echo "# Written by \`make lock\` from pyproject.toml with its extra \`dev\`: edit that, not this."; \
 	  echo "# The GPU packages of torch's Linux build are left out: torch pins them itself."; \
-	  grep -Ev '^(#|nvidia-|cuda-|triton==)' $(VENV)/requirements.lock; } > requirements.lock.new
+	  grep -Ev '^(#|nvidia-|cuda-)' $(VENV)/requirements.lock; } > requirements.lock.new
 	mv requirements.lock.new requirements.lock
 
 clean:  ## remove what the other targets made, the environment included

@@ -10,6 +10,10 @@ os.environ["XLA_FLAGS"] = f"{QUICK_COMPILATION} {os.environ.get('XLA_FLAGS', '')
 import jax  # noqa: E402 - XLA reads its flags once, at import
 import pytest  # noqa: E402
 
+if jax.default_backend() != "gpu":
+    # Triton decides when it is imported: without a GPU the kernels run under its interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

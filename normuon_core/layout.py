@@ -1,7 +1,8 @@
 """Which axes of a stored weight are the two sides of its matrices, in whichever framework it lives."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 Axes = int | tuple[int, ...]
 
@@ -64,7 +65,7 @@ class MatrixLayout:
                 f"{name}: output_splits={splits} sum to {sum(splits)}, but the output axes of shape"
                 f" {tuple(shape)} hold {outputs} neurons; give positive sizes that sum to {outputs}."
             )
-        return MatrixView(**{**vars(view), "output_sizes": splits})
+        return replace(view, output_sizes=splits)
 
 
 def _positive(axes: Axes, shape: tuple[int, ...], name: str, side: str) -> tuple[int, ...]:
@@ -152,6 +153,33 @@ class MatrixView:
         """(batch, rows, columns) of the block with `size` output neurons."""
         batch, rows, columns = self.stack_shape
         return (batch, size, columns) if self.output_is_rows else (batch, rows, size)
+
+    @property
+    def stacked(self) -> "MatrixView":
+        """The view of the same matrices once they are a stack, (batch, rows, columns)."""
+        return replace(
+            self,
+            shape=self.stack_shape,
+            batch_axes=(0,),
+            row_axes=(1,),
+            column_axes=(2,),
+        )
+
+    def strides(self) -> tuple[int, int, int] | None:
+        """Elements from one matrix, row and column to the next, in an array stored row by row.
+
+        None where the axes of one side do not lie in one piece.
+        """
+        element = [math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]
+        result = []
+        for side in (self.batch_axes, self.row_axes, self.column_axes):
+            axes = [axis for axis in side if self.shape[axis] > 1]
+            for outer, inner in pairwise(axes):
+                if element[outer] != element[inner] * self.shape[inner]:
+                    return None
+            result.append(element[axes[-1]] if axes else math.prod(self.shape))
+        batch, rows, columns = result
+        return batch, rows, columns
 
     def statistic_shape(self, stack_shape: tuple[int, int, int]) -> tuple[int, ...]:
         """The array's own rank for a statistic of `stack_shape`, axes ordered as `order` says.

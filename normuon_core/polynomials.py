@@ -90,32 +90,6 @@ def evaluate(coefficients: Coefficients, x):
     return x
 
 
-def gram_restarts_before(step: int) -> bool:
-    """Whether the Gram form starts again from X before this step, counted from 0.
-
-    Before the third of five (Dao-AILab/gram-newton-schulz), and before every third one after it.
-    """
-    return step % 3 == 2
-
-
-def last_amplification(coefficients: Coefficients) -> float:
-    """By how much the Gram form's last Q lifts the smallest singular values.
-
-    Q's rounding errors are of that size, and they fall on the largest singular values as well.
-    """
-    last_start = max(
-        (step for step in range(len(coefficients)) if gram_restarts_before(step)), default=0
-    )
-    return math.prod(a for a, _, _ in coefficients[last_start:])
-
-
-MAX_GRAM_AMPLIFICATION = 32.0
-"""Above it `algorithm="auto"` keeps to the standard form. In float16 a matrix with one dominant column
-then has a relative error of 32 * 2^-11 = 0.016, about the plain bfloat16 form's. Polar Express
-amplifies 30-fold and holds; the 41-fold Newton-Schulz quintic has 0.018 against 0.015 on such 48x192
-matrices (`parity_tests/test_half_precision.py`)."""
-
-
 def optimal_quintic(lower: float, upper: float) -> Triple:
     """The odd quintic p with the smallest max |1 - p(x)| over `lower <= x <= upper`.
 

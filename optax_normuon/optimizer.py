@@ -9,14 +9,17 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
+from normuon_core.polar_iteration import Algorithm
 from normuon_core.recipes import Recipe, find_recipe
 from normuon_core.shape_rules import ShapeRule
+from optax_normuon.launcher import Backend, takes_kernels
 from optax_normuon.layout import LayoutTree, Views, resolve_layouts
 from optax_normuon.momentum import momentum_stage
 from optax_normuon.multipliers import Multipliers, MultiplierTree, resolve_multipliers
 from optax_normuon.neuron_norm import neuron_norm_stage
-from optax_normuon.orthogonalization import Algorithm, Backend, orthogonalization_stage
-from optax_normuon.parameters import require_params
+from optax_normuon.orthogonalization import orthogonalization_stage
+from optax_normuon.parameters import check_leaves, require_params
+from optax_normuon.paths import named_leaves
 from optax_normuon.precision import as_schedule, in_working_precision, map_updates
 from optax_normuon.shape_scaling import scale_by_shape, scale_factor
 from optax_normuon.stacking import MatrixStack, MatrixStage, chain_stages, on_matrices
@@ -102,8 +105,8 @@ def normuon(
       and all state are float32, or the parameter's dtype where that is wider. It needs parameters.
 
     Raises:
-      ValueError: here: an unknown recipe (with the nearest name), rule, algorithm or backend, or
-        `beta2` for a recipe without neuron normalization; in `init` and `update`: a layout or a
+      ValueError: here: an unknown recipe (with the nearest name), rule, algorithm or backend,
+        "triton" where it cannot run or beside an `orthogonalizer`, or `beta2` for a recipe without neuron normalization; in `init` and `update`: a layout or a
         multiplier that does not fit its leaf or the tree, a leaf that can be read in two ways, or
         missing parameters.
       TypeError: a complex or integer leaf.
@@ -128,44 +131,72 @@ def normuon(
     if chosen.decay.rate_power == 2:
         decay_rate = _product_of(as_schedule(learning_rate), decay_rate)
 
-    def matrices(views: Views, lr_factors: Multipliers, wd_factors: Multipliers):
-        return optax.chain(
-            direction(views),
-            _decay_and_scale(chosen, decay_rate, views, lr_factors, wd_factors),
-            _scale_by_rate(learning_rate),
+    def matrices(by_kernels: bool, views: Views, lr_factors: Multipliers, wd_factors: Multipliers):
+        chain = in_working_precision(
+            optax.chain(
+                direction(views),
+                _decay_and_scale(chosen, decay_rate, views, lr_factors, wd_factors),
+                _scale_by_rate(learning_rate),
+            )
+        )
+        if not by_kernels:
+            return chain
+        from optax_normuon.kernel_step import KernelSettings, with_kernels
+
+        return with_kernels(
+            chain,
+            KernelSettings(
+                chosen,
+                None if compute_dtype is None else jnp.dtype(compute_dtype).name,
+                algorithm,
+                max_stack_bytes,
+            ),
+            views=views,
+            learning_rate=learning_rate,
+            decay_rate=decay_rate,
+            lr_factors=lr_factors,
+            wd_factors=wd_factors,
         )
 
     def others(lr_factors: Multipliers, wd_factors: Multipliers):
         rate = learning_rate if adam_learning_rate is None else adam_learning_rate
-        return optax.chain(
-            _scale_by_adam(adam_b1, adam_b2, adam_eps),
-            add_cautious_weight_decay(
-                adam_weight_decay, cautious=False, wd_mul=wd_factors, layout=Views()
-            ),
-            scale_by_shape("none", lr_mul=lr_factors, layout=Views()),
-            _scale_by_rate(rate),
+        return in_working_precision(
+            optax.chain(
+                _scale_by_adam(adam_b1, adam_b2, adam_eps),
+                add_cautious_weight_decay(
+                    adam_weight_decay, cautious=False, wd_mul=wd_factors, layout=Views()
+                ),
+                scale_by_shape("none", lr_mul=lr_factors, layout=Views()),
+                _scale_by_rate(rate),
+            )
         )
 
-    def partition(params):
+    def partition(params, *trees):
         views = resolve_layouts(layout, params)
         lr_factors = resolve_multipliers(lr_mul, params, views, what="lr_mul")
         wd_factors = resolve_multipliers(wd_mul, params, views, what="wd_mul")
+        given = [dtype for dtype in (momentum_dtype, compute_dtype) if dtype is not None]
+        by_kernels = orthogonalizer is None and takes_kernels(
+            backend, [*given, *_matrix_dtypes(views, *trees)]
+        )
         return optax.partition(
             {
-                "matrices": matrices(views, lr_factors, wd_factors),
+                "matrices": matrices(by_kernels, views, lr_factors, wd_factors),
                 "adamw": others(lr_factors, wd_factors),
             },
             _labels(params, views),
         )
 
     def init(params):
-        return partition(params).init(params)
+        return partition(params, params).init(params)
 
     def update(updates, state, params=None, **extra_args):
         require_params(params)
-        return partition(params).update(updates, state, params, **extra_args)
+        check_leaves(updates, params)
+        chain = partition(params, params, updates)
+        return chain.update(updates, state, params, **extra_args)
 
-    return in_working_precision(optax.GradientTransformationExtraArgs(init, update))
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 @functools.wraps(normuon, assigned=("__annotations__",))
@@ -225,6 +256,11 @@ def _direction(
     max_stack_bytes,
 ) -> Callable[[LayoutTree | Views], optax.GradientTransformation]:
     """Stages 1 to 3 for a layout."""
+    if backend == "triton" and orthogonalizer is not None:
+        raise ValueError(
+            "backend='triton' has its own orthogonalization; leave the orthogonalizer out, or use"
+            " backend='auto'."
+        )
     if orthogonalizer is None:
         stages = [
             orthogonalization_stage(
@@ -326,6 +362,11 @@ def _scale_by_rate(learning_rate) -> optax.GradientTransformation:
 
 def _product_of(first: optax.Schedule, second: optax.Schedule) -> optax.Schedule:
     return lambda count: jnp.asarray(first(count)) * jnp.asarray(second(count))
+
+
+def _matrix_dtypes(views: Views, *trees) -> set[jnp.dtype]:
+    leaves = [named for tree in trees for named in named_leaves(tree)]
+    return {leaf.dtype for path, _, leaf in leaves if path in views}
 
 
 def _labels(params, views: Views):

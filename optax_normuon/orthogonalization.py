@@ -1,27 +1,26 @@
 """Stage 2: the polar factor, by an odd polynomial in the matrix."""
 
-import math
-from typing import Literal, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from normuon_core.polynomials import (
-    MAX_GRAM_AMPLIFICATION,
-    POLAR_EXPRESS,
-    Coefficients,
-    gram_restarts_before,
-    last_amplification,
+from normuon_core.polar_iteration import (
+    Algorithm,
+    check_algorithm,
+    choose_form,
+    iterate,
+    range_scales,
 )
-from normuon_core.recipes import EpsRule
+from normuon_core.polynomials import POLAR_EXPRESS, Coefficients
+from normuon_core.recipes import EpsRule, Polar
+from optax_normuon.launcher import Backend, check_backend, takes_kernels
 from optax_normuon.layout import LayoutTree
 from optax_normuon.precision import working_dtype
 from optax_normuon.stacking import MatrixStack, MatrixStage, on_matrices
-
-Algorithm = Literal["standard", "gram", "auto"]
-Backend = Literal["xla", "auto"]
 
 
 def polar_factor(
@@ -51,15 +50,17 @@ def polar_factor(
         float64). None is bfloat16, and float16 where the Gram form runs.
       algorithm: "gram" iterates on the Gram matrix alone (Dao-AILab/gram-newton-schulz), equal in
         exact arithmetic and cheaper where one side is long; float16 keeps its accuracy, bfloat16
-        does not. "auto" is "gram" on GPUs for sides in a ratio above 1.5, unless the compute dtype is
-        bfloat16 or the polynomials amplify too much (`normuon_core.polynomials`), else "standard".
-      backend: "xla", or "auto" for the best that is there.
+        does not. "auto" is "gram" on GPUs where it takes fewer operations, unless the compute dtype
+        is bfloat16, else "standard".
+      backend: "triton" for the kernels that PyTorch runs too, "xla" for XLA's own products, or
+        "auto": "triton" on a CUDA device with jax-triton, for the dtypes it takes (no float64).
 
     Returns:
       An array like `x`, rounded to the compute dtype and back.
 
     Raises:
-      ValueError: fewer than two axes, no coefficients, an unknown `algorithm` or `backend`.
+      ValueError: fewer than two axes, no coefficients, an unknown `algorithm` or `backend`, or
+        "triton" where it cannot run.
       TypeError: `x` or `compute_dtype` is not floating point.
     """
     x = jnp.asarray(x)
@@ -128,26 +129,39 @@ def orthogonalization_stage(
     """Stage 2 on a `MatrixStack`: values of any floating dtype in, compute dtype out."""
     if not coefficients:
         raise ValueError("coefficients is empty; give one (a, b, c) a step, as in POLYNOMIALS.")
-    if algorithm not in get_args(Algorithm):
-        raise ValueError(f"algorithm={algorithm!r} is unknown; use one of {get_args(Algorithm)}.")
-    if backend not in get_args(Backend):
-        raise ValueError(
-            f"backend={backend!r} is not available here; use one of {get_args(Backend)}."
-        )
+    check_algorithm(algorithm)
+    check_backend(backend)
     if compute_dtype is not None and not jnp.issubdtype(compute_dtype, jnp.floating):
         raise TypeError(f"compute_dtype={compute_dtype} is not real floating point.")
+    name = None if compute_dtype is None else jnp.dtype(compute_dtype).name
 
     def init(stack):
         del stack
         return optax.EmptyState()
 
     def update(stack, state):
+        _, *sides = stack.values.shape
+        if takes_kernels(backend, [stack.values.dtype, *([name] if name else [])]):
+            from optax_normuon.kernel_step import polar_factors
+
+            polar = Polar(coefficients, norm_scale, eps, eps_rule)
+            v = polar_factors(stack.values, polar, compute_dtype=name, algorithm=algorithm)
+            return MatrixStack(v, stack.output_axis), state
+        form, chosen = choose_form(
+            *sides,
+            len(coefficients),
+            algorithm=algorithm,
+            compute_dtype=name,
+            on_gpu=jax.default_backend() == "gpu",
+            symmetric=False,
+        )
         u = stack.values.astype(working_dtype(stack.values.dtype))
-        x = _normalize(u, norm_scale, eps, eps_rule)
-        gram = _takes_gram(algorithm, x.shape, coefficients, compute_dtype)
-        dtype = compute_dtype or (jnp.float16 if gram else jnp.bfloat16)
-        iterate = _gram_form if gram else _standard_form
-        return MatrixStack(iterate(x, coefficients, jnp.dtype(dtype)), stack.output_axis), state
+        scales = range_scales(*sides, chosen)
+        x = (_normalize(u, norm_scale, eps, eps_rule) * scales[0]).astype(chosen)
+        v = iterate(
+            x, coefficients, XlaProducts(), algorithm=form, short=min(sides), scales=scales
+        )
+        return MatrixStack(v, stack.output_axis), state
 
     return MatrixStage(init, update)
 
@@ -159,37 +173,34 @@ def _normalize(u, norm_scale: float, eps: float, eps_rule: EpsRule):
     return u / (jnp.maximum(norm, eps) if eps_rule == "max" else norm + eps)
 
 
-def _takes_gram(algorithm: Algorithm, shape, coefficients: Coefficients, compute_dtype) -> bool:
-    if algorithm != "auto":
-        return algorithm == "gram"
-    bf16 = compute_dtype is not None and jnp.dtype(compute_dtype) == jnp.bfloat16
-    # float16 products are slow on CPUs and missing on TPUs.
-    on_gpu = jax.default_backend() == "gpu"
-    return (
-        on_gpu
-        and not bf16
-        and last_amplification(coefficients) <= MAX_GRAM_AMPLIFICATION
-        and _gram_saves(shape, len(coefficients))
-    )
+@dataclass(frozen=True)
+class XlaProducts:
+    """`Products` as XLA makes them; X may be tall."""
 
+    def gram(self, x, *, alpha):
+        wide = x.shape[-2] <= x.shape[-1]
+        return _product(x, x, alpha=alpha, transpose_a=not wide, transpose_b=wide)
 
-def _gram_saves(shape, steps: int) -> bool:
-    """Whether the Gram form takes fewer operations, in units of the short side cubed.
+    def multiply(self, s, t, *, alpha, addends=(), diagonal=0.0):
+        return _product(s, t, alpha=alpha, addends=addends, diagonal=diagonal)
 
-    Five steps, long side over short = ratio: 8 ratio + 28 against 20 ratio + 10, so above 1.5.
-    """
-    short, long = sorted(shape[-2:])
-    restarts = sum(map(gram_restarts_before, range(steps)))
-    carried = steps - 1 - restarts
-    gram = 4 * (1 + restarts) * long + (2 * steps + 6 * carried) * short
-    return gram < steps * (4 * long + 2 * short)
+    def apply(self, s, x, *, alpha, addend=0.0):
+        left, right = (s, x) if x.shape[-2] <= x.shape[-1] else (x, s)
+        return _product(left, right, alpha=alpha, addends=[(x, addend)] if addend else [])
 
 
 def _product(
-    a, b, *, scale=1.0, addend=None, addend_scale=1.0, transpose_a=False, transpose_b=False
+    a,
+    b,
+    *,
+    alpha: float,
+    addends: Sequence[tuple[jax.Array, float]] = (),
+    diagonal: float = 0.0,
+    transpose_a=False,
+    transpose_b=False,
 ):
-    """scale * op(a) op(b) + addend_scale * addend: accumulated and finished in float32 (float64 for
-    float64), rounded once to a's dtype."""
+    """alpha op(a) op(b), plus each addend times its factor, plus diagonal I: accumulated and finished
+    in float32 (float64 for float64), rounded once to a's dtype."""
     accumulator = working_dtype(a.dtype)
     contracting = (1 if transpose_a else 2,), (2 if transpose_b else 1,)
     product = jax.lax.dot_general(
@@ -200,79 +211,9 @@ def _product(
         precision=jax.lax.Precision.HIGHEST if a.dtype == accumulator else None,
         preferred_element_type=accumulator,
     )
-    product = product * scale
-    if addend is not None:
-        product = product + addend.astype(accumulator) * addend_scale
+    product = product * alpha
+    for addend, factor in addends:
+        product = product + addend.astype(accumulator) * factor
+    if diagonal:
+        product = product + jnp.eye(product.shape[-1], dtype=accumulator)[None] * diagonal
     return product.astype(a.dtype)
-
-
-def _gram_matrix(x, scale: float = 1.0):
-    """X X^T, or X^T X where X is tall, times `scale`."""
-    wide = x.shape[-2] <= x.shape[-1]
-    return _product(x, x, scale=scale, transpose_a=not wide, transpose_b=wide)
-
-
-def _apply(b, x, *, scale: float = 1.0, a: float | None = None):
-    """scale * B X (X B where X is tall), plus a X."""
-    left, right = (b, x) if x.shape[-2] <= x.shape[-1] else (x, b)
-    addend = None if a is None else x
-    return _product(left, right, scale=scale, addend=addend, addend_scale=1.0 if a is None else a)
-
-
-def _range_scales(shape, dtype) -> tuple[float, float]:
-    """Powers of two by which X and its Gram matrix are stored: 1 but in float16.
-
-    A normalised matrix has entries near 1/sqrt(rows columns) and a Gram matrix near 1/short on its
-    diagonal; on large shapes that is close to float16's smallest normal number. Scaled they lie near
-    1, and the caps keep a matrix with a single large entry below float16's largest, 65504. Powers of
-    two change no bit of a significand; the products' epilogues undo them.
-    """
-    if dtype != jnp.float16:
-        return 1.0, 1.0
-    rows, columns = shape[-2:]
-    x_exponent = min(math.floor(math.log2(rows * columns) / 2), 13)
-    gram_exponent = min(math.floor(math.log2(min(rows, columns))), 12)
-    return 2.0**x_exponent, 2.0**gram_exponent
-
-
-def _standard_form(x, coefficients: Coefficients, dtype):
-    x_scale, gram_scale = _range_scales(x.shape, dtype)
-    x = (x * x_scale).astype(dtype)
-    for step, (a, b, c) in enumerate(coefficients):
-        gram = _gram_matrix(x, gram_scale / x_scale**2)
-        z = _product(gram, gram, scale=c / gram_scale, addend=gram, addend_scale=b)
-        freed = 1 / x_scale if step == len(coefficients) - 1 else 1.0
-        x = _apply(z, x, scale=freed / gram_scale, a=a * freed)
-    return x
-
-
-def _gram_form(x, coefficients: Coefficients, dtype):
-    """The same polynomial through R = X X^T alone.
-
-    Z = bR + cR^2, Q <- Q(aI + Z), R <- (aI + Z)R(aI + Z), and X <- QX at the end and at every restart,
-    where R is rebuilt. aI + Z is stored only as Q's first value: beside a, Z's small entries would
-    round away.
-    """
-    x_scale, gram_scale = _range_scales(x.shape, dtype)
-    x = (x * x_scale).astype(dtype)
-    q = gram = None
-    for step, (a, b, c) in enumerate(coefficients):
-        if gram_restarts_before(step):
-            x, q = _apply(q, x), None
-        if q is None:
-            gram = _gram_matrix(x, gram_scale / x_scale**2)
-        z = _product(gram, gram, scale=c / gram_scale, addend=gram, addend_scale=b)
-        if q is None:
-            q = _plus_identity(z, a, 1 / gram_scale)
-        else:
-            q = _product(q, z, scale=1 / gram_scale, addend=q, addend_scale=a)
-        if step + 1 < len(coefficients) and not gram_restarts_before(step + 1):
-            half = _product(gram, z, scale=1 / gram_scale, addend=gram, addend_scale=a)
-            gram = _product(z, half, scale=1 / gram_scale, addend=half, addend_scale=a)
-    return _apply(q, x, scale=1 / x_scale)
-
-
-def _plus_identity(z, a: float, scale: float):
-    accumulator = working_dtype(z.dtype)
-    identity = jnp.eye(z.shape[-1], dtype=accumulator)[None]
-    return (z.astype(accumulator) * scale + identity * a).astype(z.dtype)

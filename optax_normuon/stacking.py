@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from normuon_core.layout import MatrixView
+from normuon_core.stacks import even_stacks
 from optax_normuon.layout import LayoutTree, Views, resolve_layouts
 
 DEFAULT_MAX_STACK_BYTES = 2**30
@@ -221,24 +222,11 @@ def _bounded_stacks(views: dict[int, MatrixView], blocks, ceiling: int) -> list[
             working_bytes = _WORKING_COPIES * rows * columns * array.dtype.itemsize
             limits[key] = max(1, ceiling // working_bytes)
             groups[key].append(_Piece(leaf, block, 0, batch))
-    return [stack for key, group in groups.items() for stack in _cut(group, limits[key])]
-
-
-def _cut(group: list[_Piece], limit: int) -> list[list[_Piece]]:
-    """Consecutive pieces, cut so that each stack has `limit` matrices and the last one the rest."""
-    stacks: list[list[_Piece]] = []
-    room = 0
-    for piece in group:
-        start = piece.start
-        while start < piece.stop:
-            if room == 0:
-                stacks.append([])
-                room = limit
-            stop = min(piece.stop, start + room)
-            stacks[-1].append(piece._replace(start=start, stop=stop))
-            room -= stop - start
-            start = stop
-    return stacks
+    return [
+        [group[i]._replace(start=start, stop=stop) for i, start, stop in stack]
+        for key, group in groups.items()
+        for stack in even_stacks([piece.stop for piece in group], limits[key])
+    ]
 
 
 def _gather(blocks, pieces: list[_Piece]):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -102,15 +103,27 @@ def test_a_gradient_of_another_shape():
         tx.update({"mlp": {"kernel": jnp.ones((6, 4))}}, tx.init(KERNEL), KERNEL)
 
 
-def test_triton_where_there_is_none():
-    with pytest.raises(ValueError, match=r"backend='triton' is not available.*'xla', 'auto'"):
-        normuon(0.1, backend="triton")
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="a GPU has it")
+@pytest.mark.parametrize("make", [lambda **k: normuon(0.1, **k), orthogonalize])
+def test_triton_where_there_is_none(make):
+    with pytest.raises(ValueError, match=r"backend='triton' needs a CUDA device.*backend='auto'"):
+        make(backend="triton")
+
+
+def test_a_backend_that_is_none():
+    with pytest.raises(ValueError, match=r"backend='tritton' is unknown; use one of .*'triton'"):
+        normuon(0.1, backend="tritton")
+
+
+def test_an_orthogonalizer_beside_the_kernels():
+    with pytest.raises(ValueError, match="leave the orthogonalizer out"):
+        normuon(0.1, backend="triton", orthogonalizer=lambda x: x)
 
 
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"algorithm": "grahm"}, r"algorithm='grahm' is unknown; use one of .*'gram'"),
+        ({"algorithm": "grahm"}, r"unknown algorithm 'grahm'; use one of .*'gram'"),
         ({"shape_scale": "spectrall"}, r"unknown shape scale 'spectrall'; did you mean 'spectral'"),
         ({"max_stack_bytes": 0}, r"max_stack_bytes=0 must be positive"),
     ],

@@ -2,7 +2,7 @@
 
 import torch
 
-from torch_ref.dtypes import bias_correction, rounded
+from torch_ref.dtypes import Scalar, bias_correction, rounded
 
 
 def adamw(
@@ -11,12 +11,12 @@ def adamw(
     exp_avg: torch.Tensor,
     exp_avg_sq: torch.Tensor,
     *,
-    lr: float,
+    lr: Scalar,
     b1: float,
     b2: float,
     eps: float,
-    weight_decay: float,
-    step: int,
+    weight_decay: Scalar,
+    step: int | torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One step of AdamW, in the order in which `optax.adamw` computes it.
 
@@ -25,7 +25,8 @@ def adamw(
 
     Args:
       gradient, param, exp_avg (m), exp_avg_sq (n): one shape, one working dtype; none is modified.
-      step: t, counted from 1.
+      lr, weight_decay: numbers, or tensors without axes. step: t, counted from 1, an integer tensor
+        without axes.
 
     Returns:
       (delta to add to the parameter, the new m, the new n).

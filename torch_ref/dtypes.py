@@ -13,19 +13,36 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def rounded(value: float | torch.Tensor, dtype: torch.dtype) -> float:
+Scalar = float | torch.Tensor
+"""A number, or a tensor without axes, which stays where it is: reading it would wait for a GPU."""
+
+
+def rounded(value: Scalar, dtype: torch.dtype) -> Scalar:
     """The scalar nearest to `value` in `dtype`."""
-    return torch.tensor(float(value), dtype=dtype).item()
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype)
+    return torch.tensor(value, dtype=dtype).item()
 
 
-def complement(value: float | torch.Tensor, dtype: torch.dtype) -> float:
+def complement(value: Scalar, dtype: torch.dtype) -> Scalar:
     """1 - value, the value rounded to `dtype` first and the difference computed in it."""
-    return (1 - torch.tensor(float(value), dtype=dtype)).item()
+    if isinstance(value, torch.Tensor):
+        return 1 - value.to(dtype)
+    return (1 - torch.tensor(value, dtype=dtype)).item()
 
 
-def bias_correction(decay: float | torch.Tensor, step: int, dtype: torch.dtype) -> float:
+def rounded_product(a: Scalar, b: Scalar, dtype: torch.dtype) -> Scalar:
+    """a b, both rounded to `dtype` first and the product computed in it."""
+    return rounded(rounded(a, dtype) * rounded(b, dtype), dtype)
+
+
+def bias_correction(decay: Scalar, step: int | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """1 - decay^step, computed in `dtype`: what an average that starts at zero is divided by."""
-    return (1 - torch.tensor(float(decay), dtype=dtype) ** step).item()
+    step = torch.as_tensor(step)
+    decay = rounded(decay, dtype)
+    if not isinstance(decay, torch.Tensor):
+        decay = torch.full((), decay, dtype=dtype, device=step.device)
+    return 1 - decay ** step.to(decay.device)
 
 
 def rounded_multiplier(value: float | torch.Tensor, like: torch.Tensor) -> float | torch.Tensor:

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from normuon_core import MatrixLayout, MatrixView, Recipe, find_recipe
-from torch_ref.orthogonalization import check_algorithm
+from normuon_core.polar_iteration import check_algorithm
+from torch_ref.launcher import check_backend
 
 Group = dict[str, Any]
 
@@ -95,6 +96,12 @@ def settle_group(group: Group, index: int) -> None:
     if group["optimizer"] == MATRIX:
         group["momentum"] = group_recipe(group).momentum.momentum
         check_algorithm(group["algorithm"])
+        check_backend(group["backend"])
+        if group["backend"] == "triton" and group["orthogonalizer"] is not None:
+            raise ValueError(
+                f"group {index}: backend='triton' has its own orthogonalization; leave the orthogonalizer"
+                " out, or use backend='auto'."
+            )
     for position, param in enumerate(group["params"]):
         _check_parameter(param, group, parameter_name(group, index, position))
 

@@ -14,14 +14,16 @@ from typing import Any
 import torch
 
 from normuon_core import MatrixView, Recipe
-from torch_ref.dtypes import rounded, working_dtype
+from normuon_core.stacks import even_stacks
+from torch_ref.dtypes import rounded, rounded_product, working_dtype
 from torch_ref.groups import Group, parameter_view
+from torch_ref.launcher import takes_kernels
 from torch_ref.momentum import bias_corrected_momentum, heavy_ball_momentum, lerp_momentum
 from torch_ref.neuron_norm import statistic_shape
 from torch_ref.remainder import add_to_weight, read_weight
 from torch_ref.shape_scaling import scale_by_shape
 from torch_ref.stack_stages import StackStages
-from torch_ref.stacking import from_blocks, from_stack, pieces, to_blocks, to_stack
+from torch_ref.stacking import from_blocks, from_stack, to_blocks, to_stack
 from torch_ref.weight_decay import add_cautious_weight_decay
 
 DEFAULT_STACK_BYTES = 2**30
@@ -36,7 +38,7 @@ class MatrixWeight:
       remainder: the lower half of the weight that a bfloat16 parameter stands for, or None.
       state: the parameter's; "momentum" and "second_moment" are created in it and updated.
       group: the parameter's group. recipe: the group's, with the group's keywords put in.
-      step: counted from 1.
+      step: counted from 1, an integer tensor without axes.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class MatrixWeight:
         *,
         group: Group,
         recipe: Recipe,
-        step: int,
+        step: torch.Tensor,
     ):
         self.param, self.gradient, self.remainder, self.state = param, gradient, remainder, state
         self.group, self.recipe, self.step = group, recipe, step
@@ -59,6 +61,21 @@ class MatrixWeight:
         self.moments: list[list[torch.Tensor]] = [[] for _ in self.view.output_sizes]
         self.missing = self.matrices * len(self.view.output_sizes)
         self._create_state()
+
+    @property
+    def takes_kernels(self) -> bool:
+        """Whether `kernel_step` does this step.
+
+        Raises:
+          ValueError: it was asked for and cannot.
+        """
+        group = self.group
+        if group["orthogonalizer"] is not None:
+            return False
+        dtypes = [self.param.dtype, self.gradient.dtype, self.state["momentum"].dtype]
+        if group["compute_dtype"] is not None:
+            dtypes.append(group["compute_dtype"])
+        return takes_kernels(group["backend"], self.param.device, dtypes)
 
     @property
     def matrices(self) -> int:
@@ -99,11 +116,16 @@ class MatrixWeight:
             self.directions = to_blocks(u, self.view)
         return self.directions[block]
 
+    def moment_state(self) -> list[torch.Tensor]:
+        """The second moment of each output block, as it is kept."""
+        moments = self.state["second_moment"]
+        return moments if self.view.is_split else [moments]
+
     def second_moment(self, block: int) -> torch.Tensor | None:
         """The block's second moment, (batch, rows, 1) or (batch, 1, columns)."""
         if self.recipe.neuron_norm is None:
             return None
-        return to_stack(self._moment_state()[block], self.view)
+        return to_stack(self.moment_state()[block], self.view)
 
     def receive(self, block: int, update: torch.Tensor, moment: torch.Tensor | None) -> None:
         """Takes the next of a block's matrices back; the last of the weight's finishes its step."""
@@ -132,13 +154,9 @@ class MatrixWeight:
             moments.append(from_stack(zeros, self.view).contiguous())
         self.state["second_moment"] = moments if self.view.is_split else moments[0]
 
-    def _moment_state(self) -> list[torch.Tensor]:
-        moments = self.state["second_moment"]
-        return moments if self.view.is_split else [moments]
-
     def _finish(self) -> None:
         if self.recipe.neuron_norm is not None:
-            for moment, parts in zip(self._moment_state(), self.moments, strict=True):
+            for moment, parts in zip(self.moment_state(), self.moments, strict=True):
                 moment.copy_(from_stack(torch.cat(parts), self.view))
         weights = to_blocks(read_weight(self.param, self.remainder), self.view)
         increments = [
@@ -154,7 +172,7 @@ class MatrixWeight:
         lr = rounded(self.group["lr"], self.dtype)
         weight_decay = rounded(self.group["weight_decay"], self.dtype)
         if rule.rate_power == 2:
-            weight_decay = rounded(lr * weight_decay, self.dtype)
+            weight_decay = rounded_product(lr, weight_decay, self.dtype)
         decay = partial(
             add_cautious_weight_decay,
             param=weight,
@@ -188,8 +206,9 @@ def step_matrices(weights: Iterable[MatrixWeight]) -> None:
             stacks[weight.stages(block)].append((weight, block))
     for stages, members in stacks.items():
         sizes = [weight.matrices for weight, _ in members]
-        for piece in pieces(sizes, stages.matrices):
-            _step_piece(stages, [(*members[member], part) for member, part in piece])
+        for cuts in even_stacks(sizes, stages.matrices):
+            piece = [(*members[i], slice(start, stop)) for i, start, stop in cuts]
+            _step_piece(stages, piece)
 
 
 def _step_piece(stages: StackStages, piece: list[tuple[MatrixWeight, int, slice]]) -> None:

@@ -2,11 +2,11 @@
 
 import torch
 
-from torch_ref.dtypes import bias_correction, complement, rounded, working_dtype
+from torch_ref.dtypes import Scalar, bias_correction, complement, rounded, working_dtype
 
 
 def lerp_momentum(
-    gradient: torch.Tensor, buffer: torch.Tensor, *, momentum: float, nesterov: bool
+    gradient: torch.Tensor, buffer: torch.Tensor, *, momentum: Scalar, nesterov: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The exponential average m <- m + (1 - mu)(g - m), and u = g + mu (m - g) with Nesterov, else
     m.
@@ -16,7 +16,7 @@ def lerp_momentum(
     Args:
       gradient: any shape, any floating dtype; not modified.
       buffer: the same shape, any floating dtype; not modified.
-      momentum: mu.
+      momentum: mu, a number or a tensor without axes.
       nesterov: whether to look one step ahead.
 
     Returns:
@@ -30,7 +30,7 @@ def lerp_momentum(
 
 
 def heavy_ball_momentum(
-    gradient: torch.Tensor, buffer: torch.Tensor, *, momentum: float, nesterov: bool
+    gradient: torch.Tensor, buffer: torch.Tensor, *, momentum: Scalar, nesterov: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum m <- mu m + g, and u = g + mu m with Nesterov, else m. The twin of `optax.trace`.
 
@@ -44,7 +44,7 @@ def heavy_ball_momentum(
 
 
 def bias_corrected_momentum(
-    gradient: torch.Tensor, buffer: torch.Tensor, *, momentum: float, nesterov: bool, step: int
+    gradient: torch.Tensor, buffer: torch.Tensor, *, momentum: Scalar, nesterov: bool, step: int | torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Optax's own: m as in `lerp_momentum`, each term divided by the weight it has collected so
     far.
@@ -53,7 +53,7 @@ def bias_corrected_momentum(
     schedule the current mu stands in the powers. Source: optax.contrib.muon 0.2.8.
 
     Args:
-      step: t, counted from 1. The others, and returns: as in `lerp_momentum`.
+      step: t, counted from 1, an integer or an integer tensor without axes. The others, and returns: as in `lerp_momentum`.
     """
     dtype = working_dtype(gradient.dtype)
     g, m = gradient.to(dtype), buffer.to(dtype)

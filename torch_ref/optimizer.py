@@ -1,5 +1,6 @@
 """NorMuon and the Muon family as one PyTorch optimizer, assembled from a Recipe."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -7,12 +8,13 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from normuon_core import Decay, MatrixLayout, Momentum, NeuronNorm, Polar, Recipe, ShapeRule
+from normuon_core.polar_iteration import Algorithm
 from torch_ref.adamw import adamw
 from torch_ref.checkpoint import picklable, restore_state, unpickled
-from torch_ref.dtypes import rounded, working_dtype
+from torch_ref.dtypes import rounded_product, working_dtype
 from torch_ref.groups import ADAMW, MATRIX, Group, group_recipe, parameter_name, settle_group
+from torch_ref.launcher import Backend
 from torch_ref.matrix_weight import MatrixWeight, step_matrices
-from torch_ref.orthogonalization import Algorithm
 from torch_ref.remainder import add_to_weight, read_weight
 from torch_ref.stack_stages import Orthogonalizer
 
@@ -32,6 +34,9 @@ class NorMuon(torch.optim.Optimizer):
 
     Every keyword may be set by group. `lr`, `momentum` and `weight_decay` are read from the group
     at every step. Gradients are left as they are; parameters without one are skipped.
+
+    A step never waits for a GPU, and can be captured in a CUDA graph once it has run; give `lr`,
+    `momentum` and `weight_decay` as tensors on the GPU to change them between replays.
 
     The increment leaves the arithmetic in the parameter's dtype and is then added, as Optax does
     it; to train bfloat16 parameters without losing small increments, set `bf16_remainder`.
@@ -56,6 +61,9 @@ class NorMuon(torch.optim.Optimizer):
       compute_dtype: of the orthogonalization; None is bfloat16, and float16 where the Gram form
         runs.
       algorithm: "standard", "gram", or "auto", see `polar_factor`.
+      backend: "triton" for steps of the matrices by the kernels that JAX runs too, "eager" for
+        PyTorch's own operations, or "auto": "triton" on CUDA devices that have it, for the dtypes it
+        takes, unless there is an `orthogonalizer`.
       bf16_remainder: keeps the lower 16 bits of a float32 weight beside each bfloat16 parameter,
         which then is the weight's truncated upper half. Parameters of 32 or 64 bits have no
         remainder.
@@ -90,6 +98,7 @@ class NorMuon(torch.optim.Optimizer):
         momentum_dtype: torch.dtype | None = None,
         compute_dtype: torch.dtype | None = None,
         algorithm: Algorithm = "auto",
+        backend: Backend = "auto",
         bf16_remainder: bool = False,
         max_stack_bytes: int | None = None,
     ):
@@ -113,6 +122,7 @@ class NorMuon(torch.optim.Optimizer):
             "momentum_dtype": momentum_dtype,
             "compute_dtype": compute_dtype,
             "algorithm": algorithm,
+            "backend": backend,
             "bf16_remainder": bf16_remainder,
             "max_stack_bytes": max_stack_bytes,
         }
@@ -150,15 +160,22 @@ class NorMuon(torch.optim.Optimizer):
                 loss = closure()
         self._check_gradients()
         matrices: list[MatrixWeight] = []
+        self._count_steps()
         for group in self.param_groups:
-            given = [(p, p.grad) for p in group["params"] if p.grad is not None and p.numel() > 0]
+            given = _with_gradient(group)
             if group["optimizer"] == ADAMW:
                 for param, gradient in given:
                     self._step_adamw(param, gradient, group)
             else:
                 recipe = group_recipe(group)
                 matrices += [self._matrix_weight(*pair, group, recipe) for pair in given]
-        step_matrices(matrices)
+        for by_kernels, weights in _by_backend(matrices).items():
+            if by_kernels:
+                from torch_ref.kernel_step import step_matrices_with_kernels
+
+                step_matrices_with_kernels(weights)
+            else:
+                step_matrices(weights)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -204,6 +221,17 @@ class NorMuon(torch.optim.Optimizer):
                         " torch.nn.Embedding), or give the parameter to torch.optim.SparseAdam."
                     )
 
+    def _count_steps(self) -> None:
+        """One more for every parameter that has a gradient, on the parameter's own device."""
+        counters: dict[torch.device, list[torch.Tensor]] = defaultdict(list)
+        for group in self.param_groups:
+            for param, _ in _with_gradient(group):
+                zero = torch.zeros((), dtype=torch.int64, device=param.device)
+                step = self.state[param].setdefault("step", zero)
+                counters[param.device].append(step)
+        for steps in counters.values():
+            torch._foreach_add_(steps, 1)
+
     def _matrix_weight(
         self, param: torch.Tensor, gradient: torch.Tensor, group: Group, recipe: Recipe
     ) -> MatrixWeight:
@@ -215,7 +243,7 @@ class NorMuon(torch.optim.Optimizer):
             state,
             group=group,
             recipe=recipe,
-            step=_count_step(state),
+            step=state["step"],
         )
 
     def _step_adamw(self, param: torch.Tensor, gradient: torch.Tensor, group: Group) -> None:
@@ -230,24 +258,28 @@ class NorMuon(torch.optim.Optimizer):
             read_weight(param, remainder),
             state["exp_avg"],
             state["exp_avg_sq"],
-            lr=rounded(group["lr"], dtype) * rounded(group["lr_mul"], dtype),
+            lr=rounded_product(group["lr"], group["lr_mul"], dtype),
             b1=group["adam_b1"],
             b2=group["adam_b2"],
             eps=group["adam_eps"],
-            weight_decay=rounded(group["adam_weight_decay"], dtype)
-            * rounded(group["wd_mul"], dtype),
-            step=_count_step(state),
+            weight_decay=rounded_product(group["adam_weight_decay"], group["wd_mul"], dtype),
+            step=state["step"],
         )
         state["exp_avg"].copy_(exp_avg)
         state["exp_avg_sq"].copy_(exp_avg_sq)
         add_to_weight(param, remainder, increment)
 
 
-def _count_step(state: dict[str, Any]) -> int:
-    if "step" not in state:
-        state["step"] = torch.zeros((), dtype=torch.int64)
-    state["step"] += 1
-    return int(state["step"])
+def _with_gradient(group: Group) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(p, p.grad) for p in group["params"] if p.grad is not None and p.numel() > 0]
+
+
+def _by_backend(weights: list[MatrixWeight]) -> dict[bool, list[MatrixWeight]]:
+    """The weights that the kernels step, and those that PyTorch's own operations do."""
+    result: dict[bool, list[MatrixWeight]] = defaultdict(list)
+    for weight in weights:
+        result[weight.takes_kernels].append(weight)
+    return result
 
 
 def _remainder(param: torch.Tensor, group: Group, state: dict[str, Any]) -> torch.Tensor | None:

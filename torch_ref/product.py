@@ -9,11 +9,14 @@ def product(
     a: torch.Tensor,
     b: torch.Tensor,
     d: torch.Tensor | None = None,
+    e: torch.Tensor | None = None,
     *,
     alpha: float = 1.0,
     beta: float = 1.0,
+    gamma: float = 1.0,
+    diagonal: float = 0.0,
 ) -> torch.Tensor:
-    """alpha A B + beta D, rounded once to the operands' dtype.
+    """alpha A B + beta D + gamma E + diagonal I, rounded once to the operands' dtype.
 
     Half-precision operands are multiplied exactly, accumulated in float32, and the epilogue
     finishes in float32. float32 and float64 operands stay in their dtype. The process-wide switches
@@ -25,19 +28,33 @@ def product(
 
     Args:
       a: (batch, m, k). b: (batch, k, n), the same dtype; views such as a transpose are not copied.
-      d: (batch, m, n), the same dtype, or None for no second term.
-      alpha, beta: scalars, in float32 (float64 for float64 operands) whatever the operands' dtype.
+      d, e: (batch, m, n), the same dtype, or None for no such term.
+      alpha, beta, gamma, diagonal: scalars, in float32 (float64 for float64 operands) whatever the
+        operands' dtype.
 
     Returns:
       (batch, m, n) in the operands' dtype.
     """
-    if a.dtype in HALF and a.device.type == "cpu":
-        # Lifted, because CPUs differ in their own half-precision products: some flush subnormals.
-        result = torch.bmm(a.float(), b.float()).mul_(alpha)
-        if d is not None:
-            result.add_(d.float().mul_(beta))
-        return result.to(a.dtype)
-    if d is None:
+    half, plain = a.dtype in HALF, e is None and diagonal == 0.0
+    if half and (a.device.type == "cpu" or not plain):
+        result = _float32_product(a, b).mul_(alpha)
+        for addend, factor in ((d, beta), (e, gamma)):
+            if addend is not None:
+                result.add_(addend.float().mul_(factor))
+    elif d is None:
         # Not bmm and then a scaling: alpha may be what keeps the result in the dtype's range.
-        return torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0.0, alpha=alpha)
-    return torch.baddbmm(d, a, b, beta=beta, alpha=alpha)
+        result = torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0.0, alpha=alpha)
+    else:
+        result = torch.baddbmm(d, a, b, beta=beta, alpha=alpha)
+        if e is not None:
+            result.add_(e, alpha=gamma)
+    if diagonal != 0.0:
+        result.diagonal(dim1=-2, dim2=-1).add_(diagonal)
+    return result.to(a.dtype)
+
+
+def _float32_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    if a.device.type == "cpu":
+        # Lifted, because CPUs differ in their own half-precision products: some flush subnormals.
+        return torch.bmm(a.float(), b.float())
+    return torch.bmm(a, b, torch.float32)

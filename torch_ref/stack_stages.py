@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from normuon_core import NeuronNorm, Polar
+from normuon_core.polar_iteration import Algorithm, choose_form
 from torch_ref.neuron_norm import normalize_neurons
-from torch_ref.orthogonalization import Algorithm, choose_form, polar_factor
+from torch_ref.orthogonalization import dtype_name, polar_factor
 from torch_ref.stacking import bytes_per_matrix
 
 Orthogonalizer = Callable[[torch.Tensor], torch.Tensor]
@@ -47,13 +48,17 @@ class StackStages:
         _, compute_dtype = choose_form(
             self.rows,
             self.columns,
-            coefficients=self.polar.coefficients,
+            len(self.polar.coefficients),
             algorithm=self.algorithm,
-            compute_dtype=self.compute_dtype,
-            device=self.device,
+            compute_dtype=dtype_name(self.compute_dtype),
+            on_gpu=self.device.type == "cuda",
+            symmetric=False,
         )
         each = bytes_per_matrix(
-            self.rows, self.columns, dtype=self.dtype, compute_dtype=compute_dtype
+            self.rows,
+            self.columns,
+            dtype=self.dtype,
+            compute_dtype=getattr(torch, compute_dtype),
         )
         return max(1, self.max_bytes // each)
 
@@ -75,7 +80,11 @@ class StackStages:
     def _orthogonalize(self, u: torch.Tensor) -> torch.Tensor:
         if self.orthogonalizer is None:
             return polar_factor(
-                u, **vars(self.polar), compute_dtype=self.compute_dtype, algorithm=self.algorithm
+                u,
+                **vars(self.polar),
+                compute_dtype=self.compute_dtype,
+                algorithm=self.algorithm,
+                backend="eager",
             )
         v = self.orthogonalizer(u)
         if v.shape != u.shape:

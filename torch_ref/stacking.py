@@ -5,7 +5,7 @@ batch is cut where it would take too much memory.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -45,29 +45,6 @@ def from_blocks(blocks: Sequence[torch.Tensor], view: MatrixView) -> torch.Tenso
     """The inverse of `to_blocks`."""
     stack = torch.cat(list(blocks), dim=view.output_stack_axis) if view.is_split else blocks[0]
     return from_stack(stack, view)
-
-
-def pieces(sizes: Sequence[int], limit: int) -> Iterator[list[tuple[int, slice]]]:
-    """Cuts members of `sizes` matrices, laid end to end, into pieces of at most `limit` matrices.
-
-    Yields:
-      One list a piece, of (member, which of its matrices); a member may be spread over several
-      pieces.
-    """
-    piece: list[tuple[int, slice]] = []
-    room = limit
-    for member, size in enumerate(sizes):
-        start = 0
-        while start < size:
-            stop = min(size, start + room)
-            piece.append((member, slice(start, stop)))
-            room -= stop - start
-            start = stop
-            if room == 0:
-                yield piece
-                piece, room = [], limit
-    if piece:
-        yield piece
 
 
 def bytes_per_matrix(

@@ -2,14 +2,14 @@
 
 import torch
 
-from torch_ref.dtypes import rounded, rounded_multiplier
+from torch_ref.dtypes import Scalar, rounded, rounded_multiplier
 
 
 def add_cautious_weight_decay(
     update: torch.Tensor,
     param: torch.Tensor,
     *,
-    weight_decay: float,
+    weight_decay: Scalar,
     wd_mul: float | torch.Tensor = 1.0,
     cautious: bool = True,
     direction: torch.Tensor | None = None,
@@ -24,7 +24,7 @@ def add_cautious_weight_decay(
     Args:
       update: (..., rows, columns) in the working dtype, not modified.
       param: the same shape and dtype.
-      weight_decay: the factor, before any learning rate.
+      weight_decay: the factor, before any learning rate: a number or a tensor without axes.
       wd_mul: a number, or a tensor that broadcasts against `update`.
       cautious: False decays every entry.
       direction: what the mask compares with the parameter; None is `update` itself.

@@ -1,0 +1,305 @@
+"""One optimizer step of a stack of matrices, as a sequence of kernel launches.
+
+Both frameworks run this sequence, each with its own launcher: so their steps are the same to the bit.
+A gradient goes squares -> feed -> products -> neuron_squares -> statistics -> finish.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from normuon_core import launches
+from normuon_core.launches import Geometry, Launcher, Output, Span
+from normuon_core.polar_iteration import Algorithm, choose_form, iterate, range_scales
+from normuon_core.recipes import Momentum, NeuronNorm, Polar, Recipe
+from normuon_core.shape_rules import RMS_FLOOR
+
+KERNEL_DTYPES = ("float16", "bfloat16", "float32")
+"""What the kernels read and compute in."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What launches need to know of a GPU."""
+
+    architecture: str
+    multiprocessors: int
+
+
+@dataclass
+class Leaf:
+    """One weight during one step; its arrays are replaced as the step goes on.
+
+    Attributes:
+      gradient, parameter, momentum: of the weight's shape. delta: None until the first matrix is done.
+      rates: (runs of the batch, `kernels.RATES`) float32.
+      outputs: what launches need to know of momentum and delta.
+    """
+
+    gradient: Any
+    parameter: Any
+    momentum: Any
+    rates: Any
+    momentum_output: Output
+    delta_output: Output
+    delta: Any = None
+
+
+@dataclass
+class Block:
+    """One output block of a weight.
+
+    Attributes:
+      second_moment: (batch, neurons) float32, or None; replaced.
+      scales, decays: (batch,) float32.
+    """
+
+    leaf: Leaf
+    geometry: Geometry
+    batch: int
+    second_moment: Any
+    scales: Any
+    decays: Any
+
+
+class Piece(NamedTuple):
+    """Consecutive matrices of one block."""
+
+    block: Block
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class KernelProducts:
+    """`Products` from the product kernel, on a stack that is wide: (count, short, long)."""
+
+    launch: Launcher
+    device: Device
+    count: int
+    short: int
+    long: int
+    dtype: str
+
+    def gram(self, x, *, alpha):
+        return self._product(x, x, (self.short, self.short, self.long), alpha=alpha, turned=True)
+
+    def multiply(self, s, t, *, alpha, addends=(), diagonal=0.0):
+        sides = (self.short, self.short, self.short)
+        # t is symmetric: read by rows, as s is.
+        return self._product(
+            s, t, sides, alpha=alpha, addends=addends, diagonal=diagonal, turned=True
+        )
+
+    def apply(self, s, x, *, alpha, addend=0.0):
+        sides = (self.short, self.long, self.short)
+        addends = [(x, addend)] if addend else []
+        return self._product(s, x, sides, alpha=alpha, addends=addends, symmetric=False)
+
+    def _product(
+        self,
+        a,
+        b,
+        sides,
+        *,
+        alpha,
+        addends: Sequence[tuple[Any, float]] = (),
+        diagonal=0.0,
+        turned=False,
+        symmetric=True,
+    ):
+        launch = launches.product(
+            self.count,
+            *sides,
+            dtype=self.dtype,
+            architecture=self.device.architecture,
+            multiprocessors=self.device.multiprocessors,
+            b_transposed=turned,
+            symmetric=symmetric,
+            addends=len(addends),
+            has_diagonal=diagonal != 0.0,
+        )
+        arrays = [array for array, _ in addends] + [a] * (2 - len(addends))
+        factors = [factor for _, factor in addends] + [0.0] * (2 - len(addends))
+        (result,) = self.launch(launch, [a, b, *arrays, alpha, *factors, diagonal, self.count])
+        return result
+
+
+def polar_factors_of_pieces(
+    launch: Launcher,
+    device: Device,
+    pieces: Sequence[Piece],
+    polar: Polar,
+    *,
+    momentum: Momentum | None,
+    compute_dtype: str | None,
+    algorithm: Algorithm,
+) -> tuple[Any, list[Span]]:
+    """Stages 1 and 2 of a stack: (the stack, where each piece lies in it).
+
+    The stack is (count, short, padded long) in the compute dtype; what is beyond `long` is not
+    written. momentum=None takes the gradient itself.
+    """
+    geometry = pieces[0].block.geometry
+    form, dtype = form_of(geometry, polar, compute_dtype=compute_dtype, algorithm=algorithm)
+    total = sum(piece.count for piece in pieces)
+    spans, partials, start = [], None, 0
+    for piece in pieces:
+        spans.append(Span(piece.start, start, piece.count))
+        start += piece.count
+    for piece, span in zip(pieces, spans, strict=True):
+        leaf, own = piece.block.leaf, piece.block.geometry
+        first = partials is None
+        into = leaf.rates if first else partials
+        (partials,) = launch(
+            launches.squares(own, span, momentum, total, first=first),
+            [leaf.gradient, leaf.momentum, leaf.rates, *span[:2], into],
+        )
+
+    scales = range_scales(geometry.short, geometry.long, dtype)
+    x = None
+    for piece, span in zip(pieces, spans, strict=True):
+        leaf = piece.block.leaf
+        x, leaf.momentum = launch(
+            launches.feed(
+                piece.block.geometry,
+                span,
+                momentum,
+                total,
+                eps_rule=polar.eps_rule,
+                compute_dtype=dtype,
+                momentum=leaf.momentum_output,
+                first=x is None,
+            ),
+            [
+                leaf.gradient,
+                leaf.momentum,
+                leaf.rates,
+                partials,
+                *span[:2],
+                polar.norm_scale,
+                polar.eps,
+                scales[0],
+                leaf.rates if x is None else x,
+            ],
+        )
+    products = KernelProducts(launch, device, total, geometry.short, geometry.long, dtype)
+    v = iterate(
+        x,
+        polar.coefficients,
+        products,
+        algorithm=form,
+        short=geometry.short,
+        scales=scales,
+    )
+    return v, spans
+
+
+def form_of(geometry: Geometry, polar: Polar, *, compute_dtype, algorithm: Algorithm):
+    """(form, compute dtype) that the kernels take for a shape."""
+    return choose_form(
+        geometry.short,
+        geometry.long,
+        len(polar.coefficients),
+        algorithm=algorithm,
+        compute_dtype=compute_dtype,
+        on_gpu=True,
+        symmetric=True,
+    )
+
+
+def step_stack(
+    launch: Launcher,
+    device: Device,
+    pieces: Sequence[Piece],
+    recipe: Recipe,
+    *,
+    compute_dtype: str | None,
+    algorithm: Algorithm,
+) -> None:
+    """All stages of one stack; momentum, second moment and delta of the pieces' weights are replaced."""
+    v, spans = polar_factors_of_pieces(
+        launch,
+        device,
+        pieces,
+        recipe.polar,
+        momentum=recipe.momentum,
+        compute_dtype=compute_dtype,
+        algorithm=algorithm,
+    )
+    rule = recipe.neuron_norm
+    if rule is None and recipe.shape_scale != "rms":
+        partials = [(None, 0)] * len(pieces)
+    else:
+        partials = _neuron_squares(launch, v, pieces, spans)
+    for piece, span, (own, first) in zip(pieces, spans, partials, strict=True):
+        block, leaf = piece.block, piece.block.leaf
+        factors, sums = leaf.rates, leaf.rates
+        if own is not None:
+            old = leaf.rates if rule is None else block.second_moment
+            kept = Output((1,) if rule is None else (block.batch, block.geometry.neurons), "float32")
+            new, factors, sums = launch(
+                launches.statistics(block.geometry, span, rule, kept),
+                [own, old, leaf.rates, _eps(rule), span.leaf_start, first],
+            )
+            block.second_moment = None if rule is None else new
+        _finish_piece(launch, v, block, span, recipe, factors, sums)
+
+
+def _neuron_squares(launch: Launcher, v, pieces: Sequence[Piece], spans: Sequence[Span]):
+    """For each piece the partial sums that hold its neurons' squares, and its first matrix in them.
+
+    One launch for each run of pieces whose neurons lie on the same side.
+    """
+    runs: list[list[int]] = []
+    for index, piece in enumerate(pieces):
+        side = piece.block.geometry.neurons_on_short
+        if runs and pieces[runs[-1][0]].block.geometry.neurons_on_short == side:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    found = []
+    for run in runs:
+        start = spans[run[0]].stack_start
+        whole = Span(0, start, sum(spans[index].count for index in run))
+        (partials,) = launch(
+            launches.neuron_squares(pieces[run[0]].block.geometry, whole), [v, start]
+        )
+        found += [(partials, spans[index].stack_start - start) for index in run]
+    return found
+
+
+def _finish_piece(
+    launch: Launcher, v, block: Block, span: Span, recipe: Recipe, factors, sums
+) -> None:
+    leaf, rule = block.leaf, recipe.neuron_norm
+    first = leaf.delta is None
+    (leaf.delta,) = launch(
+        launches.finish(
+            block.geometry,
+            span,
+            rule,
+            shape_scale=recipe.shape_scale,
+            cautious=recipe.decay.cautious,
+            decay_inside_scale=recipe.decay.inside_scale,
+            delta=leaf.delta_output,
+            first=first,
+        ),
+        [
+            v,
+            leaf.parameter,
+            leaf.rates,
+            block.scales,
+            block.decays,
+            factors,
+            sums,
+            _eps(rule),
+            RMS_FLOOR,
+            *span[:2],
+            leaf.rates if first else leaf.delta,
+        ],
+    )
+
+
+def _eps(rule: NeuronNorm | None) -> float:
+    return 0.0 if rule is None else rule.eps

@@ -1,0 +1,360 @@
+"""How each kernel is launched: grid, constants, configuration. Arrays are the frameworks' to bind.
+
+Nothing here depends on how many matrices a stack holds but the grid, so that the update of one matrix
+does not depend on its neighbours. Configurations of the products come from a committed table
+(`configurations.py`) and are never searched for at run time.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from normuon_core import kernels
+from normuon_core.configurations import product_configuration
+from normuon_core.layout import MatrixView
+from normuon_core.recipes import Momentum, NeuronAxis, NeuronNorm
+from normuon_core.shape_rules import ShapeRule
+
+MOST_PARTS = 1024
+"""Partial sums of a matrix's norm: few enough for every program of `feed` to add them up itself."""
+
+_NEURON_TILE = {True: (8, 1024), False: (128, 64)}
+"""Neurons and inputs that a program of `neuron_squares` takes, by NEURONS_ON_SHORT."""
+
+_NEURONS_A_BLOCK = 256
+"""Neurons that a program of `statistics` takes."""
+
+
+class Output(NamedTuple):
+    """What a launch writes. `dtype`: a name, as "float32"."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with all but its arrays and scalars.
+
+    Attributes:
+      kernel: of `kernels.py`. grid: how many programs. constants: its constexpr arguments.
+      outputs: follow the inputs in the kernel's arguments.
+      aliases: for an output its place among the inputs, whose buffer it overwrites.
+      uses_descriptors: whether it sets up the tensor memory accelerator.
+    """
+
+    kernel: Any
+    grid: int
+    constants: Mapping[str, Any]
+    outputs: Sequence[Output]
+    aliases: Mapping[int, int] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+    uses_descriptors: bool = False
+
+
+Launcher = Callable[[Launch, Sequence[Any]], tuple[Any, ...]]
+"""(launch, its inputs) -> its outputs. Scalars among the inputs are Python's ints and floats."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where a weight, or one output block of it, holds its matrices.
+
+    Attributes:
+      short, long: the two sides; rows are the shorter one on a tie.
+      strides: elements from one matrix, one index of the short side and one of the long side to the
+        next.
+      offset: elements from the weight's first to the block's first.
+      neurons_on_short: whether the neurons with a second moment are the shorter side's.
+      matrices_a_rate: how many consecutive matrices share a row of rates.
+    """
+
+    short: int
+    long: int
+    strides: tuple[int, int, int]
+    offset: int
+    neurons_on_short: bool
+    matrices_a_rate: int
+
+    @property
+    def pitch(self) -> int:
+        return padded(self.long)
+
+    @property
+    def neurons(self) -> int:
+        """How many neurons have a second moment."""
+        return self.short if self.neurons_on_short else self.long
+
+    @property
+    def inputs(self) -> int:
+        """Over how many entries a neuron's mean runs."""
+        return self.long if self.neurons_on_short else self.short
+
+    @property
+    def tiles(self) -> int:
+        return math.prod(math.ceil(side / kernels.TILE) for side in (self.short, self.long))
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """What the kernels that reach into the weight are told of it."""
+        batch, short, long = self.strides
+        return {
+            "SHORT": self.short,
+            "LONG": self.long,
+            "BATCH_STRIDE": batch,
+            "SHORT_STRIDE": short,
+            "LONG_STRIDE": long,
+            "OFFSET": self.offset,
+            "MATRICES_A_RATE": self.matrices_a_rate,
+        }
+
+
+def block_geometries(
+    view: MatrixView, strides: tuple[int, int, int], *, axis: NeuronAxis = "output", rates: int = 1
+) -> list[Geometry]:
+    """One geometry for each output block of a weight.
+
+    Args:
+      strides: of batch, rows and columns, in elements. axis: whose neurons have a second moment.
+        rates: how many equal runs of the batch have a row of rates of their own.
+    """
+    batch_stride, row_stride, column_stride = strides
+    result, start = [], 0
+    for size in view.output_sizes:
+        batch, rows, columns = view.block_stack_shape(size)
+        tall = rows > columns
+        sides = (column_stride, row_stride) if tall else (row_stride, column_stride)
+        geometry = Geometry(
+            short=min(rows, columns),
+            long=max(rows, columns),
+            strides=(batch_stride, *sides),
+            offset=start * (row_stride if view.output_is_rows else column_stride),
+            neurons_on_short=_neurons_on_rows(axis, rows, columns, view.output_is_rows) != tall,
+            matrices_a_rate=max(1, batch // rates),
+        )
+        result.append(geometry)
+        start += size
+    return result
+
+
+def _neurons_on_rows(axis: NeuronAxis, rows: int, columns: int, output_is_rows: bool) -> bool:
+    if axis == "longer" and rows != columns:
+        return rows > columns
+    return output_is_rows != (axis == "input")
+
+
+def bytes_a_matrix(geometry: Geometry, dtype: str) -> int:
+    """Temporary memory of one matrix in a stack at its peak: X twice and five of its Gram matrix's size."""
+    entries = 2 * geometry.short * geometry.pitch + 5 * geometry.short * padded(geometry.short)
+    return entries * (4 if dtype == "float32" else 2)
+
+
+class Span(NamedTuple):
+    """Which of a weight's matrices a launch covers, and where they lie in the stack."""
+
+    leaf_start: int
+    stack_start: int
+    count: int
+
+
+def padded(size: int) -> int:
+    """Elements a row takes: whole 16 bytes in every dtype, for the tensor memory accelerator."""
+    return math.ceil(size / 8) * 8
+
+
+def _power_of_two(count: int) -> int:
+    return 2 ** math.ceil(math.log2(count))
+
+
+def _parts(geometry: Geometry) -> tuple[int, int]:
+    """(tiles a part, parts) of a matrix's norm."""
+    tiles_a_part = math.ceil(geometry.tiles / MOST_PARTS)
+    return tiles_a_part, math.ceil(geometry.tiles / tiles_a_part)
+
+
+def squares(geometry: Geometry, span: Span, rule: Momentum | None, stack: int, *, first: bool):
+    """Inputs: g, m, rates, leaf start, stack start, partials. `first` into a stack of that size."""
+    tiles_a_part, parts = _parts(geometry)
+    return Launch(
+        kernels.squares,
+        grid=span.count * parts,
+        constants={
+            **geometry.constants,
+            **_momentum_constants(rule),
+            "TILES_A_PART": tiles_a_part,
+            "PARTS": parts,
+        },
+        outputs=[Output((stack, parts), "float32")],
+        aliases={} if first else {0: 5},
+    )
+
+
+def feed(
+    geometry: Geometry,
+    span: Span,
+    rule: Momentum | None,
+    stack: int,
+    *,
+    eps_rule: str,
+    compute_dtype: str,
+    momentum: Output,
+    first: bool,
+):
+    """Inputs: g, m, rates, partials, the two starts, norm scale, eps, x scale, x."""
+    _, parts = _parts(geometry)
+    return Launch(
+        kernels.feed,
+        grid=span.count * geometry.tiles,
+        constants={
+            **geometry.constants,
+            "PITCH": geometry.pitch,
+            **_momentum_constants(rule),
+            "EPS_RULE": eps_rule,
+            "TILES": geometry.tiles,
+            "PARTS": parts,
+            "PARTS_PADDED": _power_of_two(parts),
+        },
+        outputs=[Output((stack, geometry.short, geometry.pitch), compute_dtype), momentum],
+        aliases={1: 1} if first else {0: 9, 1: 1},
+    )
+
+
+def _momentum_constants(rule: Momentum | None) -> dict[str, Any]:
+    if rule is None:
+        return {"RULE": "none", "NESTEROV": False}
+    return {"RULE": rule.rule, "NESTEROV": rule.nesterov}
+
+
+def product(
+    count: int,
+    m: int,
+    n: int,
+    k: int,
+    *,
+    dtype: str,
+    architecture: str,
+    multiprocessors: int,
+    b_transposed: bool,
+    symmetric: bool,
+    addends: int,
+    has_diagonal: bool,
+):
+    """Inputs: a, b, d, e, alpha, beta, gamma, diagonal, count. Rows are `padded`."""
+    chosen = product_configuration(
+        m, n, k, dtype=dtype, symmetric=symmetric, architecture=architecture
+    )
+    rows, columns = math.ceil(m / chosen.tile_m), math.ceil(n / chosen.tile_n)
+    width = chosen.tile_n // chosen.tile_m
+    tiles = rows * columns - (width * columns * (columns - 1) // 2 if symmetric else 0)
+    return Launch(
+        kernels.product,
+        grid=min(tiles * count, multiprocessors * chosen.programs_a_multiprocessor),
+        constants={
+            "M": m,
+            "N": n,
+            "K": k,
+            "PITCH_A": padded(k),
+            "PITCH_B": padded(k if b_transposed else n),
+            "PITCH_C": padded(n),
+            "B_TRANSPOSED": b_transposed,
+            "SYMMETRIC": symmetric,
+            "ADDENDS": addends,
+            "HAS_DIAGONAL": has_diagonal,
+            "TILE_M": chosen.tile_m,
+            "TILE_N": chosen.tile_n,
+            "TILE_K": chosen.tile_k,
+        },
+        outputs=[Output((count, m, padded(n)), dtype)],
+        num_warps=chosen.num_warps,
+        num_stages=chosen.num_stages,
+        uses_descriptors=True,
+    )
+
+
+def neuron_squares(geometry: Geometry, span: Span) -> Launch:
+    """Inputs: v, stack start."""
+    block, part = _NEURON_TILE[geometry.neurons_on_short]
+    blocks, slices = math.ceil(geometry.neurons / block), math.ceil(geometry.inputs / part)
+    return Launch(
+        kernels.neuron_squares,
+        grid=span.count * blocks * slices,
+        constants={
+            "SHORT": geometry.short,
+            "LONG": geometry.long,
+            "PITCH": geometry.pitch,
+            "NEURONS_ON_SHORT": geometry.neurons_on_short,
+            "BLOCKS": blocks,
+            "BLOCK": block,
+            "SLICES": slices,
+            "SLICE": part,
+        },
+        outputs=[Output((span.count, slices, geometry.neurons), "float32")],
+    )
+
+
+def _blocks(geometry: Geometry) -> int:
+    return math.ceil(geometry.neurons / _NEURONS_A_BLOCK)
+
+
+def statistics(
+    geometry: Geometry, span: Span, rule: NeuronNorm | None, second_moment: Output
+) -> Launch:
+    """Inputs: partials, second moment, rates, eps, leaf start, first of the partials."""
+    _, part = _NEURON_TILE[geometry.neurons_on_short]
+    return Launch(
+        kernels.statistics,
+        grid=span.count * _blocks(geometry),
+        constants={
+            "NEURONS": geometry.neurons,
+            "INPUTS": geometry.inputs,
+            "MATRICES_A_RATE": geometry.matrices_a_rate,
+            "NORMALIZE": rule is not None,
+            "EPS_RULE": "max" if rule is None else rule.eps_rule,
+            "SLICES": math.ceil(geometry.inputs / part),
+            "BLOCKS": _blocks(geometry),
+            "BLOCK": _NEURONS_A_BLOCK,
+        },
+        outputs=[
+            second_moment,
+            Output((span.count, geometry.neurons), "float32"),
+            Output((span.count, _blocks(geometry), 2), "float32"),
+        ],
+        aliases={} if rule is None else {0: 1},
+    )
+
+
+def finish(
+    geometry: Geometry,
+    span: Span,
+    rule: NeuronNorm | None,
+    *,
+    shape_scale: ShapeRule,
+    cautious: bool,
+    decay_inside_scale: bool,
+    delta: Output,
+    first: bool,
+):
+    """Inputs: v, p, rates, scales, decays, factors, sums, eps, rms floor, the two starts, delta."""
+    return Launch(
+        kernels.finish,
+        grid=span.count * geometry.tiles,
+        constants={
+            **geometry.constants,
+            "PITCH": geometry.pitch,
+            "NEURONS_ON_SHORT": geometry.neurons_on_short,
+            "NORMALIZE": rule is not None,
+            "RESCALE": None if rule is None else rule.rescale,
+            "RMS": shape_scale == "rms",
+            "CAUTIOUS": cautious,
+            "DECAY_INSIDE_SCALE": decay_inside_scale,
+            "TILES": geometry.tiles,
+            "BLOCKS": _blocks(geometry),
+            "BLOCKS_PADDED": _power_of_two(_blocks(geometry)),
+        },
+        outputs=[delta],
+        aliases={} if first else {0: 11},
+    )
+
+

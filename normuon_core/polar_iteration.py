@@ -1,0 +1,212 @@
+"""Stage 2's iteration, as a sequence of matrix products that a framework supplies.
+
+One definition for JAX and PyTorch, for library products and for kernels: what is multiplied by what,
+in which order and at which scale, is the same everywhere.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, Protocol, TypeVar, get_args
+
+from normuon_core.polynomials import Coefficients
+
+Algorithm = Literal["standard", "gram", "auto"]
+
+Array = TypeVar("Array")
+
+FEW_ROWS = 512
+"""Below this short side the Gram form restarts after two steps at the most, above after three.
+
+A rounding error in a Gram matrix R grows by h(R)^2 with every step that R is carried on, a^2 in the
+directions that need lifting most. Entries of the first R are near 1/short, so its errors allow three
+steps where the short side is long; later ones have entries near 1, and two steps keep their errors
+below those of the bfloat16 standard form. `parity_tests/test_half_precision.py` has the figures."""
+
+
+class Products(Protocol[Array]):
+    """What an iteration needs: products that accumulate and finish in float32 or wider and round once.
+
+    X is a stack of matrices; S and T are square, symmetric, of the shorter side's size, and commute.
+    """
+
+    def gram(self, x: Array, *, alpha: float) -> Array:
+        """alpha X X^T; alpha X^T X of a tall X."""
+        ...
+
+    def multiply(
+        self,
+        s: Array,
+        t: Array,
+        *,
+        alpha: float,
+        addends: Sequence[tuple[Array, float]] = (),
+        diagonal: float = 0.0,
+    ) -> Array:
+        """alpha S T, plus each addend times its factor, plus diagonal I: known to be symmetric."""
+        ...
+
+    def apply(self, s: Array, x: Array, *, alpha: float, addend: float = 0.0) -> Array:
+        """alpha S X + addend X; on a tall X alpha X S + addend X."""
+        ...
+
+
+def gram_restarts(steps: int, short: int) -> tuple[int, ...]:
+    """The steps, counted from 0, before which the Gram form starts again from X.
+
+    The last stretch has two steps, those before it three, or two with fewer than `FEW_ROWS` rows. Of
+    five steps on a large matrix: before the fourth. Restarts: Dao-AILab/gram-newton-schulz, before the
+    third.
+    """
+    stretch = 2 if short < FEW_ROWS else 3
+    return tuple(range(steps - 2, 0, -stretch))[::-1]
+
+
+def gram_saves(short: int, long: int, steps: int, *, symmetric: bool) -> bool:
+    """Whether the Gram form takes fewer operations than the standard one, in units of short^3.
+
+    With ratio = long / short and five steps on a large matrix: 8 ratio + 28 against 20 ratio + 10; with
+    products that know their result to be symmetric 6 ratio + 14 against 15 ratio + 5.
+    """
+    ratio = long / short
+    square = 1 if symmetric else 2
+    restarts = len(gram_restarts(steps, short))
+    stretches = restarts + 1
+    carried = steps - stretches
+    gram = stretches * (square + 2) * ratio + square * (steps + 3 * carried)
+    return gram < steps * ((square + 2) * ratio + square)
+
+
+def check_algorithm(algorithm: str) -> None:
+    """Raises a ValueError unless `algorithm` is one."""
+    if algorithm not in get_args(Algorithm):
+        raise ValueError(f"unknown algorithm {algorithm!r}; use one of {get_args(Algorithm)}.")
+
+
+def choose_form(
+    rows: int,
+    columns: int,
+    steps: int,
+    *,
+    algorithm: Algorithm,
+    compute_dtype: str | None,
+    on_gpu: bool,
+    symmetric: bool,
+) -> tuple[Literal["standard", "gram"], str]:
+    """What `algorithm="auto"` and `compute_dtype=None` stand for, on one matrix shape.
+
+    The Gram form on GPUs where it takes fewer operations, unless the compute dtype is bfloat16, in
+    which it loses the small singular directions. (float16 products are slow on CPUs and missing on
+    TPUs.) The dtype is float16 where the Gram form runs and bfloat16 elsewhere.
+
+    Args:
+      symmetric: whether products that are known to be symmetric cost half.
+
+    Raises:
+      ValueError: an unknown `algorithm`.
+    """
+    check_algorithm(algorithm)
+    if algorithm == "auto":
+        short, long = sorted((rows, columns))
+        saves = gram_saves(short, long, steps, symmetric=symmetric)
+        algorithm = "gram" if on_gpu and saves and compute_dtype != "bfloat16" else "standard"
+    return algorithm, compute_dtype or ("float16" if algorithm == "gram" else "bfloat16")
+
+
+def range_scales(rows: int, columns: int, compute_dtype: str) -> tuple[float, float]:
+    """Powers of two by which X and its Gram matrix are stored: 1 but in float16.
+
+    A normalised matrix has entries near 1/sqrt(rows columns) and a Gram matrix near 1/short on its
+    diagonal; on large shapes that is close to float16's smallest normal number. Scaled they lie near
+    1, and the caps keep a matrix with a single large entry below float16's largest, 65504. Powers of
+    two change no bit of a significand; the products' epilogues undo them.
+    """
+    if compute_dtype != "float16":
+        return 1.0, 1.0
+    x_exponent = min(math.floor(math.log2(rows * columns) / 2), 13)
+    gram_exponent = min(math.floor(math.log2(min(rows, columns))), 12)
+    return 2.0**x_exponent, 2.0**gram_exponent
+
+
+def iterate(
+    x: Array,
+    coefficients: Coefficients,
+    products: Products[Array],
+    *,
+    algorithm: Literal["standard", "gram"],
+    short: int,
+    scales: tuple[float, float],
+) -> Array:
+    """The composed polynomial of X, by either form.
+
+    Args:
+      x: (count, rows, columns) in the compute dtype, normalised, times the first of `scales`.
+      short: the matrices' shorter side. scales: from `range_scales`; the result is unscaled.
+    """
+    if algorithm == "gram":
+        return _gram_form(x, coefficients, products, short, *scales)
+    return _standard_form(x, coefficients, products, *scales)
+
+
+def _standard_form(
+    x: Array,
+    coefficients: Coefficients,
+    products: Products[Array],
+    x_scale: float,
+    gram_scale: float,
+) -> Array:
+    """Each step A = X X^T, X <- a X + (b A + c A^2) X."""
+    for step, (a, b, c) in enumerate(coefficients):
+        gram = products.gram(x, alpha=gram_scale / x_scale**2)
+        z = products.multiply(gram, gram, alpha=c / gram_scale, addends=[(gram, b)])
+        freed = 1 / x_scale if step == len(coefficients) - 1 else 1.0
+        x = products.apply(z, x, alpha=freed / gram_scale, addend=a * freed)
+    return x
+
+
+def _gram_form(
+    x: Array,
+    coefficients: Coefficients,
+    products: Products[Array],
+    short: int,
+    x_scale: float,
+    gram_scale: float,
+) -> Array:
+    """The same polynomial through R = X X^T alone.
+
+    With p(x) = x h(x^2): Z = b R + c R^2, so that h(R) = a I + Z; Q <- Q h(R), R <- h(R) R h(R), and
+    X <- Q X at the end and at every restart, where R is rebuilt. a I + Z is never rounded: beside a, the
+    small entries of Z would be lost. So after one step Q is Z, with a kept apart.
+    """
+    restarts = gram_restarts(len(coefficients), short)
+    free = 1 / gram_scale
+
+    def leave(q: Array, apart: float, *, scale: float = 1.0) -> Array:
+        """scale Q X, where Q = a I + Z is still `apart`, or in one piece (0)."""
+        alpha = scale * free if apart else scale
+        return products.apply(q, x, alpha=alpha, addend=apart * scale)
+
+    q, r, apart = None, None, 0.0
+    for step, (a, b, c) in enumerate(coefficients):
+        if q is not None and step in restarts:
+            x, q = leave(q, apart), None
+        if q is None or r is None:
+            r = products.gram(x, alpha=gram_scale / x_scale**2)
+        z = products.multiply(r, r, alpha=c * free, addends=[(r, b)])
+        if q is None:
+            q, apart = z, a
+        elif apart:
+            q = products.multiply(
+                q,
+                z,
+                alpha=free**2,
+                addends=[(q, a * free), (z, apart * free)],
+                diagonal=apart * a,
+            )
+            apart = 0.0
+        else:
+            q = products.multiply(q, z, alpha=free, addends=[(q, a)])
+        if step + 1 < len(coefficients) and step + 1 not in restarts:
+            half_way = products.multiply(r, z, alpha=free, addends=[(r, a)])
+            r = products.multiply(z, half_way, alpha=free, addends=[(half_way, a)])
+    assert q is not None
+    return leave(q, apart, scale=1 / x_scale)

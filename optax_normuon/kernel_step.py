@@ -1,0 +1,342 @@
+"""JAX arrays through `normuon_core.fused_step`: the step of matrices by kernels.
+
+All arithmetic of a step is in the kernels that PyTorch runs as well, in the same order. State and
+updates are those of the chain of transformations that the kernels stand for.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from normuon_core.fused_step import Block, Leaf, Piece, form_of, polar_factors_of_pieces, step_stack
+from normuon_core.kernels import RATES
+from normuon_core.launches import Output, block_geometries, bytes_a_matrix
+from normuon_core.layout import MatrixLayout, MatrixView
+from normuon_core.polar_iteration import Algorithm
+from normuon_core.recipes import Polar, Recipe
+from normuon_core.shape_rules import shape_factor
+from normuon_core.stacks import even_stacks
+from optax_normuon import launcher
+from optax_normuon.layout import Views
+from optax_normuon.momentum import MomentumState
+from optax_normuon.multipliers import Multipliers
+from optax_normuon.paths import named_leaves
+from optax_normuon.precision import as_schedule
+from optax_normuon.stacking import DEFAULT_MAX_STACK_BYTES, as_leaf, as_stack
+from optax_normuon.weight_decay import WeightDecayState
+
+
+@dataclass(frozen=True)
+class KernelSettings:
+    """What is the same for all matrices of a step. compute_dtype: a name, or None for the form's own."""
+
+    recipe: Recipe
+    compute_dtype: str | None
+    algorithm: Algorithm
+    max_stack_bytes: int | None
+
+
+class Weight(NamedTuple):
+    """One weight's arrays in a step.
+
+    Attributes:
+      gradient, parameter, momentum: of the weight's shape.
+      second_moments: one array for each output block, the weight's rank; empty without stage 3.
+      scales, decays: one array for each output block, one number for each matrix, float32.
+    """
+
+    gradient: jax.Array
+    parameter: jax.Array
+    momentum: jax.Array
+    second_moments: tuple[jax.Array, ...]
+    scales: tuple[jax.Array, ...]
+    decays: tuple[jax.Array, ...]
+
+
+class Stepped(NamedTuple):
+    """What a step makes of a `Weight`."""
+
+    delta: jax.Array
+    momentum: jax.Array
+    second_moments: tuple[jax.Array, ...]
+
+
+def polar_factors(
+    stack: jax.Array, polar: Polar, *, compute_dtype: str | None, algorithm: Algorithm
+) -> jax.Array:
+    """Stage 2 of a stack (count, rows, columns), in the compute dtype; under `vmap` one larger stack."""
+
+    @jax.custom_batching.custom_vmap
+    def factors(stack):
+        view = MatrixLayout(reduction_axis=-1, output_axis=-2).on(stack.shape)
+        rates = jnp.zeros((1, RATES), jnp.float32)
+        leaf = Leaf(stack, None, rates, rates, _output(rates), _output(rates))
+        (geometry,) = block_geometries(view, _row_major(view))
+        count = len(stack)
+        v, _ = polar_factors_of_pieces(
+            launcher.launch,
+            launcher.describe_device(),
+            [Piece(Block(leaf, geometry, count, None, None, None), 0, count)],
+            polar,
+            momentum=None,
+            compute_dtype=compute_dtype,
+            algorithm=algorithm,
+        )
+        v = v[..., : geometry.long]
+        return v.mT if stack.shape[-2] > stack.shape[-1] else v
+
+    @factors.def_vmap
+    def _(axis_size, in_batched, stacks):
+        del in_batched
+        merged = factors(stacks.reshape(-1, *stacks.shape[-2:]))
+        return merged.reshape(axis_size, -1, *merged.shape[-2:]), True
+
+    return factors(stack)
+
+
+def step_weights(
+    views: Sequence[MatrixView], weights: Sequence[Weight], rates, settings: KernelSettings
+) -> list[Stepped]:
+    """All stages of all weights; under `vmap` of weights with one more batch axis.
+
+    Args:
+      rates: (runs, `kernels.RATES`) float32; a weight's matrices are cut into as many equal runs.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def step(weights, rates):
+        return _step_weights(views, weights, rates.reshape(-1, RATES), settings)
+
+    @step.def_vmap
+    def _(axis_size, in_batched, weights, rates):
+        weights, rates = jax.tree.map(
+            lambda x, batched: x if batched else jnp.broadcast_to(x, (axis_size, *x.shape)),
+            (weights, rates),
+            tuple(in_batched),
+        )
+        wider = [_with_leading_batch(view, axis_size) for view in views]
+        result = step_weights(wider, weights, rates.reshape(-1, RATES), settings)
+        return result, jax.tree.map(lambda _: True, result)
+
+    return step(list(weights), rates)
+
+
+def _with_leading_batch(view: MatrixView, size: int) -> MatrixView:
+    def moved(axes):
+        return tuple(axis + 1 for axis in axes)
+
+    return replace(
+        view,
+        shape=(size, *view.shape),
+        batch_axes=(0, *moved(view.batch_axes)),
+        row_axes=moved(view.row_axes),
+        column_axes=moved(view.column_axes),
+    )
+
+
+def _step_weights(views, weights: Sequence[Weight], rates, settings: KernelSettings):
+    laid_out = [
+        _LaidOut(view, weight, rates, settings.recipe)
+        for view, weight in zip(views, weights, strict=True)
+    ]
+    stacks: dict[tuple[int, int], list[Block]] = defaultdict(list)
+    for weight in laid_out:
+        for block in weight.blocks:
+            stacks[block.geometry.short, block.geometry.long].append(block)
+    for blocks in stacks.values():
+        geometry = blocks[0].geometry
+        _, dtype = form_of(
+            geometry,
+            settings.recipe.polar,
+            compute_dtype=settings.compute_dtype,
+            algorithm=settings.algorithm,
+        )
+        ceiling = settings.max_stack_bytes or DEFAULT_MAX_STACK_BYTES
+        limit = max(1, ceiling // bytes_a_matrix(geometry, dtype))
+        for cuts in even_stacks([block.batch for block in blocks], limit):
+            step_stack(
+                launcher.launch,
+                launcher.describe_device(),
+                [Piece(blocks[index], start, stop - start) for index, start, stop in cuts],
+                settings.recipe,
+                compute_dtype=settings.compute_dtype,
+                algorithm=settings.algorithm,
+            )
+    return [weight.stepped() for weight in laid_out]
+
+
+class _LaidOut:
+    """A weight as the kernels take it, and the way back."""
+
+    def __init__(self, view: MatrixView, weight: Weight, rates, recipe: Recipe):
+        self.view, self.weight = view, weight
+        # What no stride can reach is brought to a stack first.
+        self.in_place = view.strides() is not None
+        laid_out = view if self.in_place else view.stacked
+        gradient, parameter, momentum = (
+            x if self.in_place else as_stack(x, view)
+            for x in (weight.gradient, weight.parameter, weight.momentum)
+        )
+        self.leaf = Leaf(
+            gradient=gradient,
+            parameter=parameter,
+            momentum=momentum,
+            rates=rates,
+            momentum_output=_output(momentum),
+            delta_output=_output(parameter),
+        )
+        rule = recipe.neuron_norm
+        geometries = block_geometries(
+            laid_out,
+            _row_major(laid_out),
+            axis="output" if rule is None else rule.axis,
+            rates=len(rates),
+        )
+        batch, _, _ = view.stack_shape
+        self.blocks = [
+            Block(
+                self.leaf,
+                geometry,
+                batch,
+                None if rule is None else as_stack(moment, view).reshape(batch, -1),
+                scale.reshape(-1),
+                decay.reshape(-1),
+            )
+            for geometry, moment, scale, decay in zip(
+                geometries,
+                weight.second_moments or [None] * len(geometries),
+                weight.scales,
+                weight.decays,
+                strict=True,
+            )
+        ]
+
+    def stepped(self) -> Stepped:
+        delta, momentum = (
+            x if self.in_place else as_leaf(x, self.view)
+            for x in (self.leaf.delta, self.leaf.momentum)
+        )
+        moments = tuple(
+            as_leaf(block.second_moment.reshape(as_stack(old, self.view).shape), self.view)
+            for block, old in zip(self.blocks, self.weight.second_moments, strict=False)
+        )
+        return Stepped(delta, momentum, moments)
+
+
+def with_kernels(
+    chain: optax.GradientTransformation,
+    settings: KernelSettings,
+    *,
+    views: Views,
+    learning_rate: optax.ScalarOrSchedule,
+    decay_rate: optax.Schedule,
+    lr_factors: Multipliers,
+    wd_factors: Multipliers,
+) -> optax.GradientTransformation:
+    """The chain of a recipe's stages for matrices, its update made by the kernels.
+
+    `chain` is optax.chain(optax.chain(momentum, stages 2 and 3), decay and scale, learning rate): its
+    state is kept as it is, so that a checkpoint does not know which backend wrote it. Gradients and
+    parameters are taken in their own dtypes.
+    """
+    recipe = settings.recipe
+    beta2 = 0.0 if recipe.neuron_norm is None else recipe.neuron_norm.beta2
+    mu, rate = as_schedule(recipe.momentum.momentum), as_schedule(learning_rate)
+
+    def update(updates, state, params=None):
+        (momentum, (polar, *norm)), decay, scheduled = state
+        count = optax.safe_increment(momentum.count)
+        rates = [mu(momentum.count), count, beta2, decay_rate(decay.count), rate(scheduled.count)]
+        rates = jnp.stack([jnp.asarray(value).astype(jnp.float32) for value in rates])
+
+        parameters = {path: leaf for path, _, leaf in named_leaves(params)}
+        momenta = {path: leaf for path, _, leaf in named_leaves(momentum.momentum)}
+        moments = _blocks_by_path(norm, params)
+        given = {path: leaf for path, _, leaf in named_leaves(updates)}
+        weights = [
+            Weight(
+                gradient,
+                parameters[path],
+                momenta[path],
+                moments.get(path, ()),
+                _scales(recipe, views[path], lr_factors.on(path)),
+                _decays(views[path], wd_factors.on(path)),
+            )
+            for path, gradient in given.items()
+        ]
+        stepped = step_weights([views[path] for path in given], weights, rates[None], settings)
+        found = dict(zip(given, stepped, strict=True))
+
+        updates = _replaced(updates, {path: each.delta for path, each in found.items()})
+        momenta = {path: each.momentum for path, each in found.items()}
+        kept = MomentumState(count, _replaced(momentum.momentum, momenta))
+        if norm:
+            tree = norm[0].second_moment
+            for path, each in found.items():
+                moments[path] = each.second_moments
+            norm = [norm[0]._replace(second_moment=_with_blocks(tree, params, moments))]
+        decay = WeightDecayState(optax.safe_increment(decay.count))
+        scheduled = scheduled._replace(count=optax.safe_increment(scheduled.count))
+        return updates, ((kept, (polar, *norm)), decay, scheduled)
+
+    return optax.GradientTransformation(chain.init, update)
+
+
+def _blocks_by_path(norm, params) -> dict[Any, tuple]:
+    """The second moment of every weight, a tuple of its output blocks."""
+    if not norm:
+        return {}
+    kept = jax.tree.structure(params).flatten_up_to(norm[0].second_moment)
+    return {
+        path: leaf if isinstance(leaf, tuple) else (leaf,)
+        for (path, _, _), leaf in zip(named_leaves(params), kept, strict=True)
+    }
+
+
+def _with_blocks(tree, params, blocks: Mapping[Any, tuple]):
+    structure = jax.tree.structure(params)
+    kept = [
+        blocks[path] if isinstance(old, tuple) else blocks[path][0]
+        for (path, _, _), old in zip(
+            named_leaves(params), structure.flatten_up_to(tree), strict=True
+        )
+    ]
+    return structure.unflatten(kept)
+
+
+def _replaced(tree, leaves: Mapping[Any, Any]):
+    return jax.tree_util.tree_map_with_path(lambda path, old: leaves.get(path, old), tree)
+
+
+def _scales(recipe: Recipe, view: MatrixView, lr_factor) -> tuple:
+    """k lr_mul for each output block and matrix, rounded once where `lr_mul` is no JAX array."""
+    return tuple(
+        _each(lr_factor * shape_factor(recipe.shape_scale, size, view.inputs), view)
+        for size in view.output_sizes
+    )
+
+
+def _decays(view: MatrixView, wd_factor) -> tuple:
+    return (_each(wd_factor, view),) * len(view.output_sizes)
+
+
+def _each(value, view: MatrixView) -> jax.Array:
+    batch, _, _ = view.stack_shape
+    flat = np.reshape(value, -1) if isinstance(value, float | np.ndarray) else value.reshape(-1)
+    return jnp.broadcast_to(jnp.asarray(flat, jnp.float32), (batch,))
+
+
+def _row_major(view: MatrixView) -> tuple[int, int, int]:
+    strides = view.strides()
+    assert strides is not None
+    return strides
+
+
+def _output(array) -> Output:
+    return Output(tuple(array.shape), jnp.dtype(array.dtype).name)

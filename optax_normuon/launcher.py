@@ -1,0 +1,106 @@
+"""Where `normuon_core`'s Triton kernels meet JAX arrays, and which backend runs a step."""
+
+import functools
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+if TYPE_CHECKING:
+    from normuon_core.fused_step import Device
+    from normuon_core.launches import Launch
+
+Backend = Literal["xla", "triton", "auto"]
+
+_DTYPES = ("float16", "bfloat16", "float32")
+
+_SCRATCH_BYTES = 256
+"""What one program's two descriptors for the tensor memory accelerator take."""
+
+
+def check_backend(backend: str) -> None:
+    """Raises a ValueError unless `backend` is one, and there: see `takes_kernels`."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend={backend!r} is unknown; use one of {get_args(Backend)}.")
+    if backend == "triton" and (missing := _missing()) is not None:
+        raise ValueError(f"backend='triton' {missing}; or use backend='auto'.")
+
+
+def takes_kernels(backend: Backend, dtypes: Iterable[Any]) -> bool:
+    """Whether the kernels run: asked for, or "auto" on a CUDA device with jax-triton.
+
+    Raises:
+      ValueError: asked for in vain, on another device or for a dtype the kernels do not take.
+    """
+    other = {name for dtype in dtypes if (name := jnp.dtype(dtype).name) not in _DTYPES}
+    if backend == "triton":
+        check_backend(backend)
+        if other:
+            raise ValueError(
+                f"backend='triton' takes {', '.join(_DTYPES)}, not {', '.join(sorted(other))}; use"
+                " backend='auto'."
+            )
+        return True
+    return backend == "auto" and not other and _missing() is None
+
+
+def _missing() -> str | None:
+    """What the kernels lack here, and the remedy; None if nothing."""
+    device = jax.local_devices()[0]
+    if device.platform != "gpu" or not hasattr(device, "compute_capability"):
+        return f"needs a CUDA device, and JAX sees {device.device_kind}; install JAX for CUDA"
+    if _jax_triton() is None:
+        return "needs jax-triton, which is not installed: pip install 'optax-normuon[triton]'"
+    return None
+
+
+@functools.cache
+def _jax_triton():
+    """jax_triton, or None. Its import empties TRITON_CACHE_DIR, without which PyTorch's own Triton cannot
+    start in this process."""
+    before = os.environ.get("TRITON_CACHE_DIR")
+    try:
+        import jax_triton
+    except ImportError:
+        return None
+    if before:
+        os.environ["TRITON_CACHE_DIR"] = before
+    else:
+        os.environ.pop("TRITON_CACHE_DIR", None)
+    return jax_triton
+
+
+def describe_device() -> "Device":
+    """What launches need to know of the GPU."""
+    from normuon_core.fused_step import Device
+
+    device: Any = jax.local_devices()[0]
+    return Device(f"sm{device.compute_capability.replace('.', '')}", device.core_count)
+
+
+def launch(launch: "Launch", inputs: Sequence[Any]) -> tuple[jax.Array, ...]:
+    """Calls a kernel. An aliased output overwrites its input, which XLA copies if it is still needed."""
+    arrays = [index for index, value in enumerate(inputs) if not isinstance(value, int | float)]
+    outputs = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in launch.outputs]
+    if launch.uses_descriptors:
+        # jaxlib passes a kernel its array arguments, then null for the scratch memory that Triton
+        # kernels take behind their own arguments. One array more stands where that is expected.
+        outputs.append(jax.ShapeDtypeStruct((launch.grid * _SCRATCH_BYTES,), jnp.uint8))
+    results = _jax_triton().triton_call(
+        # As float32: jax-triton passes Python's floats in double precision.
+        *(np.float32(value) if isinstance(value, float) else value for value in inputs),
+        kernel=launch.kernel,
+        out_shape=outputs,
+        grid=launch.grid,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        enable_fp_fusion=False,
+        input_output_aliases={
+            arrays.index(source): output for output, source in launch.aliases.items()
+        },
+        **launch.constants,
+    )
+    return tuple(results[: len(launch.outputs)])

@@ -1,0 +1,60 @@
+"""The kernels from JAX without a GPU: each launch calls back into Triton's interpreter."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+import torch_ref.launcher
+from normuon_core.fused_step import Device
+from optax_normuon import launcher
+
+_ONE_AT_A_TIME = threading.Lock()
+
+
+@contextlib.contextmanager
+def interpreted_kernels() -> Iterator[None]:
+    """Within it, backend "triton" of `optax_normuon` runs on the CPU, as TRITON_INTERPRET=1 lets it.
+
+    Only the call of a kernel is another one than on a GPU; all that leads there is the library's own.
+    """
+    replaced = {
+        "launch": _launch,
+        "describe_device": lambda: Device("sm90", 4),
+        "_missing": lambda: None,
+    }
+    with mock.patch.multiple(launcher, **replaced):
+        yield
+
+
+def _launch(launch, inputs):
+    places = [i for i, value in enumerate(inputs) if not isinstance(value, int | float)]
+
+    def run(*arrays):
+        given = list(inputs)
+        for place, array in zip(places, arrays, strict=True):
+            given[place] = _as_tensor(array)
+        # The interpreter patches Triton's language while it runs: one launch at a time.
+        with _ONE_AT_A_TIME:
+            return tuple(map(_as_array, torch_ref.launcher.launch(launch, given)))
+
+    outputs = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in launch.outputs]
+    return jax.pure_callback(run, tuple(outputs), *(inputs[place] for place in places))
+
+
+def _as_tensor(array) -> torch.Tensor:
+    array = np.array(array)
+    if array.dtype == jnp.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _as_array(tensor: torch.Tensor) -> np.ndarray:
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
+    return tensor.numpy()

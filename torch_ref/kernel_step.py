@@ -1,0 +1,207 @@
+"""Tensors through `normuon_core.fused_step`: the step of matrices by kernels.
+
+All arithmetic of a step is in the kernels that JAX runs as well, in the same order; here weights are
+laid out for them, and what comes back is added. Nothing waits for the GPU.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+
+from normuon_core import MatrixLayout, MatrixView, Polar, Recipe, shape_factor
+from normuon_core.fused_step import Block, Leaf, Piece, form_of, polar_factors_of_pieces, step_stack
+from normuon_core.kernels import RATES
+from normuon_core.launches import Output, block_geometries, bytes_a_matrix
+from normuon_core.polar_iteration import Algorithm
+from normuon_core.stacks import even_stacks
+from torch_ref.dtypes import Scalar, rounded_product
+from torch_ref.launcher import describe_device, launch
+from torch_ref.matrix_weight import DEFAULT_STACK_BYTES, MatrixWeight
+from torch_ref.orthogonalization import dtype_name
+from torch_ref.remainder import add_to_weight, join_remainder
+from torch_ref.stacking import from_stack, to_stack
+
+
+def polar_factors(
+    stack: torch.Tensor, polar: Polar, *, compute_dtype: str | None, algorithm: Algorithm
+) -> torch.Tensor:
+    """Stage 2 of a stack (count, rows, columns), in the compute dtype."""
+    stack = stack.contiguous()
+    view = MatrixLayout(reduction_axis=-1, output_axis=-2).on(tuple(stack.shape))
+    rates = torch.zeros(1, RATES, device=stack.device)
+    leaf = Leaf(stack, None, rates, rates, _output(rates), _output(rates))
+    (geometry,) = block_geometries(view, _row_major(view))
+    v, _ = polar_factors_of_pieces(
+        launch,
+        describe_device(stack.device),
+        [Piece(Block(leaf, geometry, len(stack), None, None, None), 0, len(stack))],
+        polar,
+        momentum=None,
+        compute_dtype=compute_dtype,
+        algorithm=algorithm,
+    )
+    v = v[..., : geometry.long]
+    return v.mT if stack.shape[-2] > stack.shape[-1] else v
+
+
+def step_matrices_with_kernels(weights: Iterable[MatrixWeight]) -> None:
+    """One step of all weights, their matrices of one size in one stack, cut to its bound."""
+    together: dict[tuple, list[_LaidOut]] = defaultdict(list)
+    rates: dict[int, torch.Tensor] = {}
+    for weight in weights:
+        group = weight.group
+        if id(group) not in rates or weight.recipe.momentum.rule == "bias_corrected":
+            rates[id(group)] = _rates(weight)
+        settings = (group["compute_dtype"], group["algorithm"], group["max_stack_bytes"])
+        key = (weight.recipe, weight.param.device, *settings)
+        together[key].append(_LaidOut(weight, rates[id(group)]))
+    for (recipe, device, *settings), members in together.items():
+        stacks: dict[tuple[int, int], list[Block]] = defaultdict(list)
+        for member in members:
+            for block in member.blocks:
+                stacks[block.geometry.short, block.geometry.long].append(block)
+        for blocks in stacks.values():
+            _step_blocks(blocks, recipe, device, *settings)
+        for member in members:
+            member.finish()
+
+
+def _step_blocks(
+    blocks: Sequence[Block],
+    recipe: Recipe,
+    device: torch.device,
+    compute_dtype: torch.dtype | None,
+    algorithm: Algorithm,
+    max_bytes: int | None,
+) -> None:
+    geometry, name = blocks[0].geometry, dtype_name(compute_dtype)
+    _, chosen = form_of(geometry, recipe.polar, compute_dtype=name, algorithm=algorithm)
+    limit = (max_bytes or DEFAULT_STACK_BYTES) // bytes_a_matrix(geometry, chosen)
+    for cuts in even_stacks([block.batch for block in blocks], max(1, limit)):
+        step_stack(
+            launch,
+            describe_device(device),
+            [Piece(blocks[i], start, stop - start) for i, start, stop in cuts],
+            recipe,
+            compute_dtype=name,
+            algorithm=algorithm,
+        )
+
+
+class _LaidOut:
+    """A weight as the kernels take it, row by row, and the way back."""
+
+    def __init__(self, weight: MatrixWeight, rates: torch.Tensor):
+        self.weight = weight
+        # What no stride can reach is brought to a stack first.
+        self.in_place = weight.view.strides() is not None
+        view = weight.view if self.in_place else weight.view.stacked
+        parameter, gradient = weight.param, weight.gradient
+        if weight.remainder is not None:
+            parameter = join_remainder(parameter, weight.remainder)
+            # The order of a sum depends on the dtype that is read, and JAX passes float32 here.
+            gradient = gradient.float()
+        parameter = self._laid_out(parameter)
+        self.momentum = self._laid_out(weight.state["momentum"])
+        self.leaf = Leaf(
+            gradient=self._laid_out(gradient),
+            parameter=parameter,
+            momentum=self.momentum,
+            rates=rates,
+            momentum_output=_output(self.momentum),
+            delta_output=_output(parameter),
+        )
+        rule = weight.recipe.neuron_norm
+        geometries = block_geometries(
+            view, _row_major(view), axis="output" if rule is None else rule.axis
+        )
+        moments = [None] * len(geometries) if rule is None else weight.moment_state()
+        self.blocks = [
+            Block(
+                self.leaf,
+                geometry,
+                weight.matrices,
+                None if moment is None else self._stacked(moment).contiguous(),
+                _scale(weight, size),
+                _each(weight.group["wd_mul"], weight),
+            )
+            for geometry, moment, size in zip(
+                geometries, moments, view.output_sizes, strict=True
+            )
+        ]
+
+    def finish(self) -> None:
+        """Brings state that was laid out anew back, and adds the update."""
+        weight = self.weight
+        _copy_unless_same(weight.state["momentum"], self._as_weight(self.momentum))
+        if weight.recipe.neuron_norm is not None:
+            for kept, block in zip(weight.moment_state(), self.blocks, strict=True):
+                _copy_unless_same(self._stacked(kept), block.second_moment)
+        increment = self._as_weight(self.leaf.delta)
+        add_to_weight(weight.param, weight.remainder, increment)
+
+    def _laid_out(self, array: torch.Tensor) -> torch.Tensor:
+        own = array if self.in_place else to_stack(array, self.weight.view)
+        return own.contiguous()
+
+    def _as_weight(self, array: torch.Tensor) -> torch.Tensor:
+        return array if self.in_place else from_stack(array, self.weight.view)
+
+    def _stacked(self, moment: torch.Tensor) -> torch.Tensor:
+        """A block's second moment as (batch, neurons): a view wherever its memory allows."""
+        stack = to_stack(moment, self.weight.view)
+        return stack.squeeze(-1 if stack.shape[-1] == 1 and stack.shape[-2] != 1 else -2)
+
+
+def _copy_unless_same(target: torch.Tensor, source: torch.Tensor) -> None:
+    if target.data_ptr() != source.data_ptr():
+        target.copy_(source)
+
+
+def _row_major(view: MatrixView) -> tuple[int, int, int]:
+    strides = view.strides()
+    assert strides is not None
+    return strides
+
+
+def _output(array: torch.Tensor) -> Output:
+    name = dtype_name(array.dtype)
+    assert name is not None
+    return Output(tuple(array.shape), name)
+
+
+def _rates(weight: MatrixWeight) -> torch.Tensor:
+    """(1, RATES) float32 on the parameter's device, filled without waiting for it."""
+    group, recipe = weight.group, weight.recipe
+    decay = group["weight_decay"]
+    if recipe.decay.rate_power == 2:
+        decay = rounded_product(group["lr"], decay, torch.float32)
+    beta2 = 0.0 if recipe.neuron_norm is None else recipe.neuron_norm.beta2
+    rates = torch.empty(1, RATES, device=weight.param.device)
+    values = (recipe.momentum.momentum, weight.step, beta2, decay, group["lr"])
+    for place, value in zip(rates[0], values, strict=True):
+        _fill(place, value)
+    return rates
+
+
+def _fill(place: torch.Tensor, value: Scalar) -> None:
+    if isinstance(value, torch.Tensor):
+        place.copy_(value.reshape(()))
+    else:
+        place.fill_(value)
+
+
+def _scale(weight: MatrixWeight, outputs: int) -> torch.Tensor:
+    """k lr_mul for each matrix of a block, rounded once."""
+    factor = shape_factor(weight.recipe.shape_scale, outputs, weight.view.inputs)
+    return _each(weight.group["lr_mul"] * factor, weight)
+
+
+def _each(value: float | torch.Tensor, weight: MatrixWeight) -> torch.Tensor:
+    """A multiplier as (batch,) float32."""
+    shape, device = weight.view.batch_shape, weight.param.device
+    if isinstance(value, torch.Tensor):
+        return value.to(device, torch.float32).broadcast_to(shape).reshape(-1).contiguous()
+    return torch.full((weight.matrices,), value, dtype=torch.float32, device=device)

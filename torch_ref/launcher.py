@@ -1,0 +1,129 @@
+"""Where `normuon_core`'s kernels meet tensors, and which backend runs a step."""
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+
+if TYPE_CHECKING:
+    from normuon_core.fused_step import Device
+    from normuon_core.launches import Launch
+
+Backend = Literal["eager", "triton", "auto"]
+
+DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+"""What the kernels take, and its name there."""
+
+
+def check_backend(backend: str) -> None:
+    """Raises a ValueError unless `backend` is one, and there: "triton" needs Triton installed."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"unknown backend {backend!r}; use one of {get_args(Backend)}.")
+    if backend == "triton" and not _has_triton():
+        raise ValueError(
+            "backend='triton' needs Triton, which is not installed: pip install 'optax-normuon[triton]',"
+            " or use backend='auto'."
+        )
+
+
+def takes_kernels(backend: Backend, device: torch.device, dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether the kernels run: asked for, or "auto" on a CUDA device with Triton.
+
+    Raises:
+      ValueError: asked for in vain, on another device or for a dtype the kernels do not take.
+    """
+    fits = all(dtype in DTYPES for dtype in dtypes)
+    if backend == "triton":
+        check_backend(backend)
+        if not fits:
+            raise ValueError(
+                f"backend='triton' takes {', '.join(DTYPES.values())}, not"
+                f" {', '.join(str(d) for d in dtypes if d not in DTYPES)}; use backend='auto'."
+            )
+        if device.type != "cuda" and not _interpreted():
+            raise ValueError(
+                f"backend='triton' needs a CUDA device, not {device}; use backend='auto', or set"
+                " TRITON_INTERPRET=1 before importing Triton to try the kernels on a CPU."
+            )
+        return True
+    return backend == "auto" and device.type == "cuda" and fits and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _interpreted() -> bool:
+    from triton.runtime import JITFunction
+
+    from normuon_core import kernels
+
+    return not isinstance(kernels.product, JITFunction)
+
+
+@functools.cache
+def describe_device(device: torch.device) -> "Device":
+    """What launches need to know of a device."""
+    from normuon_core.fused_step import Device
+
+    if device.type != "cuda":
+        return Device("sm90", 4)
+    properties = torch.cuda.get_device_properties(device)
+    return Device(f"sm{properties.major}{properties.minor}", properties.multi_processor_count)
+
+
+def launch(launch: "Launch", inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+    """Runs a kernel on the current stream. Aliased outputs are the inputs they overwrite."""
+    device = next(value.device for value in inputs if isinstance(value, torch.Tensor))
+    outputs = []
+    for index, (shape, dtype) in enumerate(launch.outputs):
+        if index in launch.aliases:
+            outputs.append(inputs[launch.aliases[index]])
+        else:
+            outputs.append(torch.empty(shape, dtype=getattr(torch, dtype), device=device))
+    if launch.uses_descriptors and device.type == "cuda":
+        _provide_scratch(device)
+    key = None
+    if device.type == "cuda":
+        key = (launch.kernel, *launch.constants.items(), launch.num_warps, launch.num_stages, device)
+        key += tuple(x.dtype for x in (*inputs, *outputs) if isinstance(x, torch.Tensor))
+    if key in _COMPILED and all(_is_aligned(x) for x in (*inputs, *outputs)):
+        _COMPILED[key][launch.grid, 1, 1](*inputs, *outputs, *launch.constants.values())
+        return tuple(outputs)
+    compiled = launch.kernel[(launch.grid,)](
+        *inputs,
+        *outputs,
+        **launch.constants,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        enable_fp_fusion=False,
+    )
+    if key is not None and all(_is_aligned(x) for x in (*inputs, *outputs)):
+        _COMPILED[key] = compiled
+    return tuple(outputs)
+
+
+_COMPILED: dict[tuple | None, Any] = {}
+"""Kernels by what Triton compiles them for. Triton's own look-up takes several times as long as a small
+kernel runs; the kernels' integers are not specialized, so that dtypes, constants and alignment suffice."""
+
+
+def _is_aligned(value: Any) -> bool:
+    return not isinstance(value, torch.Tensor) or value.data_ptr() % 16 == 0
+
+
+def _provide_scratch(device: torch.device) -> None:
+    """Memory for the descriptors that a kernel sets up: from PyTorch, so that a graph keeps it."""
+    import triton
+
+    def allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+        del alignment, stream
+        return torch.empty(size, dtype=torch.int8, device=device)
+
+    triton.set_allocator(allocate)
