@@ -143,27 +143,22 @@ def polar_factors_of_pieces(
     geometry = pieces[0].block.geometry
     form, dtype = form_of(geometry, polar, compute_dtype=compute_dtype, algorithm=algorithm)
     total = sum(piece.count for piece in pieces)
-    spans, partials, start = [], None, 0
-    for piece in pieces:
-        spans.append(Span(piece.start, start, piece.count))
-        start += piece.count
-    for piece, span in zip(pieces, spans, strict=True):
-        leaf, own = piece.block.leaf, piece.block.geometry
-        first = partials is None
-        into = leaf.rates if first else partials
-        (partials,) = launch(
-            launches.squares(own, span, momentum, total, first=first),
-            [leaf.gradient, leaf.momentum, leaf.rates, *span[:2], into],
-        )
-
     scales = range_scales(geometry.short, geometry.long, dtype)
-    x = None
-    for piece, span in zip(pieces, spans, strict=True):
-        leaf = piece.block.leaf
+    spans, x, start = [], None, 0
+    for piece in pieces:
+        own, leaf = piece.block.geometry, piece.block.leaf
+        span = Span(piece.start, start, piece.count)
+        spans.append(span)
+        start += piece.count
+        # Gradient and momentum are read twice, the second time from the cache if they fit.
+        (partials,) = launch(
+            launches.squares(own, piece.count, momentum),
+            [leaf.gradient, leaf.momentum, leaf.rates, span.leaf_start],
+        )
         x, leaf.momentum = launch(
             launches.feed(
-                piece.block.geometry,
-                span,
+                own,
+                piece.count,
                 momentum,
                 total,
                 eps_rule=polar.eps_rule,
@@ -237,9 +232,11 @@ def step_stack(
         factors, sums = leaf.rates, leaf.rates
         if own is not None:
             old = leaf.rates if rule is None else block.second_moment
-            kept = Output((1,) if rule is None else (block.batch, block.geometry.neurons), "float32")
+            kept = Output(
+                (1,) if rule is None else (block.batch, block.geometry.neurons), "float32"
+            )
             new, factors, sums = launch(
-                launches.statistics(block.geometry, span, rule, kept),
+                launches.statistics(block.geometry, span.count, rule, kept),
                 [own, old, leaf.rates, _eps(rule), span.leaf_start, first],
             )
             block.second_moment = None if rule is None else new
@@ -261,9 +258,9 @@ def _neuron_squares(launch: Launcher, v, pieces: Sequence[Piece], spans: Sequenc
     found = []
     for run in runs:
         start = spans[run[0]].stack_start
-        whole = Span(0, start, sum(spans[index].count for index in run))
+        count = sum(spans[index].count for index in run)
         (partials,) = launch(
-            launches.neuron_squares(pieces[run[0]].block.geometry, whole), [v, start]
+            launches.neuron_squares(pieces[run[0]].block.geometry, count), [v, start]
         )
         found += [(partials, spans[index].stack_start - start) for index in run]
     return found
@@ -277,7 +274,7 @@ def _finish_piece(
     (leaf.delta,) = launch(
         launches.finish(
             block.geometry,
-            span,
+            span.count,
             rule,
             shape_scale=recipe.shape_scale,
             cautious=recipe.decay.cautious,

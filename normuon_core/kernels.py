@@ -76,14 +76,12 @@ def _tile(index, SHORT: tl.constexpr, LONG: tl.constexpr):
     return i, j, (i < SHORT) & (j < LONG)
 
 
-@triton.jit(do_not_specialize=["leaf_start", "stack_start"])
+@triton.jit(do_not_specialize=["leaf_start"])
 def squares(
     g,
     m,
     rates,
     leaf_start,
-    stack_start,
-    partials_in,
     partials,
     SHORT: tl.constexpr,
     LONG: tl.constexpr,
@@ -99,7 +97,7 @@ def squares(
 ):
     """partials[matrix, part] = the sum of u^2 over one part of the matrix.
 
-    g, m: a weight's gradient and momentum. partials: (count, PARTS) float32, of the stack.
+    g, m: a weight's gradient and momentum. partials: (matrices of the launch, PARTS) float32.
     """
     matrix = tl.program_id(0) // PARTS
     part = tl.program_id(0) % PARTS
@@ -117,7 +115,7 @@ def squares(
         u, _ = _direction(gradient, momentum, rates, RULE, NESTEROV)
         total += u * u
     sum_of_part = tl.sum(tl.sum(total, axis=1), axis=0)
-    tl.store(partials + (stack_start + matrix).to(tl.int64) * PARTS + part, sum_of_part)
+    tl.store(partials + matrix * PARTS + part, sum_of_part)
 
 
 @triton.jit(do_not_specialize=["leaf_start", "stack_start"])
@@ -157,7 +155,7 @@ def feed(
     rates += _RATES * ((leaf_start + matrix) // MATRICES_A_RATE)
     place_in_stack = (stack_start + matrix).to(tl.int64)
     part = tl.arange(0, PARTS_PADDED)
-    parts = tl.load(partials + place_in_stack * PARTS + part, mask=part < PARTS, other=0.0)
+    parts = tl.load(partials + matrix * PARTS + part, mask=part < PARTS, other=0.0)
     norm = norm_scale * tl.math.sqrt_rn(tl.sum(parts, axis=0))
     # A finite matrix over an overflowed norm would be a silent zero.
     norm = tl.where(norm == float("inf"), float("nan"), norm)
@@ -512,8 +510,9 @@ def finish(
 ):
     """The rest of stage 3, then stages 4 to 6: delta, what is added to the weight.
 
-    v: the stack. p, delta: the weight's parameter and update; delta has the parameter's dtype. scales, decays: (batch,) float32, what
-    multiplies each matrix and its decay. factors, sums: from `statistics`.
+    v: the stack. p, delta: the weight's parameter and update; delta has the parameter's dtype. scales,
+    decays: (batch,) float32, what multiplies each matrix and its decay. factors, sums: from
+    `statistics`.
     """
     matrix = tl.program_id(0) // TILES
     rates += _RATES * ((leaf_start + matrix) // MATRICES_A_RATE)

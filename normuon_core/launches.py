@@ -5,6 +5,7 @@ does not depend on its neighbours. Configurations of the products come from a co
 (`configurations.py`) and are never searched for at run time.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,10 @@ _NEURONS_A_BLOCK = 256
 """Neurons that a program of `statistics` takes."""
 
 
+_CACHED = 4096
+"""Launches to remember: building one takes as long as a small kernel runs."""
+
+
 class Output(NamedTuple):
     """What a launch writes. `dtype`: a name, as "float32"."""
 
@@ -33,9 +38,9 @@ class Output(NamedTuple):
     dtype: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Launch:
-    """One kernel with all but its arrays and scalars.
+    """One kernel with all but its arrays and scalars; the same object for the same launch.
 
     Attributes:
       kernel: of `kernels.py`. grid: how many programs. constants: its constexpr arguments.
@@ -146,7 +151,7 @@ def _neurons_on_rows(axis: NeuronAxis, rows: int, columns: int, output_is_rows: 
 
 
 def bytes_a_matrix(geometry: Geometry, dtype: str) -> int:
-    """Temporary memory of one matrix in a stack at its peak: X twice and five of its Gram matrix's size."""
+    """Temporary memory of one matrix in a stack at its peak: X twice, and five times a Gram matrix."""
     entries = 2 * geometry.short * geometry.pitch + 5 * geometry.short * padded(geometry.short)
     return entries * (4 if dtype == "float32" else 2)
 
@@ -174,26 +179,27 @@ def _parts(geometry: Geometry) -> tuple[int, int]:
     return tiles_a_part, math.ceil(geometry.tiles / tiles_a_part)
 
 
-def squares(geometry: Geometry, span: Span, rule: Momentum | None, stack: int, *, first: bool):
-    """Inputs: g, m, rates, leaf start, stack start, partials. `first` into a stack of that size."""
+@functools.lru_cache(maxsize=_CACHED)
+def squares(geometry: Geometry, count: int, rule: Momentum | None) -> Launch:
+    """Inputs: g, m, rates, leaf start. For `count` matrices."""
     tiles_a_part, parts = _parts(geometry)
     return Launch(
         kernels.squares,
-        grid=span.count * parts,
+        grid=count * parts,
         constants={
             **geometry.constants,
             **_momentum_constants(rule),
             "TILES_A_PART": tiles_a_part,
             "PARTS": parts,
         },
-        outputs=[Output((stack, parts), "float32")],
-        aliases={} if first else {0: 5},
+        outputs=[Output((count, parts), "float32")],
     )
 
 
+@functools.lru_cache(maxsize=_CACHED)
 def feed(
     geometry: Geometry,
-    span: Span,
+    count: int,
     rule: Momentum | None,
     stack: int,
     *,
@@ -201,12 +207,15 @@ def feed(
     compute_dtype: str,
     momentum: Output,
     first: bool,
-):
-    """Inputs: g, m, rates, partials, the two starts, norm scale, eps, x scale, x."""
+) -> Launch:
+    """Inputs: g, m, rates, partials, the two starts, norm scale, eps, x scale, x.
+
+    `first` into a stack of `stack` matrices, whose buffer is then not among the inputs.
+    """
     _, parts = _parts(geometry)
     return Launch(
         kernels.feed,
-        grid=span.count * geometry.tiles,
+        grid=count * geometry.tiles,
         constants={
             **geometry.constants,
             "PITCH": geometry.pitch,
@@ -227,6 +236,7 @@ def _momentum_constants(rule: Momentum | None) -> dict[str, Any]:
     return {"RULE": rule.rule, "NESTEROV": rule.nesterov}
 
 
+@functools.lru_cache(maxsize=_CACHED)
 def product(
     count: int,
     m: int,
@@ -240,7 +250,7 @@ def product(
     symmetric: bool,
     addends: int,
     has_diagonal: bool,
-):
+) -> Launch:
     """Inputs: a, b, d, e, alpha, beta, gamma, diagonal, count. Rows are `padded`."""
     chosen = product_configuration(
         m, n, k, dtype=dtype, symmetric=symmetric, architecture=architecture
@@ -273,13 +283,14 @@ def product(
     )
 
 
-def neuron_squares(geometry: Geometry, span: Span) -> Launch:
+@functools.lru_cache(maxsize=_CACHED)
+def neuron_squares(geometry: Geometry, count: int) -> Launch:
     """Inputs: v, stack start."""
     block, part = _NEURON_TILE[geometry.neurons_on_short]
     blocks, slices = math.ceil(geometry.neurons / block), math.ceil(geometry.inputs / part)
     return Launch(
         kernels.neuron_squares,
-        grid=span.count * blocks * slices,
+        grid=count * blocks * slices,
         constants={
             "SHORT": geometry.short,
             "LONG": geometry.long,
@@ -290,7 +301,7 @@ def neuron_squares(geometry: Geometry, span: Span) -> Launch:
             "SLICES": slices,
             "SLICE": part,
         },
-        outputs=[Output((span.count, slices, geometry.neurons), "float32")],
+        outputs=[Output((count, slices, geometry.neurons), "float32")],
     )
 
 
@@ -298,14 +309,15 @@ def _blocks(geometry: Geometry) -> int:
     return math.ceil(geometry.neurons / _NEURONS_A_BLOCK)
 
 
+@functools.lru_cache(maxsize=_CACHED)
 def statistics(
-    geometry: Geometry, span: Span, rule: NeuronNorm | None, second_moment: Output
+    geometry: Geometry, count: int, rule: NeuronNorm | None, second_moment: Output
 ) -> Launch:
     """Inputs: partials, second moment, rates, eps, leaf start, first of the partials."""
     _, part = _NEURON_TILE[geometry.neurons_on_short]
     return Launch(
         kernels.statistics,
-        grid=span.count * _blocks(geometry),
+        grid=count * _blocks(geometry),
         constants={
             "NEURONS": geometry.neurons,
             "INPUTS": geometry.inputs,
@@ -318,16 +330,17 @@ def statistics(
         },
         outputs=[
             second_moment,
-            Output((span.count, geometry.neurons), "float32"),
-            Output((span.count, _blocks(geometry), 2), "float32"),
+            Output((count, geometry.neurons), "float32"),
+            Output((count, _blocks(geometry), 2), "float32"),
         ],
         aliases={} if rule is None else {0: 1},
     )
 
 
+@functools.lru_cache(maxsize=_CACHED)
 def finish(
     geometry: Geometry,
-    span: Span,
+    count: int,
     rule: NeuronNorm | None,
     *,
     shape_scale: ShapeRule,
@@ -335,11 +348,11 @@ def finish(
     decay_inside_scale: bool,
     delta: Output,
     first: bool,
-):
+) -> Launch:
     """Inputs: v, p, rates, scales, decays, factors, sums, eps, rms floor, the two starts, delta."""
     return Launch(
         kernels.finish,
-        grid=span.count * geometry.tiles,
+        grid=count * geometry.tiles,
         constants={
             **geometry.constants,
             "PITCH": geometry.pitch,
@@ -356,5 +369,3 @@ def finish(
         outputs=[delta],
         aliases={} if first else {0: 11},
     )
-
-

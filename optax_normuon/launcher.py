@@ -59,8 +59,8 @@ def _missing() -> str | None:
 
 @functools.cache
 def _jax_triton():
-    """jax_triton, or None. Its import empties TRITON_CACHE_DIR, without which PyTorch's own Triton cannot
-    start in this process."""
+    """jax_triton, or None. Its import empties TRITON_CACHE_DIR, and with it empty PyTorch's own Triton
+    cannot start in this process."""
     before = os.environ.get("TRITON_CACHE_DIR")
     try:
         import jax_triton
@@ -89,7 +89,9 @@ def launch(launch: "Launch", inputs: Sequence[Any]) -> tuple[jax.Array, ...]:
         # jaxlib passes a kernel its array arguments, then null for the scratch memory that Triton
         # kernels take behind their own arguments. One array more stands where that is expected.
         outputs.append(jax.ShapeDtypeStruct((launch.grid * _SCRATCH_BYTES,), jnp.uint8))
-    results = _jax_triton().triton_call(
+    jax_triton = _jax_triton()
+    assert jax_triton is not None
+    results = jax_triton.triton_call(
         # As float32: jax-triton passes Python's floats in double precision.
         *(np.float32(value) if isinstance(value, float) else value for value in inputs),
         kernel=launch.kernel,

@@ -105,9 +105,10 @@ def normuon(
       and all state are float32, or the parameter's dtype where that is wider. It needs parameters.
 
     Raises:
-      ValueError: here: an unknown recipe (with the nearest name), rule, algorithm or backend,
-        "triton" where it cannot run or beside an `orthogonalizer`, or `beta2` for a recipe without neuron normalization; in `init` and `update`: a layout or a
-        multiplier that does not fit its leaf or the tree, a leaf that can be read in two ways, or
+      ValueError: here: an unknown recipe (with the nearest name), rule, algorithm or backend, "triton"
+        where it cannot run or beside an `orthogonalizer`, or `beta2` for a recipe without neuron
+        normalization; in `init` and `update`: a layout or a multiplier that does not fit its leaf or
+        the tree, a leaf that can be read in two ways, a dtype that "triton" does not take, or
         missing parameters.
       TypeError: a complex or integer leaf.
 

@@ -140,7 +140,7 @@ def orthogonalization_stage(
         return optax.EmptyState()
 
     def update(stack, state):
-        _, *sides = stack.values.shape
+        _, rows, columns = stack.values.shape
         if takes_kernels(backend, [stack.values.dtype, *([name] if name else [])]):
             from optax_normuon.kernel_step import polar_factors
 
@@ -148,7 +148,8 @@ def orthogonalization_stage(
             v = polar_factors(stack.values, polar, compute_dtype=name, algorithm=algorithm)
             return MatrixStack(v, stack.output_axis), state
         form, chosen = choose_form(
-            *sides,
+            rows,
+            columns,
             len(coefficients),
             algorithm=algorithm,
             compute_dtype=name,
@@ -156,10 +157,10 @@ def orthogonalization_stage(
             symmetric=False,
         )
         u = stack.values.astype(working_dtype(stack.values.dtype))
-        scales = range_scales(*sides, chosen)
+        scales = range_scales(rows, columns, chosen)
         x = (_normalize(u, norm_scale, eps, eps_rule) * scales[0]).astype(chosen)
         v = iterate(
-            x, coefficients, XlaProducts(), algorithm=form, short=min(sides), scales=scales
+            x, coefficients, XlaProducts(), algorithm=form, short=min(rows, columns), scales=scales
         )
         return MatrixStack(v, stack.output_axis), state
 

@@ -4,10 +4,8 @@ On a GPU over 100 steps and a dozen shapes; on the CPU, where Triton's interpret
 small shapes over a few steps.
 """
 
-import jax
 import numpy as np
 import pytest
-import torch
 
 from normuon_core import MatrixLayout
 from parity_tests.bitwise import Training, different_bits, train_jax, train_torch
@@ -28,20 +26,19 @@ SMALL = {
 LARGE = {
     "tall": ((1536, 384), OUT_IN),
     "wide": ((384, 1536), OUT_IN),
-    "tall, in out": ((1536, 384), IN_OUT),
     "square": ((512, 512), OUT_IN),
-    "square, in out": ((512, 512), IN_OUT),
     "ragged": ((1000, 1536), OUT_IN),
     "odd": ((257, 131), IN_OUT),
     "tiny": ((5, 3), OUT_IN),
     "one row": ((1, 64), OUT_IN),
     "batch": ((5, 256, 640), IN_OUT),
-    "batch of batches": ((2, 3, 96, 160), OUT_IN),
     "split QKV": ((448, 320), MatrixLayout(-1, -2, output_splits=(320, 64, 64))),
     "split QKV, in out": ((320, 448), MatrixLayout(-2, -1, output_splits=(320, 64, 64))),
     "scan axis in the middle": ((192, 4, 320), MatrixLayout(0, 2)),
     "heads that no stride merges": ((64, 3, 4, 96), MatrixLayout((0, 2), 3)),
 }
+
+FEW = {name: LARGE[name] for name in ("wide", "odd", "split QKV, in out")}
 
 HARD = [*SPECTRA, "gaussian"]
 
@@ -86,17 +83,18 @@ def test_a_hundred_steps_on_a_gpu_are_the_same_to_the_bit(form):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "recipe", ["muon", "normuon_paper", "normuon_2026_08", "dion_normuon", "optax_muon", "moonlight"]
+    "recipe",
+    ["muon", "normuon_paper", "normuon_2026_08", "dion_normuon", "optax_muon", "moonlight"],
 )
 def test_other_recipes_on_a_gpu_are_the_same_to_the_bit(recipe):
-    training = make(LARGE, 10, "float32", recipe=recipe)
+    training = make(FEW, 10, "float32", recipe=recipe)
     ours = train_jax(training, backend="triton")
     assert different_bits(ours, train_torch(training, backend="triton", device="cuda")) == {}
 
 
 @pytest.mark.gpu
 def test_the_libraries_own_products_are_not_the_same_to_the_bit():
-    training = make(LARGE, 1, "float32")
+    training = make(FEW, 1, "float32")
     ours = train_jax(training, backend="xla")
     assert different_bits(ours, train_torch(training, backend="eager", device="cuda"))
 
@@ -104,8 +102,9 @@ def test_the_libraries_own_products_are_not_the_same_to_the_bit():
 @pytest.mark.gpu
 def test_a_matrix_does_not_feel_its_neighbours_on_a_gpu():
     """Alone in its stack, and among others in stacks of one or of many: the same bits."""
-    together = make(LARGE, 3, "float32")
-    bounded = make(LARGE, 3, "float32", max_stack_bytes=1)
+    many = {**FEW, "batch": LARGE["batch"]}
+    together = make(many, 3, "float32")
+    bounded = make(many, 3, "float32", max_stack_bytes=1)
     assert different_bits(*(train_jax(t, backend="triton") for t in (together, bounded))) == {}
 
 

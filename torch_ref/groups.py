@@ -99,8 +99,8 @@ def settle_group(group: Group, index: int) -> None:
         check_backend(group["backend"])
         if group["backend"] == "triton" and group["orthogonalizer"] is not None:
             raise ValueError(
-                f"group {index}: backend='triton' has its own orthogonalization; leave the orthogonalizer"
-                " out, or use backend='auto'."
+                f"group {index}: backend='triton' has its own orthogonalization; leave the"
+                " orthogonalizer out, or use backend='auto'."
             )
     for position, param in enumerate(group["params"]):
         _check_parameter(param, group, parameter_name(group, index, position))

@@ -4,9 +4,9 @@ All arithmetic of a step is in the kernels that JAX runs as well, in the same or
 laid out for them, and what comes back is added. Nothing waits for the GPU.
 """
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 import torch
 
@@ -58,36 +58,36 @@ def step_matrices_with_kernels(weights: Iterable[MatrixWeight]) -> None:
         key = (weight.recipe, weight.param.device, *settings)
         together[key].append(_LaidOut(weight, rates[id(group)]))
     for (recipe, device, *settings), members in together.items():
-        stacks: dict[tuple[int, int], list[Block]] = defaultdict(list)
+        stacks: dict[tuple[int, int], list[tuple[_LaidOut, Block]]] = defaultdict(list)
         for member in members:
             for block in member.blocks:
-                stacks[block.geometry.short, block.geometry.long].append(block)
+                stacks[block.geometry.short, block.geometry.long].append((member, block))
         for blocks in stacks.values():
             _step_blocks(blocks, recipe, device, *settings)
-        for member in members:
-            member.finish()
 
 
 def _step_blocks(
-    blocks: Sequence[Block],
+    blocks: Sequence[tuple["_LaidOut", Block]],
     recipe: Recipe,
     device: torch.device,
     compute_dtype: torch.dtype | None,
     algorithm: Algorithm,
     max_bytes: int | None,
 ) -> None:
-    geometry, name = blocks[0].geometry, dtype_name(compute_dtype)
+    geometry, name = blocks[0][1].geometry, dtype_name(compute_dtype)
     _, chosen = form_of(geometry, recipe.polar, compute_dtype=name, algorithm=algorithm)
     limit = (max_bytes or DEFAULT_STACK_BYTES) // bytes_a_matrix(geometry, chosen)
-    for cuts in even_stacks([block.batch for block in blocks], max(1, limit)):
+    for cuts in even_stacks([block.batch for _, block in blocks], max(1, limit)):
         step_stack(
             launch,
             describe_device(device),
-            [Piece(blocks[i], start, stop - start) for i, start, stop in cuts],
+            [Piece(blocks[i][1], start, stop - start) for i, start, stop in cuts],
             recipe,
             compute_dtype=name,
             algorithm=algorithm,
         )
+        for i, start, stop in cuts:
+            blocks[i][0].receive(stop - start)
 
 
 class _LaidOut:
@@ -95,6 +95,7 @@ class _LaidOut:
 
     def __init__(self, weight: MatrixWeight, rates: torch.Tensor):
         self.weight = weight
+        self.missing = weight.matrices * len(weight.view.output_sizes)
         # What no stride can reach is brought to a stack first.
         self.in_place = weight.view.strides() is not None
         view = weight.view if self.in_place else weight.view.stacked
@@ -127,13 +128,16 @@ class _LaidOut:
                 _scale(weight, size),
                 _each(weight.group["wd_mul"], weight),
             )
-            for geometry, moment, size in zip(
-                geometries, moments, view.output_sizes, strict=True
-            )
+            for geometry, moment, size in zip(geometries, moments, view.output_sizes, strict=True)
         ]
 
-    def finish(self) -> None:
-        """Brings state that was laid out anew back, and adds the update."""
+    def receive(self, matrices: int) -> None:
+        """So many more matrices are done. The last of them finish the weight, and free its update."""
+        self.missing -= matrices
+        if self.missing == 0:
+            self._finish()
+
+    def _finish(self) -> None:
         weight = self.weight
         _copy_unless_same(weight.state["momentum"], self._as_weight(self.momentum))
         if weight.recipe.neuron_norm is not None:
@@ -141,6 +145,7 @@ class _LaidOut:
                 _copy_unless_same(self._stacked(kept), block.second_moment)
         increment = self._as_weight(self.leaf.delta)
         add_to_weight(weight.param, weight.remainder, increment)
+        self.leaf.delta = None
 
     def _laid_out(self, array: torch.Tensor) -> torch.Tensor:
         own = array if self.in_place else to_stack(array, self.weight.view)
@@ -204,4 +209,12 @@ def _each(value: float | torch.Tensor, weight: MatrixWeight) -> torch.Tensor:
     shape, device = weight.view.batch_shape, weight.param.device
     if isinstance(value, torch.Tensor):
         return value.to(device, torch.float32).broadcast_to(shape).reshape(-1).contiguous()
-    return torch.full((weight.matrices,), value, dtype=torch.float32, device=device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _constant.__wrapped__(value, weight.matrices, device)
+    return _constant(value, weight.matrices, device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _constant(value: float, count: int, device: torch.device) -> torch.Tensor:
+    # Not remembered from a capture, whose memory holds no number before the graph has run.
+    return torch.full((count,), value, dtype=torch.float32, device=device)

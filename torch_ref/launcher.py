@@ -91,8 +91,8 @@ def launch(launch: "Launch", inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
         _provide_scratch(device)
     key = None
     if device.type == "cuda":
-        key = (launch.kernel, *launch.constants.items(), launch.num_warps, launch.num_stages, device)
-        key += tuple(x.dtype for x in (*inputs, *outputs) if isinstance(x, torch.Tensor))
+        dtypes = (x.dtype for x in (*inputs, *outputs) if isinstance(x, torch.Tensor))
+        key = (launch, device, *dtypes)
     if key in _COMPILED and all(_is_aligned(x) for x in (*inputs, *outputs)):
         _COMPILED[key][launch.grid, 1, 1](*inputs, *outputs, *launch.constants.values())
         return tuple(outputs)
@@ -110,8 +110,8 @@ def launch(launch: "Launch", inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
 
 
 _COMPILED: dict[tuple | None, Any] = {}
-"""Kernels by what Triton compiles them for. Triton's own look-up takes several times as long as a small
-kernel runs; the kernels' integers are not specialized, so that dtypes, constants and alignment suffice."""
+"""Compiled kernels by launch, device and dtypes. Triton's own look-up takes longer than a small kernel
+runs; the kernels' integers are not specialized, so that these and the alignment suffice."""
 
 
 def _is_aligned(value: Any) -> bool:

@@ -44,7 +44,12 @@ def heavy_ball_momentum(
 
 
 def bias_corrected_momentum(
-    gradient: torch.Tensor, buffer: torch.Tensor, *, momentum: Scalar, nesterov: bool, step: int | torch.Tensor
+    gradient: torch.Tensor,
+    buffer: torch.Tensor,
+    *,
+    momentum: Scalar,
+    nesterov: bool,
+    step: int | torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Optax's own: m as in `lerp_momentum`, each term divided by the weight it has collected so
     far.
@@ -53,7 +58,8 @@ def bias_corrected_momentum(
     schedule the current mu stands in the powers. Source: optax.contrib.muon 0.2.8.
 
     Args:
-      step: t, counted from 1, an integer or an integer tensor without axes. The others, and returns: as in `lerp_momentum`.
+      step: t, counted from 1, an integer or an integer tensor without axes. The others, and returns:
+        as in `lerp_momentum`.
     """
     dtype = working_dtype(gradient.dtype)
     g, m = gradient.to(dtype), buffer.to(dtype)

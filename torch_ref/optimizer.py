@@ -230,7 +230,7 @@ class NorMuon(torch.optim.Optimizer):
                 step = self.state[param].setdefault("step", zero)
                 counters[param.device].append(step)
         for steps in counters.values():
-            torch._foreach_add_(steps, 1)
+            torch._foreach_add_(steps, 1)  # pyright: ignore[reportPrivateImportUsage]
 
     def _matrix_weight(
         self, param: torch.Tensor, gradient: torch.Tensor, group: Group, recipe: Recipe
