@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from normuon_core import launches
+from normuon_core.configurations import product_configuration
 from normuon_core.launches import Geometry, Launcher, Output, Span
 from normuon_core.polar_iteration import Algorithm, choose_form, iterate, range_scales
 from normuon_core.recipes import Momentum, NeuronNorm, Polar, Recipe
@@ -112,7 +113,12 @@ class KernelProducts:
             self.count,
             *sides,
             dtype=self.dtype,
-            architecture=self.device.architecture,
+            configuration=product_configuration(
+                *sides,
+                dtype=self.dtype,
+                symmetric=symmetric,
+                architecture=self.device.architecture,
+            ),
             multiprocessors=self.device.multiprocessors,
             b_transposed=turned,
             symmetric=symmetric,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from normuon_core import kernels
-from normuon_core.configurations import product_configuration
+from normuon_core.configurations import ProductConfiguration
 from normuon_core.layout import MatrixView
 from normuon_core.recipes import Momentum, NeuronAxis, NeuronNorm
 from normuon_core.shape_rules import ShapeRule
@@ -244,7 +244,7 @@ def product(
     k: int,
     *,
     dtype: str,
-    architecture: str,
+    configuration: ProductConfiguration,
     multiprocessors: int,
     b_transposed: bool,
     symmetric: bool,
@@ -252,15 +252,12 @@ def product(
     has_diagonal: bool,
 ) -> Launch:
     """Inputs: a, b, d, e, alpha, beta, gamma, diagonal, count. Rows are `padded`."""
-    chosen = product_configuration(
-        m, n, k, dtype=dtype, symmetric=symmetric, architecture=architecture
-    )
-    rows, columns = math.ceil(m / chosen.tile_m), math.ceil(n / chosen.tile_n)
-    width = chosen.tile_n // chosen.tile_m
+    rows, columns = math.ceil(m / configuration.tile_m), math.ceil(n / configuration.tile_n)
+    width = configuration.tile_n // configuration.tile_m
     tiles = rows * columns - (width * columns * (columns - 1) // 2 if symmetric else 0)
     return Launch(
         kernels.product,
-        grid=min(tiles * count, multiprocessors * chosen.programs_a_multiprocessor),
+        grid=min(tiles * count, multiprocessors * configuration.programs_a_multiprocessor),
         constants={
             "M": m,
             "N": n,
@@ -272,13 +269,13 @@ def product(
             "SYMMETRIC": symmetric,
             "ADDENDS": addends,
             "HAS_DIAGONAL": has_diagonal,
-            "TILE_M": chosen.tile_m,
-            "TILE_N": chosen.tile_n,
-            "TILE_K": chosen.tile_k,
+            "TILE_M": configuration.tile_m,
+            "TILE_N": configuration.tile_n,
+            "TILE_K": configuration.tile_k,
         },
         outputs=[Output((count, m, padded(n)), dtype)],
-        num_warps=chosen.num_warps,
-        num_stages=chosen.num_stages,
+        num_warps=configuration.num_warps,
+        num_stages=configuration.num_stages,
         uses_descriptors=True,
     )
 

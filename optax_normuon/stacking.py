@@ -168,7 +168,9 @@ def on_matrices(
         scattered = [_scatter(stacks, each) for each in zip(*outputs, strict=True)]
         for i, view in views.items():
             values, *states = (each[i] for each in scattered)
-            leaves[i] = join_blocks(values, view).astype(leaves[i].dtype)
+            # Before they are joined: blocks of other shapes may have another compute dtype.
+            values = [value.astype(leaves[i].dtype) for value in values]
+            leaves[i] = join_blocks(values, view)
             for each, new in zip(state_leaves, states, strict=True):
                 kept = tuple(as_leaf(block, view) for block in new)
                 each[i] = kept if view.is_split else kept[0]

@@ -11,7 +11,9 @@ import torch
 
 import optax_normuon
 from normuon_core import MatrixLayout
+from optax_normuon.launcher import Backend as JaxBackend
 from torch_ref import NorMuon
+from torch_ref.launcher import Backend as TorchBackend
 
 Shapes = Mapping[str, tuple[tuple[int, ...], MatrixLayout]]
 
@@ -46,7 +48,7 @@ class Training(NamedTuple):
         return pool[step % len(pool)] * np.float32(2.0 ** (step % 5 - 2))
 
 
-def train_jax(training: Training, *, backend: str) -> dict[str, Outcome]:
+def train_jax(training: Training, *, backend: JaxBackend) -> dict[str, Outcome]:
     layout = {name: layout for name, (_, layout) in training.shapes.items()}
     tx = optax_normuon.normuon(0.02, layout=layout, backend=backend, **training.keywords)
     if training.remainder:
@@ -57,7 +59,9 @@ def train_jax(training: Training, *, backend: str) -> dict[str, Outcome]:
     @jax.jit
     def step(grads, state, params):
         updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+        # bfloat16 parameters with a remainder get float32 updates.
+        with jax.numpy_dtype_promotion("standard"):
+            return optax.apply_updates(params, updates), state
 
     for t in range(training.steps):
         grads = {n: jnp.asarray(training.gradient(n, t), training.dtype) for n in params}
@@ -74,7 +78,7 @@ def train_jax(training: Training, *, backend: str) -> dict[str, Outcome]:
     }
 
 
-def train_torch(training: Training, *, backend: str, device: str) -> dict[str, Outcome]:
+def train_torch(training: Training, *, backend: TorchBackend, device: str) -> dict[str, Outcome]:
     dtype = getattr(torch, training.dtype)
     params = {
         name: torch.nn.Parameter(torch.tensor(x, device=device).to(dtype))

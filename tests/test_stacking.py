@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from optax_normuon import MatrixLayout, scale_by_normuon
+from optax_normuon import MatrixLayout, normuon, scale_by_normuon
 from optax_normuon.stacking import MatrixStack, MatrixStage, on_matrices
 
 LAYOUT = MatrixLayout(-2, -1)
@@ -84,9 +84,9 @@ def test_a_ceiling_lowers_the_compiled_programs_temporary_memory():
     params = {f"layer{i}": jax.ShapeDtypeStruct((1024, 4096), jnp.float32) for i in range(64)}
 
     def temporary_bytes(ceiling):
-        tx = scale_by_normuon(layout=LAYOUT, max_stack_bytes=ceiling)
+        tx = normuon(0.1, layout=LAYOUT, max_stack_bytes=ceiling)
         state = jax.eval_shape(tx.init, params)
-        compiled = jax.jit(tx.update).lower(params, state).compile()
+        compiled = jax.jit(tx.update, donate_argnums=1).lower(params, state, params).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(2**28) < 0.6 * temporary_bytes(2**40)
@@ -119,3 +119,19 @@ def test_the_callers_orthogonalizer_gets_float32_stacks():
         * jnp.linalg.norm(near["a"].astype(jnp.float32))
     )
     assert 0.9 < correlation < 1
+
+
+def test_blocks_of_one_weight_may_have_compute_dtypes_of_their_own():
+    """As where "auto" takes the Gram form for one block's shape and not for another's."""
+
+    def update(stack, state):
+        wide = stack.values.shape[-1] > stack.values.shape[-2]
+        return MatrixStack(
+            stack.values.astype(jnp.float16 if wide else jnp.bfloat16), stack.output_axis
+        ), state
+
+    layout = MatrixLayout(-1, -2, output_splits=(4, 8))
+    tx = on_matrices(MatrixStage(lambda stack: (), update), layout={"a": layout})
+    given = {"a": jnp.ones((12, 6))}
+    updates, _ = tx.update(given, tx.init(given))
+    chex.assert_trees_all_equal(updates, given)

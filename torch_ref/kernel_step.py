@@ -4,7 +4,6 @@ All arithmetic of a step is in the kernels that JAX runs as well, in the same or
 laid out for them, and what comes back is added. Nothing waits for the GPU.
 """
 
-import functools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -209,12 +208,15 @@ def _each(value: float | torch.Tensor, weight: MatrixWeight) -> torch.Tensor:
     shape, device = weight.view.batch_shape, weight.param.device
     if isinstance(value, torch.Tensor):
         return value.to(device, torch.float32).broadcast_to(shape).reshape(-1).contiguous()
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return _constant.__wrapped__(value, weight.matrices, device)
-    return _constant(value, weight.matrices, device)
+    key = (value, weight.matrices, device)
+    constant = _CONSTANTS.get(key)
+    if constant is None:
+        constant = torch.full((weight.matrices,), value, dtype=torch.float32, device=device)
+        # What a graph captures holds no number before the graph has run.
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            _CONSTANTS[key] = constant
+    return constant
 
 
-@functools.lru_cache(maxsize=4096)
-def _constant(value: float, count: int, device: torch.device) -> torch.Tensor:
-    # Not remembered from a capture, whose memory holds no number before the graph has run.
-    return torch.full((count,), value, dtype=torch.float32, device=device)
+_CONSTANTS: dict[tuple[float, int, torch.device], torch.Tensor] = {}
+"""Scales and decays that are numbers, kept from step to step: (matrices,) float32."""

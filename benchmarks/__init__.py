@@ -1,0 +1,1 @@
+"""How fast: `python -m benchmarks`, and `python -m benchmarks.tune` for the kernels' tiles."""

@@ -1,0 +1,245 @@
+"""`python -m benchmarks.tune`: the product kernel's tiles, measured on this GPU.
+
+Rewrites this architecture's table in `normuon_core/configurations.json`, from which every run takes its
+configurations: fixed ones, because a search at run time would change bits from run to run.
+"""
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks.timing import median_milliseconds
+from normuon_core.configurations import ProductConfiguration
+
+TABLE = Path(str(resources.files("normuon_core").joinpath("configurations.json")))
+
+LARGEST_ERROR = 1e-3
+"""Relative Frobenius error against cuBLAS in float16; 3e-4 is one rounding."""
+
+
+class Problem(NamedTuple):
+    """A product of `count` matrices (m, k) and (k, n)."""
+
+    symmetric: bool
+    m: int
+    n: int
+    k: int
+    count: int
+
+    @property
+    def addends(self) -> int:
+        """As in the iteration: a Gram matrix has none."""
+        return 0 if self.symmetric and self.k != self.m else 1
+
+
+SYMMETRIC = [
+    *((n, n, n, count) for n, count in ((128, 64), (256, 64), (512, 32), (768, 48), (1024, 24))),
+    *((n, n, n, count) for n, count in ((2048, 16), (4096, 4), (8192, 1))),
+    *((n, n, 4 * n, count) for n, count in ((512, 32), (768, 24), (1024, 24), (2048, 16))),
+    (4096, 4096, 14336, 4),
+]
+GENERAL = [
+    *((n, n, n, count) for n, count in ((128, 64), (256, 64), (768, 48), (2048, 16), (4096, 4))),
+    *((n, 4 * n, n, count) for n, count in ((512, 32), (768, 24), (1024, 24), (2048, 16))),
+    (4096, 14336, 4096, 4),
+    (8192, 8192, 8192, 1),
+]
+PROBLEMS = [
+    *(Problem(True, *sizes) for sizes in SYMMETRIC),
+    *(Problem(False, *sizes) for sizes in GENERAL),
+]
+
+BOTH = [
+    (128, 128, 64, 4, 3, 2),
+    (128, 128, 64, 8, 3, 1),
+    (128, 128, 64, 8, 4, 1),
+    (128, 256, 64, 8, 3, 1),
+    (128, 256, 64, 8, 4, 1),
+    (64, 128, 64, 4, 3, 3),
+    (64, 64, 64, 4, 4, 3),
+]
+CANDIDATES = {
+    True: [*BOTH, (128, 128, 128, 8, 3, 1), (64, 64, 64, 4, 3, 4)],
+    False: [*BOTH, (64, 256, 64, 4, 3, 1), (128, 256, 128, 8, 2, 1)],
+}
+
+
+def candidates(problem: Problem) -> list[ProductConfiguration]:
+    """Those whose tile is at most twice the matrix's side."""
+    return [
+        ProductConfiguration(*each)
+        for each in CANDIDATES[problem.symmetric]
+        if each[0] <= 2 * problem.m and each[1] <= 2 * problem.n
+    ]
+
+
+class Operands(NamedTuple):
+    """Tensors of one problem, and what the product of a and b should be, by cuBLAS."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    d: torch.Tensor
+    wanted: torch.Tensor
+
+
+def operands(problem: Problem) -> Operands:
+    """Random ones; symmetric products of a matrix with itself."""
+    _, m, n, k, count = problem
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda").half()
+
+    a = draw(count, m, k)
+    b = a if problem.symmetric else draw(count, k, n)
+    d = draw(count, m, n)
+    if problem.symmetric:
+        d = d + d.mT
+    product = torch.bmm(a, b.mT if problem.symmetric else b, torch.float32)
+    return Operands(a, b, d, product + d.float() if problem.addends else product)
+
+
+def launcher_of(
+    problem: Problem, configuration: ProductConfiguration, given: Operands
+) -> Callable[[], torch.Tensor]:
+    """A function that multiplies the operands once with this configuration."""
+    from normuon_core import launches
+    from torch_ref import launcher
+
+    launch = launches.product(
+        problem.count,
+        problem.m,
+        problem.n,
+        problem.k,
+        dtype="float16",
+        configuration=configuration,
+        multiprocessors=launcher.describe_device(given.a.device).multiprocessors,
+        b_transposed=problem.symmetric,
+        symmetric=problem.symmetric,
+        addends=problem.addends,
+        has_diagonal=False,
+    )
+    inputs = [given.a, given.b, given.d, given.d, 1.0, 1.0, 0.0, 0.0, problem.count]
+    return lambda: launcher.launch(launch, inputs)[0]
+
+
+def compile_ahead(job: tuple[Problem, ProductConfiguration]) -> None:
+    """Fills Triton's cache on disk; a configuration that does not compile fails again when timed."""
+    from normuon_core import kernels, launches
+    from torch_ref import launcher
+
+    problem, configuration = job
+    launch = launches.product(
+        problem.count,
+        problem.m,
+        problem.n,
+        problem.k,
+        dtype="float16",
+        configuration=configuration,
+        multiprocessors=launcher.describe_device(torch.device("cuda", 0)).multiprocessors,
+        b_transposed=problem.symmetric,
+        symmetric=problem.symmetric,
+        addends=problem.addends,
+        has_diagonal=False,
+    )
+    array = torch.empty(8, dtype=torch.float16, device="cuda")
+    scalars = (1.0, 1.0, 0.0, 0.0, problem.count)
+    try:
+        kernels.product.warmup(
+            *[array] * 4,
+            *scalars,
+            array,
+            grid=(1,),
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+            enable_fp_fusion=False,
+            **launch.constants,
+        )
+    except Exception as error:
+        print(f"{problem} {configuration}: {type(error).__name__}")
+
+
+def choose(
+    times: dict[ProductConfiguration, float], errors: dict[ProductConfiguration, float]
+) -> ProductConfiguration:
+    """The fastest of those that compute the right thing.
+
+    Raises:
+      ValueError: none does.
+    """
+    right = [each for each in times if errors[each] <= LARGEST_ERROR]
+    if not right:
+        raise ValueError(f"no configuration is right: {errors}")
+    return min(right, key=times.__getitem__)
+
+
+def with_table(
+    tables: dict, architecture: str, chosen: dict[Problem, ProductConfiguration]
+) -> dict:
+    """The tables with this architecture's put in; the others are kept."""
+    own: dict[str, list] = {"general": [], "symmetric": []}
+    for problem, configuration in chosen.items():
+        own["symmetric" if problem.symmetric else "general"].append(
+            {"size": [problem.m, problem.n, problem.k], "configuration": list(configuration)}
+        )
+    return {**tables, architecture: own}
+
+
+def write(tables: dict, path: Path) -> None:
+    """One entry a line."""
+    lines = []
+    for architecture, table in tables.items():
+        kinds = []
+        for kind, entries in table.items():
+            rows = ",\n".join(f"   {json.dumps(entry)}" for entry in entries)
+            kinds.append(f'  "{kind}": [\n{rows}\n  ]')
+        lines.append(f' "{architecture}": {{\n' + ",\n".join(kinds) + "\n }")
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="The table to rewrite.")] = TABLE,
+) -> None:
+    """Time every candidate on every size, and keep the fastest in the table."""
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("tuning needs a CUDA GPU, and PyTorch sees none")
+    console = Console()
+    jobs = [(problem, each) for problem in PROBLEMS for each in candidates(problem)]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), mp_context=spawn) as pool:
+        list(track(pool.map(compile_ahead, jobs), "compiling", total=len(jobs), console=console))
+    chosen = {}
+    for problem in PROBLEMS:
+        given = operands(problem)
+        times, errors = {}, {}
+        for configuration in candidates(problem):
+            multiply = launcher_of(problem, configuration, given)
+            try:
+                result = multiply().float()
+            except Exception as error:
+                console.print(f"{problem} {configuration}: {type(error).__name__}")
+                continue
+            distance = (result - given.wanted).norm() / given.wanted.norm()
+            errors[configuration] = float(distance)
+            times[configuration] = median_milliseconds(multiply)
+        chosen[problem] = best = choose(times, errors)
+        useful = problem.count * problem.m * problem.n * problem.k * (2 - problem.symmetric)
+        rate = useful / times[best] / 1e9
+        console.print(f"{problem}: {tuple(best)}, {times[best]:.3f} ms, {rate:.0f} TFLOP/s")
+    major, minor = torch.cuda.get_device_capability()
+    tables = json.loads(out.read_text()) if out.exists() else {}
+    write(with_table(tables, f"sm{major}{minor}", chosen), out)
+    console.print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,26 @@
+"""What is timed: stacks of matrices, and the matrices of two models."""
+
+SHAPES = [
+    (12, 768, 3072),
+    (48, 768, 768),
+    (24, 1024, 4096),
+    (16, 2048, 2048),
+    (16, 2048, 8192),
+    (4, 4096, 4096),
+    (4, 4096, 14336),
+    (1, 8192, 8192),
+]
+"""(count, rows, columns) of orthogonalizations."""
+
+MODELS = {
+    "GPT-2 124M": [(48, 768, 768), (12, 3072, 768), (12, 768, 3072)],
+    "1B Llama": [(32, 2048, 2048), (32, 512, 2048), (32, 8192, 2048), (16, 2048, 8192)],
+}
+"""The same of whole steps; every matrix is a leaf of its own, float32, stored (out, in)."""
+
+QUICK_SHAPES = [(2, 24, 64), (2, 32, 32)]
+QUICK_MODELS = {"tiny": [(2, 24, 16), (1, 16, 40)]}
+
+LAYERS = 128
+LAYER = [(256, 256), (64, 256), (1024, 256), (256, 1024)]
+"""For the time of compilation: layers that are not stacked, each of four matrices."""
