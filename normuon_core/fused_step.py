@@ -15,9 +15,6 @@ from normuon_core.polar_iteration import Algorithm, choose_form, iterate, range_
 from normuon_core.recipes import Momentum, NeuronNorm, Polar, Recipe
 from normuon_core.shape_rules import RMS_FLOOR
 
-KERNEL_DTYPES = ("float16", "bfloat16", "float32")
-"""What the kernels read and compute in."""
-
 
 @dataclass(frozen=True)
 class Device:
@@ -34,7 +31,7 @@ class Leaf:
     Attributes:
       gradient, parameter, momentum: of the weight's shape. delta: None until the first matrix is done.
       rates: (runs of the batch, `kernels.RATES`) float32.
-      outputs: what launches need to know of momentum and delta.
+      momentum_output, delta_output: their shapes and dtypes.
     """
 
     gradient: Any

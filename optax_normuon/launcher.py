@@ -30,7 +30,8 @@ def check_backend(backend: str) -> None:
 
 
 def takes_kernels(backend: Backend, dtypes: Iterable[Any]) -> bool:
-    """Whether the kernels run: asked for, or "auto" on a CUDA device with jax-triton.
+    """Whether the kernels run: asked for, or "auto" on a CUDA device with jax-triton, unless arrays may
+    be spread over several.
 
     Raises:
       ValueError: asked for in vain, on another device or for a dtype the kernels do not take.
@@ -44,7 +45,17 @@ def takes_kernels(backend: Backend, dtypes: Iterable[Any]) -> bool:
                 " backend='auto'."
             )
         return True
-    return backend == "auto" and not other and _missing() is None
+    return backend == "auto" and not other and _missing() is None and not _is_partitioned()
+
+
+def _is_partitioned() -> bool:
+    """Whether arrays may be spread over devices, which the compiler cannot split a kernel's call over.
+
+    Within `jax.shard_map` they are one device's own.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    in_shard_map = not mesh.empty and set(mesh.manual_axes) == set(mesh.axis_names)
+    return jax.device_count() > 1 and not in_shard_map
 
 
 def _missing() -> str | None:

@@ -16,7 +16,7 @@ from normuon_core.launches import Output, block_geometries, bytes_a_matrix
 from normuon_core.polar_iteration import Algorithm
 from normuon_core.stacks import even_stacks
 from torch_ref.dtypes import Scalar, rounded_product
-from torch_ref.launcher import describe_device, launch
+from torch_ref.launcher import describe_device, launch, on_device
 from torch_ref.matrix_weight import DEFAULT_STACK_BYTES, MatrixWeight
 from torch_ref.orthogonalization import dtype_name
 from torch_ref.remainder import add_to_weight, join_remainder
@@ -32,15 +32,16 @@ def polar_factors(
     rates = torch.zeros(1, RATES, device=stack.device)
     leaf = Leaf(stack, None, rates, rates, _output(rates), _output(rates))
     (geometry,) = block_geometries(view, _row_major(view))
-    v, _ = polar_factors_of_pieces(
-        launch,
-        describe_device(stack.device),
-        [Piece(Block(leaf, geometry, len(stack), None, None, None), 0, len(stack))],
-        polar,
-        momentum=None,
-        compute_dtype=compute_dtype,
-        algorithm=algorithm,
-    )
+    with on_device(stack.device):
+        v, _ = polar_factors_of_pieces(
+            launch,
+            describe_device(stack.device),
+            [Piece(Block(leaf, geometry, len(stack), None, None, None), 0, len(stack))],
+            polar,
+            momentum=None,
+            compute_dtype=compute_dtype,
+            algorithm=algorithm,
+        )
     v = v[..., : geometry.long]
     return v.mT if stack.shape[-2] > stack.shape[-1] else v
 
@@ -61,8 +62,9 @@ def step_matrices_with_kernels(weights: Iterable[MatrixWeight]) -> None:
         for member in members:
             for block in member.blocks:
                 stacks[block.geometry.short, block.geometry.long].append((member, block))
-        for blocks in stacks.values():
-            _step_blocks(blocks, recipe, device, *settings)
+        with on_device(device):
+            for blocks in stacks.values():
+                _step_blocks(blocks, recipe, device, *settings)
 
 
 def _step_blocks(

@@ -1,5 +1,6 @@
 """Where `normuon_core`'s kernels meet tensors, and which backend runs a step."""
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -78,8 +79,13 @@ def describe_device(device: torch.device) -> "Device":
     return Device(f"sm{properties.major}{properties.minor}", properties.multi_processor_count)
 
 
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, whichever its arguments are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def launch(launch: "Launch", inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
-    """Runs a kernel on the current stream. Aliased outputs are the inputs they overwrite."""
+    """Runs a kernel on the current device's stream. Aliased outputs are the inputs they overwrite."""
     device = next(value.device for value in inputs if isinstance(value, torch.Tensor))
     outputs = []
     for index, (shape, dtype) in enumerate(launch.outputs):
