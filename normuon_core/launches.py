@@ -31,6 +31,10 @@ _CACHED = 4096
 """Launches to remember: building one takes as long as a small kernel runs."""
 
 
+_TILE_WARPS = 8
+"""Warps of the kernels that work on a tile: a small weight has few tiles, so each loads much at once."""
+
+
 class Output(NamedTuple):
     """What a launch writes. `dtype`: a name, as "float32"."""
 
@@ -193,6 +197,7 @@ def squares(geometry: Geometry, count: int, rule: Momentum | None) -> Launch:
             "PARTS": parts,
         },
         outputs=[Output((count, parts), "float32")],
+        num_warps=_TILE_WARPS,
     )
 
 
@@ -227,6 +232,7 @@ def feed(
         },
         outputs=[Output((stack, geometry.short, geometry.pitch), compute_dtype), momentum],
         aliases={1: 1} if first else {0: 9, 1: 1},
+        num_warps=_TILE_WARPS,
     )
 
 
@@ -365,4 +371,5 @@ def finish(
         },
         outputs=[delta],
         aliases={} if first else {0: 11},
+        num_warps=_TILE_WARPS,
     )
