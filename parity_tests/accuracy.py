@@ -5,6 +5,7 @@ matrices: no backend and no form may have more than 1.1 times its error.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -20,12 +21,16 @@ from rich.table import Table
 import optax_normuon
 import torch_ref
 from normuon_core import Polar
+from parity_tests.half_precision import (
+    ABSOLUTE_FLOOR,
+    FORMS,
+    HARD_SPECTRA,
+    WORST_RATIO,
+    published_polar_factor,
+)
 from parity_tests.report import machine
-from parity_tests.spectra import SPECTRA
 
 POLAR = Polar()
-WORST_RATIO = 1.1
-ABSOLUTE_FLOOR = 1e-6
 
 SMALL = ["48x128", "128x48", "96x96", "192x768"]
 LARGE = ["512x1024", "2048x2048", "2048x8192"]
@@ -46,12 +51,7 @@ class Form(NamedTuple):
         return f"{self.framework} {self.backend} {dtype} {self.algorithm}".replace("  ", " ")
 
 
-KINDS = [
-    ("bfloat16", "standard"),
-    ("float16", "standard"),
-    ("float16", "gram"),
-    (None, "auto"),
-]
+KINDS: list[tuple[str | None, str]] = [*FORMS.values(), (None, "auto")]
 BACKENDS = [("JAX", "xla"), ("JAX", "triton"), ("PyTorch", "eager"), ("PyTorch", "triton")]
 
 
@@ -77,27 +77,10 @@ def polar_factors(form: Form, stack: np.ndarray) -> torch.Tensor:
     return torch_ref.polar_factor(x, compute_dtype=dtype, **keywords).double().cpu()
 
 
-def exact(stack: np.ndarray) -> torch.Tensor:
-    """The same polynomial in float64."""
-    x = torch.tensor(stack, device=_device()).double()
-    norm = POLAR.norm_scale * x.flatten(1).norm(dim=1)[:, None, None]
-    return _iterate(x / (norm + POLAR.eps)).cpu()
-
-
-def plain_bfloat16(stack: np.ndarray) -> torch.Tensor:
-    """As in KellerJordan/modded-nanogpt: bfloat16 tensors throughout. CPUs round as GPUs do."""
+def published(stack: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """The iteration in this dtype throughout: float64 is exact, bfloat16 the yardstick. float64 out."""
     x = torch.tensor(stack, device=_device())
-    norm = POLAR.norm_scale * x.flatten(1).norm(dim=1)[:, None, None]
-    return _iterate((x / (norm + POLAR.eps)).bfloat16()).double().cpu()
-
-
-def _iterate(x: torch.Tensor) -> torch.Tensor:
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    for a, b, c in POLAR.coefficients:
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.mT if tall else x
+    return published_polar_factor(x, POLAR, dtype).double().cpu()
 
 
 def _device() -> str:
@@ -131,24 +114,24 @@ def rows(shapes: list[str], spectra: list[str], draws: int, *, on_gpu: bool) -> 
         sides = tuple(map(int, shape.split("x")))
         count = min(draws, 2) if min(sides) >= LARGE_SIDE else draws
         for name in spectra:
-            yield _row(name, SPECTRA[name], sides, count, on_gpu=on_gpu)
+            yield _row(name, HARD_SPECTRA[name], sides, count, on_gpu=on_gpu)
 
 
 def _row(name: str, spectrum: Callable, sides, draws: int, *, on_gpu: bool) -> Row:
     rngs = [np.random.default_rng(seed) for seed in range(draws)]
     stack = np.stack([spectrum(rng, *sides) for rng in rngs]).astype(np.float32)
-    wanted = exact(stack)
+    wanted = published(stack, torch.float64)
     errors = {
         str(form): median_error(polar_factors(form, stack), wanted) for form in forms(on_gpu=on_gpu)
     }
-    shape = "x".join(map(str, sides))
-    return Row(name, shape, draws, median_error(plain_bfloat16(stack), wanted), errors)
+    plain = median_error(published(stack, torch.bfloat16), wanted)
+    return Row(name, "x".join(map(str, sides)), draws, plain, errors)
 
 
 def main(
     shape: Annotated[list[str] | None, typer.Option(help="ROWSxCOLUMNS, repeatable.")] = None,
     spectrum: Annotated[
-        list[str] | None, typer.Option(help=f"One of {', '.join(SPECTRA)}; repeatable.")
+        list[str] | None, typer.Option(help=f"One of {', '.join(HARD_SPECTRA)}; repeatable.")
     ] = None,
     draws: Annotated[int, typer.Option(help="Matrices of each spectrum.")] = 16,
     json_file: Annotated[
@@ -162,7 +145,13 @@ def main(
     on_gpu = torch.cuda.is_available()
     console = Console(width=None if Console().is_terminal else 150)
     shapes = shape or (SMALL + LARGE if on_gpu else SMALL)
-    spectra = spectrum or list(SPECTRA)
+    spectra = spectrum or list(HARD_SPECTRA)
+    for name in spectra:
+        if name not in HARD_SPECTRA:
+            raise typer.BadParameter(f"{name!r} is no spectrum; use {', '.join(HARD_SPECTRA)}.")
+    for size in shapes:
+        if not re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", size):
+            raise typer.BadParameter(f"{size!r} is no shape; write ROWSxCOLUMNS, as 48x128.")
     found = list(
         track(
             rows(shapes, spectra, draws, on_gpu=on_gpu),

@@ -16,8 +16,6 @@ OUT_IN, IN_OUT = MatrixLayout(-1, -2), MatrixLayout(-2, -1)
 SMALL = {
     "tall": ((23, 10), OUT_IN),
     "wide, in out": ((10, 23), IN_OUT),
-    "square": ((9, 9), OUT_IN),
-    "batch": ((2, 7, 12), IN_OUT),
     "split QKV": ((20, 12), MatrixLayout(-1, -2, output_splits=(10, 5, 5))),
     "scan axis in the middle": ((6, 3, 8), MatrixLayout(0, 2)),
     "heads that no stride merges": ((4, 3, 2, 5), MatrixLayout((0, 2), 3)),
