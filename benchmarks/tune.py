@@ -108,37 +108,12 @@ def operands(problem: Problem) -> Operands:
     return Operands(a, b, d, product + d.float() if problem.addends else product)
 
 
-def launcher_of(
-    problem: Problem, configuration: ProductConfiguration, given: Operands
-) -> Callable[[], torch.Tensor]:
-    """A function that multiplies the operands once with this configuration."""
+def launch_of(problem: Problem, configuration: ProductConfiguration):
+    """The product kernel with this configuration, on this machine's GPU."""
     from normuon_core import launches
     from torch_ref import launcher
 
-    launch = launches.product(
-        problem.count,
-        problem.m,
-        problem.n,
-        problem.k,
-        dtype="float16",
-        configuration=configuration,
-        multiprocessors=launcher.describe_device(given.a.device).multiprocessors,
-        b_transposed=problem.symmetric,
-        symmetric=problem.symmetric,
-        addends=problem.addends,
-        has_diagonal=False,
-    )
-    inputs = [given.a, given.b, given.d, given.d, 1.0, 1.0, 0.0, 0.0, problem.count]
-    return lambda: launcher.launch(launch, inputs)[0]
-
-
-def compile_ahead(job: tuple[Problem, ProductConfiguration]) -> None:
-    """Fills Triton's cache on disk; a configuration that does not compile fails again when timed."""
-    from normuon_core import kernels, launches
-    from torch_ref import launcher
-
-    problem, configuration = job
-    launch = launches.product(
+    return launches.product(
         problem.count,
         problem.m,
         problem.n,
@@ -151,10 +126,27 @@ def compile_ahead(job: tuple[Problem, ProductConfiguration]) -> None:
         addends=problem.addends,
         has_diagonal=False,
     )
+
+
+def multiplication(
+    problem: Problem, configuration: ProductConfiguration, given: Operands
+) -> Callable[[], torch.Tensor]:
+    """A function that multiplies the operands once with this configuration."""
+    from torch_ref import launcher
+
+    launch = launch_of(problem, configuration)
+    inputs = [given.a, given.b, given.d, given.d, 1.0, 1.0, 0.0, 0.0, problem.count]
+    return lambda: launcher.launch(launch, inputs)[0]
+
+
+def compile_ahead(job: tuple[Problem, ProductConfiguration]) -> None:
+    """Fills Triton's cache on disk; a configuration that does not compile fails again when timed."""
+    problem, configuration = job
+    launch = launch_of(problem, configuration)
     array = torch.empty(8, dtype=torch.float16, device="cuda")
     scalars = (1.0, 1.0, 0.0, 0.0, problem.count)
     try:
-        kernels.product.warmup(
+        launch.kernel.warmup(
             *[array] * 4,
             *scalars,
             array,
@@ -222,7 +214,7 @@ def main(
         given = operands(problem)
         times, errors = {}, {}
         for configuration in candidates(problem):
-            multiply = launcher_of(problem, configuration, given)
+            multiply = multiplication(problem, configuration, given)
             try:
                 result = multiply().float()
             except Exception as error:

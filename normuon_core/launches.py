@@ -26,10 +26,11 @@ _NEURON_TILE = {True: (8, 1024), False: (128, 64)}
 _NEURONS_A_BLOCK = 256
 """Neurons that a program of `statistics` takes."""
 
-
 _CACHED = 4096
 """Launches to remember: building one takes as long as a small kernel runs."""
 
+_ALL = 2**30
+"""Matrices that share a single row of rates: not their number, which would compile kernels anew."""
 
 _TILE_WARPS = 8
 """Warps of the kernels that work on a tile: a small weight has few tiles, so each loads much at once."""
@@ -141,7 +142,7 @@ def block_geometries(
             strides=(batch_stride, *sides),
             offset=start * (row_stride if view.output_is_rows else column_stride),
             neurons_on_short=_neurons_on_rows(axis, rows, columns, view.output_is_rows) != tall,
-            matrices_a_rate=max(1, batch // rates),
+            matrices_a_rate=batch // rates if rates > 1 else _ALL,
         )
         result.append(geometry)
         start += size
