@@ -59,7 +59,7 @@ lock: $(VENV)/bin/python  ## rewrite requirements.lock from pyproject.toml
 	mv requirements.lock.new requirements.lock
 
 clean:  ## remove what the other targets made, the environment included
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache examples/out
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache examples/out benchmarks/out
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:

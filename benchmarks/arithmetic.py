@@ -18,12 +18,11 @@ class Rates(NamedTuple):
 def orthogonalization_operations(rows: int, columns: int) -> float:
     """Five steps on one matrix, in floating-point operations, with products that use symmetry.
 
-    Of the two forms the one that takes fewer: with n the short side and ratio = long / short, the Gram
-    form with one restart (6 ratio + 14) n^3, the standard form (15 ratio + 5) n^3.
+    By the Gram form with one restart: (6 ratio + 14) n^3, with n the short side and ratio = long /
+    short. The standard form's (15 ratio + 5) n^3 are never fewer, and as many on square matrices.
     """
     short, long = sorted((rows, columns))
-    ratio = long / short
-    return min(6 * ratio + 14, 15 * ratio + 5) * short**3
+    return (6 * long / short + 14) * short**3
 
 
 def orthogonalization_seconds(shapes: Iterable[tuple[int, int, int]], rates: Rates) -> float:

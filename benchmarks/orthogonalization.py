@@ -21,7 +21,9 @@ from normuon_core.polar_iteration import choose_form
 Stack = tuple[int, int, int]
 
 
-def rows(shapes: Sequence[Stack], rates: Rates, *, on_gpu: bool, calls: int) -> Iterator[Row]:
+def rows(
+    shapes: Sequence[Stack], rates: Rates | None, *, on_gpu: bool, calls: int
+) -> Iterator[Row]:
     """A row for every shape and implementation."""
     for shape in shapes:
         count, *sides = shape
@@ -29,7 +31,9 @@ def rows(shapes: Sequence[Stack], rates: Rates, *, on_gpu: bool, calls: int) -> 
             row = Row(
                 "x".join(map(str, shape)),
                 who,
-                reference=1e3 * orthogonalization_seconds([shape], rates),
+                reference=(
+                    None if rates is None else 1e3 * orthogonalization_seconds([shape], rates)
+                ),
                 operations=count * orthogonalization_operations(*sides),
             )
             yield measure(row, lambda prepare=prepare, shape=shape: prepare(shape, on_gpu, calls))
@@ -88,7 +92,7 @@ def _xla_gram(shape: Stack, on_gpu: bool, calls: int) -> float:
 
 
 def _optax(shape: Stack, on_gpu: bool, calls: int) -> float:
-    """As `optax.contrib.muon` does it by default: in float32."""
+    """As `optax.contrib.muon` does it by default: float32, which JAX multiplies as TF32 on a GPU."""
     del on_gpu
     from optax.contrib import _muon
 
@@ -115,6 +119,8 @@ def _torch_muon(shape: Stack, on_gpu: bool, calls: int) -> float:
 def _gram_newton_schulz(shape: Stack, on_gpu: bool, calls: int) -> float:
     from gram_newton_schulz import GramNewtonSchulz  # pyright: ignore[reportMissingImports]
 
+    # It is compiled: a second shape would otherwise be taken as a dynamic one.
+    torch.compiler.reset()
     return _torch(GramNewtonSchulz(), shape, on_gpu, calls, "float16")
 
 

@@ -1,6 +1,6 @@
 """Tables and the picture of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -48,16 +48,18 @@ def markdown(title: str, rows: Sequence[Row], base: str) -> str:
     return "\n".join(text) + "\n"
 
 
-def draw(path: Path, panels: dict[str, Sequence[Row]]) -> None:
+def draw(path: Path, panels: Mapping[str, Sequence[Row]]) -> bool:
     """Horizontal bars, a panel for each kind of workload: times as multiples of the reference.
 
     The dashed line is the reference itself: the arithmetic and the bytes at the machine's own rates.
+    Without one there is nothing to draw, and an older picture is taken away. Returns whether it drew.
     """
     matplotlib.use("agg")
     found = {title: [row for row in rows if row.share] for title, rows in panels.items()}
     found = {title: rows for title, rows in found.items() if rows}
     if not found:
-        return
+        path.unlink(missing_ok=True)
+        return False
     heights = [sum(len(_of(rows, what)) + 1.6 for what in _whats(rows)) for rows in found.values()]
     figure = Figure(figsize=(12, 1.2 + 0.2 * max(heights)), layout="constrained")
     axes = figure.subplots(1, len(found), squeeze=False)[0]
@@ -67,6 +69,7 @@ def draw(path: Path, panels: dict[str, Sequence[Row]]) -> None:
         _draw_panel(axis, rows, colours)
         axis.set_title(title)
     figure.savefig(path, dpi=120)
+    return True
 
 
 def _draw_panel(axis, rows: Sequence[Row], colours) -> None:

@@ -21,7 +21,7 @@ DECAY = 0.1
 
 
 def rows(
-    models: Mapping[str, Sequence[Stack]], rates: Rates, *, on_gpu: bool, calls: int
+    models: Mapping[str, Sequence[Stack]], rates: Rates | None, *, on_gpu: bool, calls: int
 ) -> Iterator[Row]:
     """A row for every model and implementation."""
     for name, shapes in models.items():
@@ -30,7 +30,7 @@ def rows(
             row = Row(
                 name,
                 who,
-                reference=1e3 * step_seconds(shapes, rates),
+                reference=None if rates is None else 1e3 * step_seconds(shapes, rates),
                 operations=operations,
             )
             yield measure(row, lambda step=step, shapes=shapes: step(shapes, on_gpu, calls))
@@ -66,8 +66,9 @@ def _in_jax(make: Callable[[], optax.GradientTransformation]):
             jax.block_until_ready,
             calls=calls,
         )
-        gibibytes = temporary.temp_size_in_bytes / 2**30 if temporary else float("nan")
-        return milliseconds, {"temporary GiB": gibibytes}
+        # Not every backend tells, and a NaN would be no JSON.
+        more = {"temporary GiB": temporary.temp_size_in_bytes / 2**30} if temporary else {}
+        return milliseconds, more
 
     return prepare
 

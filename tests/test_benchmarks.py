@@ -7,7 +7,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import report, tune
+from benchmarks import orthogonalization, report, steps, tune, workloads
 from benchmarks.__main__ import main
 from benchmarks.arithmetic import (
     Rates,
@@ -41,16 +41,64 @@ def test_the_reference_of_a_step_is_arithmetic_and_bytes():
 def test_a_quick_run_writes_its_files_and_says_what_needs_a_gpu(tmp_path):
     # Optax's own Muon mixes dtypes, which the tests forbid.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        result = run("--quick", "--only", "steps", "--out", str(tmp_path))
+        result = run("--quick", "--only", "steps", "--only", "compilation", "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / "results.json").read_text())
+    found = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    assert list(found["rows"]) == ["Whole steps", "Compilation"]
+    assert {row["failure"] for row in found["rows"]["Compilation"]} == {None}
+    # Milliseconds: nothing compiles in less than one.
+    assert min(row["milliseconds"] for row in found["rows"]["Compilation"]) > 1
     rows = {row["who"]: row for row in found["rows"]["Whole steps"]}
     assert rows["NorMuon, JAX, XLA"]["milliseconds"] > 0
     assert rows["optax.contrib.muon"]["milliseconds"] > 0
     assert "CUDA" in rows["NorMuon, JAX, Triton"]["failure"]
     assert {"jax", "torch", "triton", "device"} <= set(found["machine"])
     assert "optax.contrib.muon" in (tmp_path / "results.md").read_text()
-    assert (tmp_path / "results.png").stat().st_size > 10_000
+    # A share of a rate that nobody measured would be an invented figure.
+    assert {row["share of reference"] for row in rows.values()} == {None}
+    assert not (tmp_path / "results.png").exists()
+    assert "no picture" in result.output
+
+
+def test_one_part_can_be_run_alone(tmp_path):
+    result = run("--quick", "--only", "shapes", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert list(found["rows"]) == ["Orthogonalization"]
+    timed = {row["who"] for row in found["rows"]["Orthogonalization"] if row["milliseconds"]}
+    assert timed == {"ours, JAX, XLA, standard", "ours, JAX, XLA, Gram", "optax.contrib.muon"}
+
+
+def test_the_models_are_those_that_they_are_called():
+    """Without embeddings: 12 d^2 a layer of GPT-2; of the Llama attention and three matrices beside."""
+    parameters = {
+        name: sum(count * rows * columns for count, rows, columns in shapes)
+        for name, shapes in workloads.MODELS.items()
+    }
+    attention, beside = 2 * 2048**2 + 2 * 512 * 2048, 3 * 8192 * 2048
+    assert parameters == {"GPT-2 124M": 12 * 12 * 768**2, "1B Llama": 16 * (attention + beside)}
+
+
+def test_rows_carry_the_work_of_all_their_matrices(monkeypatch):
+    """2 of 10x40: 38 n^3 each and 30 bytes an entry; at 1e9 FLOP/s and 1e6 bytes/s, in milliseconds."""
+    rates = Rates(products=1e9, copies=1e6)
+    keywords = dict(on_gpu=False, calls=1)
+    for module in (steps, orthogonalization):
+        monkeypatch.setattr(module, "IMPLEMENTATIONS", {"a peer": lambda *_: 1.0})
+    (step,) = steps.rows({"a model": [(2, 10, 40)]}, rates, **keywords)
+    (stack,) = orthogonalization.rows([(2, 10, 40)], rates, **keywords)
+    assert step.operations == stack.operations == 2 * 38_000
+    assert stack.reference == pytest.approx(0.076)
+    assert step.reference == pytest.approx(0.076 + 24.0)
+
+
+def test_a_picture_is_drawn_of_rows_with_a_reference(tmp_path):
+    path = tmp_path / "results.png"
+    rows = [Row("a stack", who, milliseconds=2.0, reference=1.0) for who in ("ours", "a peer")]
+    assert report.draw(path, {"Orthogonalization": rows, "Compilation": [Row("b", "ours", 1.0)]})
+    assert path.stat().st_size > 10_000
+    assert not report.draw(path, {"Compilation": [Row("b", "ours", 1.0)]})
+    assert not path.exists()
 
 
 def test_a_peer_that_fails_is_a_line_with_its_reason():
