@@ -69,8 +69,8 @@ def with_safety(coefficients: Coefficients, safety: float, *, last: bool = True)
 
 
 POLAR_EXPRESS_1_05: Coefficients = with_safety(POLAR_EXPRESS_UNSCALED, 1.05)
-"""The paper's table with safety 1.05 on every step: what the Gram form wants, whose rounding errors
-are larger. Source: Dao-AILab/gram-newton-schulz."""
+"""The paper's table with safety 1.05 on every step: Dao-AILab/gram-newton-schulz takes it for the Gram
+form, whose rounding errors are larger."""
 
 POLYNOMIALS: dict[str, Coefficients] = {
     "newton_schulz": NEWTON_SCHULZ,
