@@ -10,6 +10,9 @@ os.environ["XLA_FLAGS"] = f"{QUICK_COMPILATION} {os.environ.get('XLA_FLAGS', '')
 import jax  # noqa: E402 - XLA reads its flags once, at import
 import pytest  # noqa: E402
 
+# Before the backend is asked for: eight virtual devices, for the tests of meshes.
+jax.config.update("jax_num_cpu_devices", 8)
+
 if jax.default_backend() != "gpu":
     # Triton decides when it is imported: without a GPU the kernels run under its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -67,21 +67,31 @@ def gram_restarts(steps: int, short: int) -> tuple[int, ...]:
     return tuple(range(steps - 2, 0, -stretch))[::-1]
 
 
-def gram_saves(short: int, long: int, steps: int, *, symmetric: bool) -> bool:
-    """Whether the Gram form takes less time than the standard one, by their operations in short^3.
+def operations(
+    short: float, long: float, steps: int, *, form: Literal["standard", "gram"], symmetric: bool
+) -> float:
+    """Floating-point operations of `steps` steps on one matrix.
 
-    With ratio = long / short and five steps on a large matrix: 8 ratio + 28 against 20 ratio + 10; with
-    products that know their result to be symmetric 6 ratio + 14 against 15 ratio + 5, at `GRAM_RATE`.
+    With ratio = long / short, in short^3 and for five steps on a large matrix: the standard form takes
+    20 ratio + 10, the Gram form 8 ratio + 28; with products that know their result to be symmetric
+    15 ratio + 5 and 6 ratio + 14.
     """
     ratio = long / short
     square = 1 if symmetric else 2
-    restarts = len(gram_restarts(steps, short))
-    stretches = restarts + 1
+    if form == "standard":
+        return steps * ((square + 2) * ratio + square) * short**3
+    stretches = len(gram_restarts(steps, int(short))) + 1
     carried = steps - stretches
-    gram = stretches * (square + 2) * ratio + square * (steps + 3 * carried)
-    if symmetric:
-        gram /= GRAM_RATE
-    return gram < steps * ((square + 2) * ratio + square)
+    return (stretches * (square + 2) * ratio + square * (steps + 3 * carried)) * short**3
+
+
+def gram_saves(short: int, long: int, steps: int, *, symmetric: bool) -> bool:
+    """Whether the Gram form takes less time than the standard one, the kernels' at `GRAM_RATE`."""
+    standard, gram = (
+        operations(short, long, steps, form=form, symmetric=symmetric)
+        for form in ("standard", "gram")
+    )
+    return gram / (GRAM_RATE if symmetric else 1) < standard
 
 
 def check_algorithm(algorithm: str) -> None:

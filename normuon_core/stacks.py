@@ -4,11 +4,18 @@ import math
 from collections.abc import Iterator, Sequence
 
 
-def even_stacks(sizes: Sequence[int], limit: int) -> Iterator[list[tuple[int, int, int]]]:
+def even_stacks(
+    sizes: Sequence[int], limit: int, *, owners: int = 1
+) -> Iterator[list[tuple[int, int, int]]]:
     """Cuts members of `sizes` matrices, laid end to end, into as few stacks of `limit` as will do.
 
     The stacks are of one size, but for one matrix more in the first ones: a small last one would leave
     most of a GPU idle.
+
+    Args:
+      limit: matrices of a stack for each of its owners. owners: among how many devices a stack is
+        divided; every owner has as many of a stack's matrices as any other, the last stack's short by
+        what the total lacks.
 
     Yields:
       One list a stack, of (member, first of its matrices, one after the last); a member may be
@@ -17,9 +24,10 @@ def even_stacks(sizes: Sequence[int], limit: int) -> Iterator[list[tuple[int, in
     total = sum(sizes)
     if total == 0:
         return
-    count = math.ceil(total / limit)
+    rounds = math.ceil(total / owners)
+    count = math.ceil(rounds / limit)
     stack: list[tuple[int, int, int]] = []
-    done, room = 0, math.ceil(total / count)
+    done, room = 0, owners * math.ceil(rounds / count)
     for member, size in enumerate(sizes):
         start = 0
         while start < size:
@@ -30,4 +38,6 @@ def even_stacks(sizes: Sequence[int], limit: int) -> Iterator[list[tuple[int, in
             if room == 0:
                 yield stack
                 stack, done = [], done + 1
-                room = total // count + (done < total % count)
+                room = owners * (rounds // count + (done < rounds % count))
+    if stack:
+        yield stack

@@ -13,6 +13,7 @@ from optax_normuon.orthogonalization import orthogonalize, polar_factor
 from optax_normuon.remainder import with_bf16_remainder
 from optax_normuon.routing import layout_by_path
 from optax_normuon.shape_scaling import scale_by_shape
+from optax_normuon.specs import state_specs
 from optax_normuon.weight_decay import add_cautious_weight_decay
 
 __all__ = [
@@ -35,5 +36,6 @@ __all__ = [
     "polar_factor",
     "scale_by_normuon",
     "scale_by_shape",
+    "state_specs",
     "with_bf16_remainder",
 ]

@@ -120,7 +120,7 @@ def _momentum(accumulate, direction, momentum, momentum_dtype) -> optax.Gradient
         return MomentumState(
             count=jnp.zeros([], jnp.int32),
             momentum=map_updates(
-                lambda p: jnp.zeros(p.shape, momentum_dtype or working_dtype(p.dtype)), params
+                lambda p: jnp.zeros_like(p, dtype=momentum_dtype or working_dtype(p.dtype)), params
             ),
         )
 

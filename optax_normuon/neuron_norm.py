@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from normuon_core.placement import Placement, Spread
 from normuon_core.recipes import EpsRule, NeuronAxis
 from optax_normuon.layout import LayoutTree
 from optax_normuon.precision import working_dtype
-from optax_normuon.stacking import MatrixStack, MatrixStage, on_matrices
+from optax_normuon.specs import SpecTree
+from optax_normuon.stacking import MatrixStage, on_matrices, with_an_owner
 
 
 class NeuronNormState(NamedTuple):
@@ -27,6 +29,7 @@ def normalize_neurons(
     rescale: EpsRule | None = "max",
     layout: LayoutTree = None,
     max_stack_bytes: int | None = None,
+    param_specs: SpecTree = None,
 ) -> optax.GradientTransformation:
     """Divides every neuron's update by its root mean square over time; keeps each matrix's norm.
 
@@ -41,13 +44,15 @@ def normalize_neurons(
       eps: a floor of s (`eps_rule="max"`), or added to sqrt(s) (`"add"`).
       rescale: divides by max(norm, eps) ("max") or norm + eps ("add") in bringing the norm back; None
         leaves the norm.
-      layout, max_stack_bytes: see `normuon`.
+      layout, max_stack_bytes, param_specs: see `normuon`.
 
     Raises:
       ValueError: an unknown `axis`, or see `normuon`.
     """
     stage = neuron_norm_stage(beta2, axis=axis, eps=eps, eps_rule=eps_rule, rescale=rescale)
-    return on_matrices(stage, layout=layout, max_stack_bytes=max_stack_bytes)
+    return on_matrices(
+        stage, layout=layout, max_stack_bytes=max_stack_bytes, param_specs=param_specs
+    )
 
 
 def neuron_norm_stage(
@@ -59,7 +64,7 @@ def neuron_norm_stage(
         raise ValueError(f"axis={axis!r} is unknown; use 'output', 'input' or 'longer'.")
 
     def reduced_axis(stack):
-        rows, columns = stack.values.shape[-2:]
+        rows, columns = stack.sides
         output, inputs = stack.output_axis, -3 - stack.output_axis
         if axis == "longer":
             sizes = {-2: rows, -1: columns}
@@ -73,19 +78,26 @@ def neuron_norm_stage(
 
     def update(stack, state):
         reduced = reduced_axis(stack)
-        count = stack.values.shape[reduced]
+        neurons = -3 - reduced
+        count = stack.sides[reduced]
         v = stack.values.astype(working_dtype(stack.values.dtype))
-        q = jnp.mean(jnp.square(v), axis=reduced, keepdims=True)
         s = state.second_moment
-        s = s + (1 - jnp.asarray(beta2, s.dtype)) * (q.astype(s.dtype) - s)
+        q = (stack.sum_over(jnp.square(v), (reduced,)) / count).astype(s.dtype)
+        s = s + (1 - jnp.asarray(beta2, s.dtype)) * (q - s)
         t = jax.lax.rsqrt(jnp.maximum(s, eps)) if eps_rule == "max" else 1 / (jnp.sqrt(s) + eps)
         if rescale is not None:
-            # |v|^2 and |v t|^2 from the row statistics: no further pass over the matrix.
-            sides = (-2, -1)
-            norm = jnp.sqrt(count * jnp.sum(q.astype(s.dtype), axis=sides, keepdims=True))
-            scaled = jnp.sqrt(count * jnp.sum(q.astype(s.dtype) * t * t, axis=sides, keepdims=True))
+            # |v|^2 and |v t|^2 from the neurons' statistics: no further pass over the matrix.
+            squares = count * stack.sum_over(jnp.stack([q, q * t * t]), (neurons,))
+            norm, scaled = jnp.sqrt(squares)
             t = t * (norm / (jnp.maximum(scaled, eps) if rescale == "max" else scaled + eps))
         normalized = (v.astype(s.dtype) * t).astype(stack.values.dtype)
-        return MatrixStack(normalized, stack.output_axis), NeuronNormState(s)
+        return stack.with_values(normalized), NeuronNormState(s)
 
-    return MatrixStage(init, update)
+    return MatrixStage(init, update, place=_where_it_lies)
+
+
+def _where_it_lies(spread: Spread) -> Placement:
+    """Alone, the stage moves nothing: sums over shards are all that it needs."""
+    if spread.parts == 1:
+        return with_an_owner(spread)
+    return Placement("shards", 1, spread.count, 0, 0.0, 0.0)

@@ -22,7 +22,8 @@ from optax_normuon.parameters import check_leaves, require_params
 from optax_normuon.paths import named_leaves
 from optax_normuon.precision import as_schedule, in_working_precision, map_updates
 from optax_normuon.shape_scaling import scale_by_shape, scale_factor
-from optax_normuon.stacking import MatrixStack, MatrixStage, chain_stages, on_matrices
+from optax_normuon.specs import Specs, SpecTree, resolve_specs
+from optax_normuon.stacking import MatrixStage, chain_stages, on_matrices
 from optax_normuon.weight_decay import (
     WeightDecayState,
     add_cautious_weight_decay,
@@ -42,6 +43,7 @@ STATIC_ARGS = (
     "algorithm",
     "backend",
     "max_stack_bytes",
+    "param_specs",
 )
 """The arguments of `normuon` that are no schedules: for `optax.inject_hyperparams(normuon,
 static_args=STATIC_ARGS)`, which would call every callable as one."""
@@ -71,6 +73,7 @@ def normuon(
     compute_dtype: DTypeLike | None = None,
     algorithm: Algorithm = "auto",
     backend: Backend = "auto",
+    param_specs: SpecTree = None,
     max_stack_bytes: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """NorMuon for the matrices of a model, AdamW for everything else.
@@ -98,6 +101,10 @@ def normuon(
       adam_b1, adam_b2, adam_eps, adam_weight_decay: see `optax.adamw`.
       momentum_dtype: None is float32, or the parameter's dtype where that is wider.
       compute_dtype, algorithm, backend: see `polar_factor`.
+      param_specs: over which mesh axes each leaf is divided: a PartitionSpec, a tree or prefix tree of
+        them (NamedShardings too), or a callable from the parameters. For meshes in automatic mode; in
+        explicit mode the arrays' types say it, and None is right. Without it a leaf in automatic mode
+        is left to XLA's partitioner.
       max_stack_bytes: a ceiling for the working memory of one stack of matrices, see `on_matrices`.
 
     Returns:
@@ -132,10 +139,16 @@ def normuon(
     if chosen.decay.rate_power == 2:
         decay_rate = _product_of(as_schedule(learning_rate), decay_rate)
 
-    def matrices(by_kernels: bool, views: Views, lr_factors: Multipliers, wd_factors: Multipliers):
+    def matrices(
+        by_kernels: bool,
+        views: Views,
+        specs: Specs | None,
+        lr_factors: Multipliers,
+        wd_factors: Multipliers,
+    ):
         chain = in_working_precision(
             optax.chain(
-                direction(views),
+                direction(views, specs),
                 _decay_and_scale(chosen, decay_rate, views, lr_factors, wd_factors),
                 _scale_by_rate(learning_rate),
             )
@@ -174,6 +187,7 @@ def normuon(
 
     def partition(params, *trees):
         views = resolve_layouts(layout, params)
+        specs = resolve_specs(param_specs, params)
         lr_factors = resolve_multipliers(lr_mul, params, views, what="lr_mul")
         wd_factors = resolve_multipliers(wd_mul, params, views, what="wd_mul")
         given = [dtype for dtype in (momentum_dtype, compute_dtype) if dtype is not None]
@@ -182,7 +196,7 @@ def normuon(
         )
         return optax.partition(
             {
-                "matrices": matrices(by_kernels, views, lr_factors, wd_factors),
+                "matrices": matrices(by_kernels, views, specs, lr_factors, wd_factors),
                 "adamw": others(lr_factors, wd_factors),
             },
             _labels(params, views),
@@ -225,6 +239,7 @@ def scale_by_normuon(
     compute_dtype: DTypeLike | None = None,
     algorithm: Algorithm = "auto",
     backend: Backend = "auto",
+    param_specs: SpecTree = None,
     max_stack_bytes: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Momentum, polar factor and neuron normalization alone, without decay, scale or learning rate.
@@ -243,7 +258,7 @@ def scale_by_normuon(
         backend=backend,
         max_stack_bytes=max_stack_bytes,
     )
-    return in_working_precision(direction(layout))
+    return in_working_precision(direction(layout, param_specs))
 
 
 def _direction(
@@ -255,8 +270,8 @@ def _direction(
     algorithm,
     backend,
     max_stack_bytes,
-) -> Callable[[LayoutTree | Views], optax.GradientTransformation]:
-    """Stages 1 to 3 for a layout."""
+) -> Callable[[LayoutTree | Views, SpecTree | Specs], optax.GradientTransformation]:
+    """Stages 1 to 3 for a layout and the places of its leaves."""
     if backend == "triton" and orthogonalizer is not None:
         raise ValueError(
             "backend='triton' has its own orthogonalization; leave the orthogonalizer out, or use"
@@ -277,10 +292,15 @@ def _direction(
         stages.append(neuron_norm_stage(**vars(recipe.neuron_norm)))
     momentum = momentum_stage(recipe.momentum, momentum_dtype=momentum_dtype)
 
-    def direction(layout):
+    def direction(layout, specs):
         return optax.chain(
             momentum,
-            on_matrices(chain_stages(*stages), layout=layout, max_stack_bytes=max_stack_bytes),
+            on_matrices(
+                chain_stages(*stages),
+                layout=layout,
+                max_stack_bytes=max_stack_bytes,
+                param_specs=specs,
+            ),
         )
 
     return direction
@@ -294,7 +314,7 @@ def _stage_of(orthogonalizer: Orthogonalizer) -> MatrixStage:
                 f"orthogonalizer returned shape {result.shape} for a stack of shape"
                 f" {stack.values.shape}; it must keep (batch, rows, columns)."
             )
-        return MatrixStack(result, stack.output_axis), state
+        return stack.with_values(result), state
 
     return MatrixStage(lambda stack: optax.EmptyState(), update)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
+from normuon_core.placement import place
 from normuon_core.polar_iteration import (
     Algorithm,
     check_algorithm,
@@ -20,7 +21,8 @@ from normuon_core.recipes import EpsRule, Polar
 from optax_normuon.launcher import Backend, check_backend, takes_kernels
 from optax_normuon.layout import LayoutTree
 from optax_normuon.precision import working_dtype
-from optax_normuon.stacking import MatrixStack, MatrixStage, on_matrices
+from optax_normuon.specs import SpecTree
+from optax_normuon.stacking import Fed, MatrixStack, MatrixStage, on_matrices
 
 
 def polar_factor(
@@ -94,13 +96,14 @@ def orthogonalize(
     backend: Backend = "auto",
     layout: LayoutTree = None,
     max_stack_bytes: int | None = None,
+    param_specs: SpecTree = None,
 ) -> optax.GradientTransformation:
     """Replaces every matrix of the updates by its `polar_factor`; other leaves pass unchanged.
 
     Muon is `optax.chain(lerp_momentum(), orthogonalize(), optax.scale_by_learning_rate(lr))`.
 
     Args:
-      layout, max_stack_bytes: see `normuon`. The others: see `polar_factor`.
+      layout, max_stack_bytes, param_specs: see `normuon`. The others: see `polar_factor`.
 
     Raises:
       ValueError: see `polar_factor` and `normuon`.
@@ -114,7 +117,9 @@ def orthogonalize(
         algorithm=algorithm,
         backend=backend,
     )
-    return on_matrices(stage, layout=layout, max_stack_bytes=max_stack_bytes)
+    return on_matrices(
+        stage, layout=layout, max_stack_bytes=max_stack_bytes, param_specs=param_specs
+    )
 
 
 def orthogonalization_stage(
@@ -136,40 +141,92 @@ def orthogonalization_stage(
         raise TypeError(f"compute_dtype={compute_dtype} is not real floating point.")
     name = None if compute_dtype is None else jnp.dtype(compute_dtype).name
 
+    steps = len(coefficients)
+
     def init(stack):
         del stack
         return optax.EmptyState()
 
+    def form_for(shape: tuple[int, int], by_kernels: bool):
+        return choose_form(
+            *shape,
+            steps,
+            algorithm=algorithm,
+            compute_dtype=name,
+            on_gpu=jax.default_backend() == "gpu",
+            symmetric=by_kernels,
+        )
+
+    def by_kernels(dtype) -> bool:
+        return takes_kernels(backend, [dtype, *([name] if name else [])])
+
+    def feed(stack):
+        stays = stack.shards is not None and stack.shards.stay
+        kernels = not stays and by_kernels(stack.values.dtype)
+        form, chosen = form_for(stack.sides, kernels)
+        if stays:
+            form, chosen = "gram", dtype_on_shards(name)
+        u = stack.values.astype(working_dtype(stack.values.dtype))
+        squares = stack.sum_over(jnp.square(u), (-2, -1))
+        scale, _ = range_scales(*stack.sides, chosen)
+        x = (_normalize(u, squares, norm_scale, eps, eps_rule) * scale).astype(chosen)
+        return stack.with_values(x, fed=Fed(form, kernels))
+
     def update(stack, state):
-        _, rows, columns = stack.values.shape
-        if takes_kernels(backend, [stack.values.dtype, *([name] if name else [])]):
+        if stack.fed is None and by_kernels(stack.values.dtype):
             from optax_normuon.kernel_step import polar_factors
 
             polar = Polar(coefficients, norm_scale, eps, eps_rule)
             v = polar_factors(stack.values, polar, compute_dtype=name, algorithm=algorithm)
-            return MatrixStack(v, stack.output_axis), state
-        form, chosen = choose_form(
-            rows,
-            columns,
-            len(coefficients),
-            algorithm=algorithm,
-            compute_dtype=name,
-            on_gpu=jax.default_backend() == "gpu",
-            symmetric=False,
-        )
-        u = stack.values.astype(working_dtype(stack.values.dtype))
-        scales = range_scales(rows, columns, chosen)
-        x = (_normalize(u, norm_scale, eps, eps_rule) * scales[0]).astype(chosen)
+            return stack.with_values(v), state
+        fed = stack if stack.fed else feed(stack)
+        assert fed.fed is not None
+        x, shards = fed.values, fed.shards
+        rows, columns = fed.sides
+        scales = range_scales(rows, columns, x.dtype.name)
+        if fed.fed.by_kernels:
+            from optax_normuon.kernel_step import iterate_stack
+
+            return fed.with_values(iterate_stack(x, coefficients, fed.fed.form, scales)), state
+        products = XlaProducts(rows <= columns)
+        if shards is not None:
+            x = shards.along_the_long_side(x)
+            products = XlaProducts(rows <= columns, (*shards.row_axes, *shards.column_axes))
         v = iterate(
-            x, coefficients, XlaProducts(), algorithm=form, short=min(rows, columns), scales=scales
+            x,
+            coefficients,
+            products,
+            algorithm=fed.fed.form,
+            short=min(rows, columns),
+            scales=scales,
         )
-        return MatrixStack(v, stack.output_axis), state
+        if shards is not None:
+            v = shards.back(v, fed.values.shape)
+        return fed.with_values(v), state
 
-    return MatrixStage(init, update)
+    def place_group(spread):
+        kernels = by_kernels(jnp.float32)
+        form, chosen = form_for((spread.rows, spread.columns), kernels)
+        may_stay = algorithm != "standard" and name != "bfloat16"
+        return place(
+            spread,
+            steps,
+            form=form,
+            itemsize=jnp.dtype(chosen).itemsize,
+            symmetric=kernels,
+            shard_itemsize=jnp.dtype(dtype_on_shards(name)).itemsize if may_stay else None,
+        )
+
+    return MatrixStage(init, update, feed, place_group)
 
 
-def _normalize(u, norm_scale: float, eps: float, eps_rule: EpsRule):
-    norm = norm_scale * jnp.sqrt(jnp.sum(jnp.square(u), axis=(-2, -1), keepdims=True))
+def dtype_on_shards(compute_dtype: str | None) -> str:
+    """The compute dtype of the Gram form on shards: not bfloat16, and float16 only where it is fast."""
+    return compute_dtype or ("float16" if jax.default_backend() == "gpu" else "float32")
+
+
+def _normalize(u, squares, norm_scale: float, eps: float, eps_rule: EpsRule):
+    norm = norm_scale * jnp.sqrt(squares)
     # A finite matrix over an overflowed norm would be a silent zero.
     norm = jnp.where(jnp.isinf(norm), jnp.nan, norm)
     return u / (jnp.maximum(norm, eps) if eps_rule == "max" else norm + eps)
@@ -177,17 +234,31 @@ def _normalize(u, norm_scale: float, eps: float, eps_rule: EpsRule):
 
 @dataclass(frozen=True)
 class XlaProducts:
-    """`Products` as XLA makes them; X may be tall."""
+    """`Products` as XLA makes them.
+
+    Attributes:
+      wide: whether X has no more rows than columns; else it is tall.
+      axes: mesh axes over which X is divided along its longer side.
+    """
+
+    wide: bool
+    axes: tuple[str, ...] = ()
 
     def gram(self, x, *, alpha):
-        wide = x.shape[-2] <= x.shape[-1]
-        return _product(x, x, alpha=alpha, transpose_a=not wide, transpose_b=wide)
+        return _product(
+            x,
+            x,
+            alpha=alpha,
+            transpose_a=not self.wide,
+            transpose_b=self.wide,
+            sum_over=self.axes,
+        )
 
     def multiply(self, s, t, *, alpha, addends=(), diagonal=0.0):
         return _product(s, t, alpha=alpha, addends=addends, diagonal=diagonal)
 
     def apply(self, s, x, *, alpha, addend=0.0):
-        left, right = (s, x) if x.shape[-2] <= x.shape[-1] else (x, s)
+        left, right = (s, x) if self.wide else (x, s)
         return _product(left, right, alpha=alpha, addends=[(x, addend)] if addend else [])
 
 
@@ -200,9 +271,10 @@ def _product(
     diagonal: float = 0.0,
     transpose_a=False,
     transpose_b=False,
+    sum_over: tuple[str, ...] = (),
 ):
-    """alpha op(a) op(b), plus each addend times its factor, plus diagonal I: accumulated and finished
-    in float32 (float64 for float64), rounded once to a's dtype."""
+    """alpha op(a) op(b), summed over mesh axes, plus each addend times its factor, plus diagonal I:
+    accumulated, summed and finished in float32 (float64 for float64), rounded once to a's dtype."""
     accumulator = working_dtype(a.dtype)
     contracting = (1 if transpose_a else 2,), (2 if transpose_b else 1,)
     product = jax.lax.dot_general(
@@ -214,6 +286,8 @@ def _product(
         preferred_element_type=accumulator,
     )
     product = product * alpha
+    if sum_over:
+        product = jax.lax.psum(product, sum_over)
     for addend, factor in addends:
         product = product + addend.astype(accumulator) * factor
     if diagonal:

@@ -1,20 +1,42 @@
 """Same-shape matrices of many leaves as bounded stacks, and back.
 
-Layouts, splits, grouping and memory live here; a stage on matrices does not know where they came from.
+Layouts, splits, grouping, memory and placement on a mesh meet here; a stage on matrices does not know
+where they came from.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from normuon_core.layout import MatrixView
+from normuon_core.placement import Placement, Spread, whole_or_owned
 from normuon_core.stacks import even_stacks
 from optax_normuon.layout import LayoutTree, Views, resolve_layouts
+from optax_normuon.sharding import (
+    Cut,
+    Owners,
+    Shards,
+    Sides,
+    cut_of,
+    lie_as,
+    movable_axes,
+    run_on_mesh,
+    spread_of,
+)
+from optax_normuon.specs import (
+    Axes,
+    Specs,
+    SpecTree,
+    resolve_specs,
+    statistic_axes,
+    zeros_beside,
+)
 
 DEFAULT_MAX_STACK_BYTES = 2**30
 
@@ -22,40 +44,76 @@ _WORKING_COPIES = 4
 """A stack's working memory over its own size: the input, the iterate, and two products."""
 
 
-@jax.tree_util.register_pytree_node_class
+class Fed(NamedTuple):
+    """What a stage before has done: values are normalised for this form of the iteration, in its compute
+    dtype."""
+
+    form: Literal["standard", "gram"]
+    by_kernels: bool
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class MatrixStack:
     """What a stage on matrices gets and returns.
 
     Attributes:
-      values: (batch, rows, columns), every batch entry a matrix.
+      values: (batch, rows, columns), every batch entry a matrix, or one device's part of it.
       output_axis: -2 where the rows are the output neurons, -1 where the columns are.
+      shards: how the parts make up whole matrices; None where `values` has them whole.
+      fed: None for momentum as it comes.
     """
 
-    def __init__(self, values, output_axis: int):
-        self.values = values
-        self.output_axis = output_axis
+    values: Any
+    output_axis: int = field(metadata={"static": True})
+    shards: Shards | None = field(default=None, metadata={"static": True})
+    fed: Fed | None = field(default=None, metadata={"static": True})
 
-    def tree_flatten(self):
-        return (self.values,), self.output_axis
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(rows, columns) of a whole matrix."""
+        if self.shards is not None:
+            return self.shards.rows, self.shards.columns
+        return self.values.shape[-2:]
 
-    @classmethod
-    def tree_unflatten(cls, output_axis, children):
-        (values,) = children
-        return cls(values, output_axis)
+    def sum_over(self, x, sides: tuple[int, ...]):
+        """The sum of x, (..., rows or 1, columns or 1), over sides of the whole matrices; they become 1.
+
+        Args:
+          sides: -2 for the rows, -1 for the columns.
+        """
+        total = jnp.sum(x, axis=sides, keepdims=True)
+        return total if self.shards is None else self.shards.total(total, sides)
+
+    def with_values(self, values, *, fed: Fed | None = None) -> "MatrixStack":
+        """The same matrices further on their way."""
+        return replace(self, values=values, fed=fed)
+
+
+def with_an_owner(spread: Spread) -> Placement:
+    """For stages of unknown cost that need whole matrices."""
+    return whole_or_owned(spread, 0, "standard", 4, False)
 
 
 class MatrixStage(NamedTuple):
     """What `optax.GradientTransformation` is for trees, for a `MatrixStack`.
 
     Its state must start at zero and consist of arrays (batch, rows or 1, columns or 1).
+
+    Attributes:
+      feed: what `update` would do first, on shards, so that less has to be moved to whole matrices.
+      place: where on a mesh the stage wants a group of matrices; "shards" gives it stacks that stay.
     """
 
     init: Callable[[MatrixStack], Any]
     update: Callable[[MatrixStack, Any], tuple[MatrixStack, Any]]
+    feed: Callable[[MatrixStack], MatrixStack] = lambda stack: stack
+    place: Callable[[Spread], Placement] = with_an_owner
 
 
-def chain_stages(*stages: MatrixStage) -> MatrixStage:
-    """The stages one after the other; the state is the tuple of theirs."""
+def chain_stages(first: MatrixStage, *others: MatrixStage) -> MatrixStage:
+    """The stages one after the other; the state is the tuple of theirs. The first chooses the place."""
+    stages = (first, *others)
 
     def init(stack):
         return tuple(stage.init(stack) for stage in stages)
@@ -67,10 +125,10 @@ def chain_stages(*stages: MatrixStage) -> MatrixStage:
             new_states.append(state)
         return stack, tuple(new_states)
 
-    return MatrixStage(init, update)
+    return MatrixStage(init, update, first.feed, first.place)
 
 
-class _Piece(NamedTuple):
+class Piece(NamedTuple):
     """Entries `start` to `stop` of the batch of one output block of one leaf."""
 
     leaf: int
@@ -79,11 +137,49 @@ class _Piece(NamedTuple):
     stop: int
 
 
+class Group(NamedTuple):
+    """Matrices that can share a stack.
+
+    Attributes:
+      rows, columns: of a whole matrix. output_axis: as in `MatrixStack`.
+      cut: how a device's part of one is cut; None without a mesh.
+    """
+
+    rows: int
+    columns: int
+    output_axis: int
+    dtype: Any
+    cut: Cut | None
+
+
+class PlacedGroup(NamedTuple):
+    """A group's matrices in bounded stacks, and where these are orthogonalized."""
+
+    group: Group
+    placement: Placement
+    stacks: list[list[Piece]]
+
+
+class PlacedLeaf(NamedTuple):
+    """A leaf's view on a mesh.
+
+    Attributes:
+      view: of the whole leaf. local: of one device's part, its blocks not cut.
+      axes: how the part is cut out. cut: the same for its matrices, None without a mesh.
+    """
+
+    view: MatrixView
+    local: MatrixView
+    axes: Axes = ()
+    cut: Cut | None = None
+
+
 def on_matrices(
     inner: MatrixStage,
     *,
     layout: LayoutTree | Views = None,
     max_stack_bytes: int | None = None,
+    param_specs: SpecTree | Specs = None,
 ) -> optax.GradientTransformation:
     """Runs `inner` on the matrices of a tree.
 
@@ -91,23 +187,24 @@ def on_matrices(
     for each stack. Leaves that are no matrices, and `None`, pass unchanged; results come back in the
     leaf's dtype.
 
+    On a mesh, matrices that are cut alike make a stack; it is moved so that each device owns whole
+    matrices, or stays as it is, as `inner.place` says.
+
     `inner`'s state is kept leaf by leaf in trees like the parameters, each array of its leaf's rank
     with ones where a side is reduced; a leaf with `output_splits` has a tuple of one array a block,
     and a leaf that is no matrix an `optax.MaskedNode`.
 
     Args:
       inner: one stage, or several joined by `chain_stages`.
-      layout: see `normuon`.
-      max_stack_bytes: a ceiling for the working memory of one stack, estimated as four times the
-        stack itself; stacks beyond it run one after the other. None is 1 GiB. A single matrix is
-        never cut.
+      layout, param_specs: see `normuon`.
+      max_stack_bytes: a ceiling for the working memory of one stack on one device, estimated as four
+        times the matrices that it has whole; stacks beyond it run one after the other. None is 1 GiB.
+        A single matrix is never cut.
 
     Raises:
-      ValueError: `max_stack_bytes` is not positive.
+      ValueError: `max_stack_bytes` is not positive; in `init` and `update` see `normuon`.
     """
-    ceiling = DEFAULT_MAX_STACK_BYTES if max_stack_bytes is None else max_stack_bytes
-    if ceiling <= 0:
-        raise ValueError(f"max_stack_bytes={max_stack_bytes} must be positive, or None for 1 GiB.")
+    ceiling = stack_ceiling(max_stack_bytes)
 
     def state_of_stack(shape, dtype, output_axis):
         return jax.eval_shape(
@@ -116,19 +213,27 @@ def on_matrices(
 
     template = jax.tree.structure(state_of_stack((1, 1, 1), jnp.float32, -1))
 
+    def block_states(view: MatrixView, dtype) -> list[list[jax.ShapeDtypeStruct]]:
+        """For each output block of a leaf the state's arrays, (batch, rows or 1, columns or 1)."""
+        shapes = [view.block_stack_shape(size) for size in view.output_sizes]
+        return [
+            jax.tree.leaves(state_of_stack(shape, dtype, view.output_stack_axis))
+            for shape in shapes
+        ]
+
     def init(params):
         views = resolve_layouts(layout, params)
+        specs = resolve_specs(param_specs, params)
 
         def leaf_state(path, leaf, index):
             if path not in views:
                 return optax.MaskedNode()
             view = views[path]
             blocks = []
-            for size in view.output_sizes:
-                shape = view.block_stack_shape(size)
-                state = state_of_stack(shape, leaf.dtype, view.output_stack_axis)
-                stacked = jax.tree.leaves(state)[index]
-                blocks.append(as_leaf(jnp.zeros(stacked.shape, stacked.dtype), view))
+            for states in block_states(view, leaf.dtype):
+                shape = statistic_leaf_shape(states[index].shape, view)
+                axes = None if specs is None else _state_axes(shape, place_leaf(view, path, specs))
+                blocks.append(zeros_beside(leaf, shape, states[index].dtype, axes, specs))
             return tuple(blocks) if view.is_split else blocks[0]
 
         return template.unflatten(
@@ -137,46 +242,186 @@ def on_matrices(
         )
 
     def update(updates, state, params=None):
-        found = resolve_layouts(layout, updates if params is None else params)
+        like = updates if params is None else params
+        found, specs = resolve_layouts(layout, like), resolve_specs(param_specs, like)
         paths_and_leaves, tree = jax.tree_util.tree_flatten_with_path(
             updates, is_leaf=lambda leaf: leaf is None
         )
         leaves = [leaf for _, leaf in paths_and_leaves]
-        views = {
-            i: found[path]
+        given = {
+            i: path
             for i, (path, leaf) in enumerate(paths_and_leaves)
             if path in found and leaf is not None
         }
-        blocks = {i: split_blocks(leaves[i], view) for i, view in views.items()}
+        placed = {i: place_leaf(found[path], path, specs) for i, path in given.items()}
         state_leaves = [tree.flatten_up_to(each) for each in template.flatten_up_to(state)]
-        state_blocks = [
-            {i: _state_blocks(each[i], view) for i, view in views.items()} for each in state_leaves
+        # For each array of the inner state, the blocks of each leaf.
+        states = [
+            {i: _blocks_of(each[i], leaf.view) for i, leaf in placed.items()}
+            for each in state_leaves
         ]
+        groups = place_groups(
+            inner, placed, {i: leaves[i].dtype for i in placed}, specs, ceiling=ceiling
+        )
 
-        stacks = _bounded_stacks(views, blocks, ceiling)
-        outputs: list = []
-        for pieces in stacks:
-            values = _gather(blocks, pieces)
-            if outputs and len(stacks) > 1:
-                # Unordered, the compiler may hold the working memory of all stacks at once.
-                values, outputs[-1] = jax.lax.optimization_barrier((values, outputs[-1]))
-            inner_state = template.unflatten(_gather(each, pieces) for each in state_blocks)
-            output_axis = views[pieces[0].leaf].output_stack_axis
-            output, inner_state = inner.update(MatrixStack(values, output_axis), inner_state)
-            outputs.append([output.values, *jax.tree.leaves(inner_state)])
+        def step(values, states):
+            return _step_groups(inner, groups, placed, values, states, specs)
 
-        scattered = [_scatter(stacks, each) for each in zip(*outputs, strict=True)]
-        for i, view in views.items():
-            values, *states = (each[i] for each in scattered)
-            # Before they are joined: blocks of other shapes may have another compute dtype.
-            values = [value.astype(leaves[i].dtype) for value in values]
-            leaves[i] = join_blocks(values, view)
+        arguments = ({i: leaves[i] for i in placed}, states)
+        if specs is None:
+            values, states = step(*arguments)
+        else:
+            lying = (
+                {i: leaf.axes for i, leaf in placed.items()},
+                [
+                    {
+                        i: tuple(_state_axes(x.shape, placed[i]) for x in own)
+                        for i, own in each.items()
+                    }
+                    for each in states
+                ],
+            )
+            values, states = run_on_mesh(step, specs, arguments, lying, lying)
+            values = {i: lie_as(values[i], specs.leaves[path], specs) for i, path in given.items()}
+        for i, leaf in placed.items():
+            leaves[i] = values[i]
             for each, new in zip(state_leaves, states, strict=True):
-                kept = tuple(as_leaf(block, view) for block in new)
-                each[i] = kept if view.is_split else kept[0]
+                each[i] = new[i] if leaf.view.is_split else new[i][0]
         return tree.unflatten(leaves), template.unflatten(map(tree.unflatten, state_leaves))
 
     return optax.GradientTransformation(init, update)
+
+
+def stack_ceiling(max_stack_bytes: int | None) -> int:
+    """The ceiling in bytes.
+
+    Raises:
+      ValueError: it is not positive.
+    """
+    ceiling = DEFAULT_MAX_STACK_BYTES if max_stack_bytes is None else max_stack_bytes
+    if ceiling <= 0:
+        raise ValueError(f"max_stack_bytes={max_stack_bytes} must be positive, or None for 1 GiB.")
+    return ceiling
+
+
+def place_leaf(view: MatrixView, path, specs: Specs | None) -> PlacedLeaf:
+    """Where a leaf's matrices are."""
+    if specs is None:
+        return PlacedLeaf(view, view)
+    axes = movable_axes(view, specs.leaves[path], specs)
+    local = replace(view, shape=specs.local_shape(view.shape, axes))
+    return PlacedLeaf(view, local, axes, cut_of(view, axes, specs))
+
+
+def place_groups(
+    inner: MatrixStage,
+    leaves: Mapping[int, PlacedLeaf],
+    dtypes: Mapping[int, Any],
+    specs: Specs | None,
+    *,
+    ceiling: int,
+) -> list[PlacedGroup]:
+    """The leaves' matrices in groups, each in as many stacks as the ceiling demands."""
+    members: dict[Group, list[Piece]] = defaultdict(list)
+    for index, leaf in leaves.items():
+        batch, _, _ = leaf.local.stack_shape
+        for block, size in enumerate(leaf.view.output_sizes):
+            _, rows, columns = leaf.view.block_stack_shape(size)
+            group = Group(rows, columns, leaf.view.output_stack_axis, dtypes[index], leaf.cut)
+            members[group].append(Piece(index, block, 0, batch))
+    result = []
+    for group, pieces in members.items():
+        sizes = [piece.stop for piece in pieces]
+        spread = Spread(sum(sizes), group.rows, group.columns)
+        if specs is not None and group.cut is not None:
+            spread = spread_of(
+                group.cut, specs, count=sum(sizes), rows=group.rows, columns=group.columns
+            )
+        placement = inner.place(spread)
+        entries = group.rows * group.columns
+        if placement.strategy == "shards":
+            entries = entries // spread.parts + spread.short**2
+        limit = max(1, ceiling // (_WORKING_COPIES * entries * group.dtype.itemsize))
+        cuts = even_stacks(sizes, limit, owners=placement.owners)
+        stacks = [
+            [pieces[i]._replace(start=start, stop=stop) for i, start, stop in stack]
+            for stack in cuts
+        ]
+        result.append(PlacedGroup(group, placement, stacks))
+    return result
+
+
+def _step_groups(
+    inner: MatrixStage,
+    groups: list[PlacedGroup],
+    placed: Mapping[int, PlacedLeaf],
+    leaves,
+    states,
+    specs: Specs | None,
+):
+    """`inner` on all stacks: (leaves, states), as they were given, of one device's parts."""
+    blocks = {i: split_blocks(leaf, placed[i].local) for i, leaf in leaves.items()}
+    state_blocks = [
+        {i: [as_stack(block, placed[i].local) for block in own] for i, own in each.items()}
+        for each in states
+    ]
+    stacks = [(group, pieces) for group in groups for pieces in group.stacks]
+    outputs: list = []
+    for (group, placement, _), pieces in stacks:
+        values = _gather(blocks, pieces)
+        if outputs and len(stacks) > 1:
+            # Unordered, the compiler may hold the working memory of all stacks at once.
+            values, outputs[-1] = jax.lax.optimization_barrier((values, outputs[-1]))
+        gathered = [_gather(each, pieces) for each in state_blocks]
+        outputs.append(_step_stack(inner, group, placement, values, gathered, specs))
+    scattered = [_scatter([p for _, p in stacks], each) for each in zip(*outputs, strict=True)]
+    new_leaves, new_states = {}, [{} for _ in states]
+    for i, leaf in leaves.items():
+        values, *arrays = (each[i] for each in scattered)
+        # Before they are joined: blocks of other shapes may have another compute dtype.
+        values = [value.astype(leaf.dtype) for value in values]
+        new_leaves[i] = join_blocks(values, placed[i].local)
+        for new, own in zip(new_states, arrays, strict=True):
+            new[i] = tuple(as_leaf(block, placed[i].local) for block in own)
+    return new_leaves, new_states
+
+
+def _step_stack(
+    inner: MatrixStage, group: Group, placement: Placement, values, states, specs: Specs | None
+) -> list:
+    """One stack through `inner` at its place: its values and its states' arrays, as they came."""
+    rows, columns, output_axis, dtype, cut = group
+    template = jax.eval_shape(
+        inner.init,
+        MatrixStack(jax.ShapeDtypeStruct((1, rows, columns), dtype), output_axis),
+    )
+    structure = jax.tree.structure(template)
+    if placement.strategy == "whole" or specs is None or cut is None:
+        output, state = inner.update(MatrixStack(values, output_axis), structure.unflatten(states))
+        return [output.values, *jax.tree.leaves(state)]
+    stay = placement.strategy == "shards"
+    shards = Shards(rows, columns, cut.row_axes, cut.column_axes, stay)
+    if stay:
+        stack = inner.feed(MatrixStack(values, output_axis, shards))
+        output, state = inner.update(stack, structure.unflatten(states))
+        return [output.values, *jax.tree.leaves(state)]
+    count = len(values)
+    owners = Owners.of(cut, placement, specs, count=count)
+    fed = inner.feed(MatrixStack(owners.share(values), output_axis, shards))
+    sides = [Sides(rows=s.shape[1] > 1, columns=s.shape[2] > 1) for s in jax.tree.leaves(template)]
+    moved = [
+        owners.collect(owners.share(state), which)
+        for state, which in zip(states, sides, strict=True)
+    ]
+    whole = replace(fed, values=owners.collect(fed.values), shards=None)
+    output, state = inner.update(whole, structure.unflatten(moved))
+    return [
+        owners.hand_back(output.values, count),
+        *(
+            owners.hand_back(each, count, which, small=True)
+            for each, which in zip(jax.tree.leaves(state), sides, strict=True)
+        ),
+    ]
 
 
 def as_stack(x, view: MatrixView):
@@ -197,6 +442,13 @@ def as_leaf(values, view: MatrixView):
     return values.reshape(view.statistic_shape(values.shape)).transpose(inverse)
 
 
+def statistic_leaf_shape(stack_shape: tuple[int, ...], view: MatrixView) -> tuple[int, ...]:
+    """What `as_leaf` makes of (batch, rows or 1, columns or 1)."""
+    return jax.eval_shape(
+        lambda x: as_leaf(x, view), jax.ShapeDtypeStruct(stack_shape, jnp.float32)
+    ).shape
+
+
 def split_blocks(leaf, view: MatrixView) -> list:
     """The output blocks of a leaf, each (batch, rows, columns)."""
     stack = as_stack(leaf, view)
@@ -209,34 +461,26 @@ def join_blocks(blocks: list, view: MatrixView):
     return as_leaf(stack, view)
 
 
-def _state_blocks(kept, view: MatrixView) -> list:
-    return [as_stack(block, view) for block in (kept if view.is_split else (kept,))]
+def _blocks_of(kept, view: MatrixView) -> tuple:
+    return kept if view.is_split else (kept,)
 
 
-def _bounded_stacks(views: dict[int, MatrixView], blocks, ceiling: int) -> list[list[_Piece]]:
-    """Pieces of equal shape, orientation and dtype, as many in a stack as the ceiling allows."""
-    groups: dict[tuple, list[_Piece]] = defaultdict(list)
-    limits = {}
-    for leaf, view in views.items():
-        for block, array in enumerate(blocks[leaf]):
-            batch, rows, columns = array.shape
-            key = (rows, columns, view.output_stack_axis, array.dtype)
-            working_bytes = _WORKING_COPIES * rows * columns * array.dtype.itemsize
-            limits[key] = max(1, ceiling // working_bytes)
-            groups[key].append(_Piece(leaf, block, 0, batch))
-    return [
-        [group[i]._replace(start=start, stop=stop) for i, start, stop in stack]
-        for key, group in groups.items()
-        for stack in even_stacks([piece.stop for piece in group], limits[key])
-    ]
+def _state_axes(shape: tuple[int, ...], leaf: PlacedLeaf) -> Axes:
+    """How an array of the state lies; the blocks of a fused projection are not cut."""
+    view = leaf.view
+    outputs = view.row_axes if view.output_is_rows else view.column_axes
+    axes = tuple(
+        () if view.is_split and axis in outputs else own for axis, own in enumerate(leaf.axes)
+    )
+    return statistic_axes(shape, view.shape, axes)
 
 
-def _gather(blocks, pieces: list[_Piece]):
+def _gather(blocks, pieces: list[Piece]):
     arrays = [blocks[piece.leaf][piece.block][piece.start : piece.stop] for piece in pieces]
     return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)
 
 
-def _scatter(stacks: list[list[_Piece]], arrays) -> dict[int, list]:
+def _scatter(stacks: list[list[Piece]], arrays) -> dict[int, list]:
     """For every leaf its output blocks, each (batch, ...), from the stacks' arrays."""
     parts: dict[tuple[int, int], list] = defaultdict(list)
     for pieces, array in zip(stacks, arrays, strict=True):

@@ -5,27 +5,44 @@ float32 momentum and the 16 remainder bits of a bfloat16 parameter into bfloat16
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
 
+from torch_ref.local import is_dtensor
 
-def restore_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+
+def restore_state(
+    optimizer: torch.optim.Optimizer,
+    saved: dict[str, Any],
+    shard: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> None:
     """Puts the tensors of a loaded state dict back in the dtypes they were saved in.
 
     Args:
       optimizer: has just loaded `saved`.
       saved: a state dict; its tensors are copied, onto each parameter's device, the step counters
         onto the CPU.
+      shard: of (a parameter, a whole array of its state): the array as this rank keeps it.
     """
     numbers = chain.from_iterable(group["params"] for group in saved["param_groups"])
     params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     for number, param in zip(numbers, params, strict=True):
         for key, value in saved["state"].get(number, {}).items():
             device = torch.device("cpu") if key == "step" else param.device
-            optimizer.state[param][key] = _copied(value, device)
+            value = _copied(value, device)
+            if key != "step":
+                value = _sharded(value, partial(shard, param))
+            optimizer.state[param][key] = value
+
+
+def _sharded(value: Any, shard: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_sharded(each, shard) for each in value]
+    return value if is_dtensor(value) else shard(value)
 
 
 def picklable(state: Mapping[torch.Tensor, dict[str, Any]]) -> dict[torch.Tensor, dict[str, Any]]:

@@ -9,6 +9,7 @@ import torch
 from normuon_core import MatrixLayout, MatrixView, Recipe, find_recipe
 from normuon_core.polar_iteration import check_algorithm
 from torch_ref.launcher import check_backend
+from torch_ref.local import is_dtensor
 
 Group = dict[str, Any]
 
@@ -118,6 +119,16 @@ def _check_parameter(param: torch.Tensor, group: Group, name: str) -> None:
             " float16; make it bfloat16 or leave bf16_remainder out."
         )
     matrix = group["optimizer"] == MATRIX
+    if is_dtensor(param):
+        from torch_ref.placement import check_placement
+
+        check_placement(param, name)
+        if matrix and group["backend"] == "triton":
+            raise ValueError(
+                f"{name}: backend='triton' takes plain tensors, and this is a DTensor with placements"
+                f" {tuple(param.placements)} on {param.device_mesh}; use backend='auto', or replicated"
+                " parameters with NorMuon(..., process_group=...)."
+            )
     batch_shape = parameter_view(group, param, name).batch_shape if matrix else ()
     for key in ("lr_mul", "wd_mul"):
         shape = tuple(np.shape(group[key]))

@@ -127,7 +127,7 @@ class _LaidOut:
                 weight.matrices,
                 None if moment is None else self._stacked(moment).contiguous(),
                 _scale(weight, size),
-                _each(weight.group["wd_mul"], weight),
+                _each(weight.wd_mul, weight),
             )
             for geometry, moment, size in zip(geometries, moments, view.output_sizes, strict=True)
         ]
@@ -202,7 +202,7 @@ def _fill(place: torch.Tensor, value: Scalar) -> None:
 def _scale(weight: MatrixWeight, outputs: int) -> torch.Tensor:
     """k lr_mul for each matrix of a block, rounded once."""
     factor = shape_factor(weight.recipe.shape_scale, outputs, weight.view.inputs)
-    return _each(weight.group["lr_mul"] * factor, weight)
+    return _each(weight.lr_mul * factor, weight)
 
 
 def _each(value: float | torch.Tensor, weight: MatrixWeight) -> torch.Tensor:

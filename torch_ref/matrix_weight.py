@@ -8,18 +8,19 @@ memory.
 
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from normuon_core import MatrixView, Recipe
+from normuon_core import Recipe
 from normuon_core.stacks import even_stacks
 from torch_ref.dtypes import rounded, rounded_product, working_dtype
-from torch_ref.groups import Group, parameter_view
+from torch_ref.groups import Group
 from torch_ref.launcher import takes_kernels
 from torch_ref.momentum import bias_corrected_momentum, heavy_ball_momentum, lerp_momentum
-from torch_ref.neuron_norm import statistic_shape
+from torch_ref.part import Part
 from torch_ref.remainder import add_to_weight, read_weight
 from torch_ref.shape_scaling import scale_by_shape
 from torch_ref.stack_stages import StackStages
@@ -30,13 +31,14 @@ DEFAULT_STACK_BYTES = 2**30
 
 
 class MatrixWeight:
-    """One weight during one step.
+    """One weight, or the part of it that this process holds, during one step.
 
     Args:
-      param: updated in place.
-      gradient: of the parameter's shape, not modified.
+      param: the part, updated in place.
+      gradient: of the part's shape, not modified.
       remainder: the lower half of the weight that a bfloat16 parameter stands for, or None.
-      state: the parameter's; "momentum" and "second_moment" are created in it and updated.
+      state: the part's "momentum" and "second_moment", updated in place.
+      part: which part of the weight it is.
       group: the parameter's group. recipe: the group's, with the group's keywords put in.
       step: counted from 1, an integer tensor without axes.
     """
@@ -48,6 +50,7 @@ class MatrixWeight:
         remainder: torch.Tensor | None,
         state: dict[str, Any],
         *,
+        part: Part,
         group: Group,
         recipe: Recipe,
         step: torch.Tensor,
@@ -55,12 +58,14 @@ class MatrixWeight:
         self.param, self.gradient, self.remainder, self.state = param, gradient, remainder, state
         self.group, self.recipe, self.step = group, recipe, step
         self.dtype = working_dtype(param.dtype)
-        self.view = parameter_view(group, param)
+        self.whole, self.view = part.view, part.local
+        self.lr_mul = part.multiplier(group["lr_mul"])
+        self.wd_mul = part.multiplier(group["wd_mul"])
         self.directions: list[torch.Tensor] | None = None
         self.updates: list[list[torch.Tensor]] = [[] for _ in self.view.output_sizes]
         self.moments: list[list[torch.Tensor]] = [[] for _ in self.view.output_sizes]
+        self.norms: list[list[torch.Tensor]] = [[] for _ in self.view.output_sizes]
         self.missing = self.matrices * len(self.view.output_sizes)
-        self._create_state()
 
     @property
     def takes_kernels(self) -> bool:
@@ -79,12 +84,17 @@ class MatrixWeight:
 
     @property
     def matrices(self) -> int:
-        """How many matrices each block holds."""
+        """How many matrices each block holds here."""
         return self.view.stack_shape[0]
+
+    def sides(self, block: int) -> tuple[int, int]:
+        """(rows, columns) of the block's whole matrices."""
+        _, rows, columns = self.whole.block_stack_shape(self.whole.output_sizes[block])
+        return rows, columns
 
     def stages(self, block: int) -> StackStages:
         """What the block's matrices go through in a stack."""
-        _, rows, columns = self.view.block_stack_shape(self.view.output_sizes[block])
+        rows, columns = self.sides(block)
         return StackStages(
             rows=rows,
             columns=columns,
@@ -127,46 +137,42 @@ class MatrixWeight:
             return None
         return to_stack(self.moment_state()[block], self.view)
 
-    def receive(self, block: int, update: torch.Tensor, moment: torch.Tensor | None) -> None:
-        """Takes the next of a block's matrices back; the last of the weight's finishes its step."""
+    def receive(
+        self,
+        block: int,
+        update: torch.Tensor,
+        moment: torch.Tensor | None,
+        norm: torch.Tensor | None = None,
+    ) -> None:
+        """Takes the next of a block's matrices back; the last of the weight's finishes its step.
+
+        Args:
+          update: (batch, rows, columns). moment: (batch, rows, 1) or (batch, 1, columns).
+          norm: of each whole matrix's update, (batch, 1, 1), where parts do not tell it.
+        """
         self.updates[block].append(update)
         if moment is not None:
             self.moments[block].append(moment)
+        if norm is not None:
+            self.norms[block].append(norm)
         self.missing -= len(update)
         if self.missing == 0:
             self._finish()
 
-    def _create_state(self) -> None:
-        if "momentum" not in self.state:
-            dtype = self.group["momentum_dtype"] or self.dtype
-            self.state["momentum"] = torch.zeros_like(self.param, dtype=dtype)
-        rule = self.recipe.neuron_norm
-        if rule is None or "second_moment" in self.state:
-            return
-        moments = []
-        for size in self.view.output_sizes:
-            shape = statistic_shape(
-                rule.axis,
-                self.view.block_stack_shape(size),
-                output_is_rows=self.view.output_is_rows,
-            )
-            zeros = self.param.new_zeros(shape, dtype=self.dtype)
-            moments.append(from_stack(zeros, self.view).contiguous())
-        self.state["second_moment"] = moments if self.view.is_split else moments[0]
-
     def _finish(self) -> None:
         if self.recipe.neuron_norm is not None:
             for moment, parts in zip(self.moment_state(), self.moments, strict=True):
-                moment.copy_(from_stack(torch.cat(parts), self.view))
+                as_kept = replace(self.view, shape=tuple(moment.shape))
+                moment.copy_(from_stack(torch.cat(parts), as_kept))
         weights = to_blocks(read_weight(self.param, self.remainder), self.view)
         increments = [
-            self._increment(torch.cat(parts).to(self.dtype), weight)
-            for parts, weight in zip(self.updates, weights, strict=True)
+            self._increment(block, torch.cat(parts).to(self.dtype), weight)
+            for block, (parts, weight) in enumerate(zip(self.updates, weights, strict=True))
         ]
         self.directions, self.updates, self.moments = None, [], []
         add_to_weight(self.param, self.remainder, from_blocks(increments, self.view))
 
-    def _increment(self, v: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def _increment(self, block: int, v: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Stages 4 to 6 on one block, (batch, rows, columns) in the working dtype."""
         rule = self.recipe.decay
         lr = rounded(self.group["lr"], self.dtype)
@@ -177,7 +183,7 @@ class MatrixWeight:
             add_cautious_weight_decay,
             param=weight,
             weight_decay=weight_decay,
-            wd_mul=_over_stack(self.group["wd_mul"], self.view),
+            wd_mul=_over_stack(self.wd_mul),
             cautious=rule.cautious,
             direction=v,
         )
@@ -185,17 +191,17 @@ class MatrixWeight:
             scale_by_shape,
             rule=self.recipe.shape_scale,
             output_is_rows=self.view.output_is_rows,
-            lr_mul=_over_stack(self.group["lr_mul"], self.view),
+            lr_mul=_over_stack(self.lr_mul),
             direction=v,
+            sides=self.sides(block),
+            norm=torch.cat(self.norms[block]) if self.norms[block] else None,
         )
         return (scale(decay(v)) if rule.inside_scale else decay(scale(v))) * -lr
 
 
-def _over_stack(value: float | torch.Tensor, view: MatrixView) -> float | torch.Tensor:
+def _over_stack(value: float | torch.Tensor) -> float | torch.Tensor:
     """A multiplier over the batch axes as (batch, 1, 1)."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.broadcast_to(view.batch_shape).reshape(-1, 1, 1)
+    return value.reshape(-1, 1, 1) if isinstance(value, torch.Tensor) else value
 
 
 def step_matrices(weights: Iterable[MatrixWeight]) -> None:

@@ -2,21 +2,51 @@
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.optim.optimizer import ParamsT
 
-from normuon_core import Decay, MatrixLayout, Momentum, NeuronNorm, Polar, Recipe, ShapeRule
+from normuon_core import (
+    Decay,
+    MatrixLayout,
+    MatrixView,
+    Momentum,
+    NeuronNorm,
+    Polar,
+    Recipe,
+    ShapeRule,
+)
 from normuon_core.polar_iteration import Algorithm
 from torch_ref.adamw import adamw
 from torch_ref.checkpoint import picklable, restore_state, unpickled
 from torch_ref.dtypes import rounded_product, working_dtype
-from torch_ref.groups import ADAMW, MATRIX, Group, group_recipe, parameter_name, settle_group
+from torch_ref.groups import (
+    ADAMW,
+    MATRIX,
+    Group,
+    group_recipe,
+    parameter_name,
+    parameter_view,
+    settle_group,
+)
 from torch_ref.launcher import Backend
+from torch_ref.local import is_dtensor, local, local_state
+from torch_ref.matrix_state import create_matrix_state
 from torch_ref.matrix_weight import MatrixWeight, step_matrices
+from torch_ref.part import Part, cut, whole_region
 from torch_ref.remainder import add_to_weight, read_weight
 from torch_ref.stack_stages import Orthogonalizer
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from torch_ref.data_parallel import DataParallel
+    from torch_ref.placement import Sharding
+
+_Given = tuple[Group, list[tuple[torch.Tensor, torch.Tensor]]]
+"""A group, and its parameters that have a gradient, with it."""
 
 # A group's layout and recipe are part of a state dict: let torch.load read them with
 # weights_only=True.
@@ -40,6 +70,17 @@ class NorMuon(torch.optim.Optimizer):
 
     The increment leaves the arithmetic in the parameter's dtype and is then added, as Optax does
     it; to train bfloat16 parameters without losing small increments, set `bf16_remainder`.
+
+    DTensor parameters, of `fully_shard` or of any mesh, are stepped as the whole ones would be, and
+    their state lies as they do; every rank must call `step` with gradients for the same parameters. For
+    plain data parallelism pass `process_group` and leave the gradients unsynchronised: each rank then
+    keeps the momentum and second moment of its own matrices alone.
+
+    In both cases the state is made of DTensors in the shape that it has on one process, and is saved by
+    `torch.distributed.checkpoint` from `get_optimizer_state_dict(model, optimizer)`: any number of
+    ranks, in either way of working, restores it with `set_optimizer_state_dict`. The ordinary
+    `state_dict()` has only what this rank keeps; one that was made on a single process can be loaded
+    on many.
 
     Args:
       params: parameters or groups, as for every `torch.optim.Optimizer`.
@@ -68,6 +109,8 @@ class NorMuon(torch.optim.Optimizer):
         which then is the weight's truncated upper half. Parameters of 32 or 64 bits have no
         remainder.
       max_stack_bytes: about how much temporary memory one stack may take; None is 1 GiB.
+      process_group: the ranks of plain data parallelism, each with the same parameters and its own
+        gradients; their mean is what all of them step by. Not settable by group.
 
     Raises:
       ValueError, TypeError: settings that do not fit, see `torch_ref.groups.settle_group`.
@@ -101,7 +144,9 @@ class NorMuon(torch.optim.Optimizer):
         backend: Backend = "auto",
         bf16_remainder: bool = False,
         max_stack_bytes: int | None = None,
+        process_group: "ProcessGroup | None" = None,
     ):
+        self._parallel = None if process_group is None else _data_parallel(process_group)
         defaults = {
             "lr": lr,
             "recipe": recipe,
@@ -135,11 +180,16 @@ class NorMuon(torch.optim.Optimizer):
           ValueError, TypeError: as the constructor; the group is then not added.
         """
         super().add_param_group(param_group)
+        group, index = self.param_groups[-1], len(self.param_groups) - 1
         try:
-            settle_group(self.param_groups[-1], len(self.param_groups) - 1)
+            settle_group(group, index)
+            self._check_process_group(group, index)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        if self._parallel is not None and group["optimizer"] == MATRIX:
+            for param in group["params"]:
+                self._parallel.assign(param, parameter_view(group, param))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -152,30 +202,24 @@ class NorMuon(torch.optim.Optimizer):
           The closure's result, or None.
 
         Raises:
-          RuntimeError: a sparse gradient; nothing is then changed.
+          RuntimeError: a sparse gradient, or a DTensor without a gradient on its mesh; nothing is then
+            changed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._check_gradients()
-        matrices: list[MatrixWeight] = []
         self._count_steps()
+        adamw_groups, matrix_groups = [], []
         for group in self.param_groups:
-            given = _with_gradient(group)
-            if group["optimizer"] == ADAMW:
-                for param, gradient in given:
-                    self._step_adamw(param, gradient, group)
-            else:
-                recipe = group_recipe(group)
-                matrices += [self._matrix_weight(*pair, group, recipe) for pair in given]
-        for by_kernels, weights in _by_backend(matrices).items():
-            if by_kernels:
-                from torch_ref.kernel_step import step_matrices_with_kernels
-
-                step_matrices_with_kernels(weights)
-            else:
-                step_matrices(weights)
+            chosen = adamw_groups if group["optimizer"] == ADAMW else matrix_groups
+            chosen.append((group, _with_gradient(group)))
+        self._step_adamw_groups(adamw_groups)
+        if self._parallel is None:
+            self._step_matrix_groups(matrix_groups)
+        else:
+            self._step_replicated(matrix_groups, self._parallel)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -188,10 +232,15 @@ class NorMuon(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in every optimizer, but each state keeps the dtype in which it was saved."""
         orthogonalizers = [group["orthogonalizer"] for group in self.param_groups]
+        groups = {param: group for group in self.param_groups for param in group["params"]}
         loaded: dict[str, Any] = {}
 
+        def shard(param: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+            sharding = self._placed(param, groups[param], tuple(whole.shape))
+            return whole if sharding is None else sharding.shard_of(whole)
+
         def restore(optimizer: torch.optim.Optimizer) -> None:
-            restore_state(optimizer, loaded)
+            restore_state(optimizer, loaded, shard)
             for group, own in zip(optimizer.param_groups, orthogonalizers, strict=True):
                 group["orthogonalizer"] = own
 
@@ -205,11 +254,29 @@ class NorMuon(torch.optim.Optimizer):
             after.remove()
 
     def __getstate__(self) -> dict[str, Any]:
+        if self._parallel is not None:
+            raise TypeError(
+                "a NorMuon with a process_group cannot be copied or pickled; make another one, and save"
+                " its state with torch.distributed.checkpoint."
+            )
         own = super().__getstate__()
         return {**own, "state": picklable(own["state"])}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "state": unpickled(state["state"])})
+        # Loading a state dict comes by here too.
+        self.__dict__.setdefault("_parallel", None)
+
+    def _check_process_group(self, group: Group, index: int) -> None:
+        if self._parallel is None:
+            return
+        for position, param in enumerate(group["params"]):
+            if is_dtensor(param):
+                raise ValueError(
+                    f"{parameter_name(group, index, position)}: a DTensor with placements"
+                    f" {tuple(param.placements)} on {param.device_mesh} is divided already, and its"
+                    " gradient is summed by whoever made it; leave process_group out."
+                )
 
     def _check_gradients(self) -> None:
         for index, group in enumerate(self.param_groups):
@@ -220,6 +287,10 @@ class NorMuon(torch.optim.Optimizer):
                         f" gradient of layout {param.grad.layout}; make it dense (sparse=False in"
                         " torch.nn.Embedding), or give the parameter to torch.optim.SparseAdam."
                     )
+                if param.grad is not None and is_dtensor(param):
+                    from torch_ref.placement import check_gradient
+
+                    check_gradient(param, param.grad, parameter_name(group, index, position))
 
     def _count_steps(self) -> None:
         """One more for every parameter that has a gradient, on the parameter's own device."""
@@ -228,31 +299,146 @@ class NorMuon(torch.optim.Optimizer):
             for param, _ in _with_gradient(group):
                 zero = torch.zeros((), dtype=torch.int64, device=param.device)
                 step = self.state[param].setdefault("step", zero)
-                counters[param.device].append(step)
+                counters[step.device].append(step)
         for steps in counters.values():
             torch._foreach_add_(steps, 1)  # pyright: ignore[reportPrivateImportUsage]
 
+    def _sharding(self, param: torch.Tensor) -> "Sharding | None":
+        """How a parameter's state lies over ranks; None where one process has all of it."""
+        if self._parallel is not None and param in self._parallel.owned:
+            return self._parallel.owned[param].sharding
+        if not is_dtensor(param):
+            return None
+        from torch_ref.placement import sharding_of
+
+        return sharding_of(param)
+
+    def _step_matrix_groups(self, groups: list[_Given]) -> None:
+        """Matrices that are whole on this process, or DTensors."""
+        whole: list[MatrixWeight] = []
+        sharded: list[tuple[MatrixWeight, Sharding]] = []
+        for group, given in groups:
+            recipe = group_recipe(group)
+            for param, gradient in given:
+                view, sharding = parameter_view(group, param), self._sharding(param)
+                self._create_matrix_state(param, view, group, recipe)
+                if sharding is None:
+                    part = Part(view, whole_region(view.shape))
+                    whole.append(self._matrix_weight(param, gradient, part, group, recipe))
+                    continue
+                from torch_ref.placement import local_gradient
+
+                shard, gradient = local(param), local_gradient(param, gradient)
+                weight = self._matrix_weight(
+                    param, gradient, sharding.part(view), group, recipe, shard=shard
+                )
+                sharded.append((weight, sharding))
+        _step_whole(whole)
+        if sharded:
+            from torch_ref.sharded_step import step_sharded_matrices
+
+            step_sharded_matrices(sharded)
+
+    def _step_replicated(self, groups: list[_Given], parallel: "DataParallel") -> None:
+        """Matrices of plain data parallelism: while one stack is stepped, the next one's gradients are
+        on their way, and so are the parameters of the one before."""
+        gradients: dict[torch.Tensor, torch.Tensor] = {}
+        settings: dict[torch.Tensor, tuple[Group, Recipe]] = {}
+        for group, given in groups:
+            recipe = group_recipe(group)
+            for param, gradient in given:
+                gradients[param], settings[param] = gradient, (group, recipe)
+                self._create_matrix_state(param, parameter_view(group, param), group, recipe)
+        stacks = parallel.stacks(gradients, lambda param: settings[param][0]["max_stack_bytes"])
+        for stack, following in zip(stacks, [*stacks[1:], None], strict=True):
+            if stack is stacks[0]:
+                stack.reduce()
+            if following is not None:
+                following.reduce()
+            _step_whole(
+                [
+                    self._matrix_weight(
+                        param, gradient, part, *settings[param], shard=cut(param, part.region)
+                    )
+                    for param, part, gradient in stack.own_gradients()
+                ]
+            )
+            stack.gather()
+        for stack in stacks:
+            stack.finish()
+
+    def _create_matrix_state(
+        self, param: torch.Tensor, view: MatrixView, group: Group, recipe: Recipe
+    ) -> None:
+        state, zeros = self.state[param], partial(self._zeros, param, group)
+        create_matrix_state(state, view, group, param.dtype, recipe.neuron_norm, zeros=zeros)
+        if _has_remainder(param, group) and "remainder" not in state:
+            state["remainder"] = zeros(view.shape, torch.uint16)
+
+    def _placed(
+        self, param: torch.Tensor, group: Group, shape: tuple[int, ...]
+    ) -> "Sharding | None":
+        """How an array of a parameter's state lies; None where one process has all of it."""
+        sharding = self._sharding(param)
+        if sharding is None or shape == tuple(param.shape):
+            return sharding
+        return sharding.of_moment(parameter_view(group, param), shape)
+
+    def _zeros(
+        self, param: torch.Tensor, group: Group, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        placed = self._placed(param, group, shape)
+        if placed is not None:
+            return placed.zeros(shape, dtype, param.device)
+        if shape == tuple(param.shape):
+            return torch.zeros_like(param, dtype=dtype)
+        return param.new_zeros(shape, dtype=dtype)
+
     def _matrix_weight(
-        self, param: torch.Tensor, gradient: torch.Tensor, group: Group, recipe: Recipe
+        self,
+        param: torch.Tensor,
+        gradient: torch.Tensor,
+        part: Part,
+        group: Group,
+        recipe: Recipe,
+        *,
+        shard: torch.Tensor | None = None,
     ) -> MatrixWeight:
-        state = self.state[param]
+        state = local_state(self.state[param])
         return MatrixWeight(
-            param,
+            param if shard is None else shard,
             gradient,
-            _remainder(param, group, state),
+            state["remainder"] if _has_remainder(param, group) else None,
             state,
+            part=part,
             group=group,
             recipe=recipe,
             step=state["step"],
         )
 
+    def _step_adamw_groups(self, groups: list[_Given]) -> None:
+        given = [(param, gradient, group) for group, pairs in groups for param, gradient in pairs]
+        gradients = [gradient for _, gradient, _ in given]
+        if self._parallel is not None:
+            gradients = self._parallel.mean(gradients)
+        for (param, _, group), gradient in zip(given, gradients, strict=True):
+            self._step_adamw(param, gradient, group)
+
     def _step_adamw(self, param: torch.Tensor, gradient: torch.Tensor, group: Group) -> None:
-        state = self.state[param]
-        remainder = _remainder(param, group, state)
+        state, sharding = self.state[param], self._sharding(param)
         dtype = working_dtype(param.dtype)
-        for key in ("exp_avg", "exp_avg_sq"):
+        kept = {"exp_avg": dtype, "exp_avg_sq": dtype}
+        if _has_remainder(param, group):
+            kept["remainder"] = torch.uint16
+        for key, own in kept.items():
             if key not in state:
-                state[key] = torch.zeros_like(param, dtype=dtype)
+                state[key] = self._zeros(param, group, tuple(param.shape), own)
+        if sharding is not None:
+            from torch_ref.placement import local_gradient
+
+            param, gradient = local(param), local_gradient(param, gradient)
+            state = local_state(state)
+        remainder = state["remainder"] if "remainder" in kept else None
         increment, exp_avg, exp_avg_sq = adamw(
             gradient.to(dtype),
             read_weight(param, remainder),
@@ -270,21 +456,29 @@ class NorMuon(torch.optim.Optimizer):
         add_to_weight(param, remainder, increment)
 
 
+def _data_parallel(group: "ProcessGroup") -> "DataParallel":
+    from torch_ref.data_parallel import DataParallel
+
+    return DataParallel(group)
+
+
+def _step_whole(weights: list[MatrixWeight]) -> None:
+    """A step of matrices that this process has whole, by kernels or by PyTorch's own operations."""
+    by_backend: dict[bool, list[MatrixWeight]] = defaultdict(list)
+    for weight in weights:
+        by_backend[weight.takes_kernels].append(weight)
+    for by_kernels, members in by_backend.items():
+        if by_kernels:
+            from torch_ref.kernel_step import step_matrices_with_kernels
+
+            step_matrices_with_kernels(members)
+        else:
+            step_matrices(members)
+
+
 def _with_gradient(group: Group) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(p, p.grad) for p in group["params"] if p.grad is not None and p.numel() > 0]
 
 
-def _by_backend(weights: list[MatrixWeight]) -> dict[bool, list[MatrixWeight]]:
-    """The weights that the kernels step, and those that PyTorch's own operations do."""
-    result: dict[bool, list[MatrixWeight]] = defaultdict(list)
-    for weight in weights:
-        result[weight.takes_kernels].append(weight)
-    return result
-
-
-def _remainder(param: torch.Tensor, group: Group, state: dict[str, Any]) -> torch.Tensor | None:
-    if not group["bf16_remainder"] or param.dtype != torch.bfloat16:
-        return None
-    if "remainder" not in state:
-        state["remainder"] = torch.zeros_like(param, dtype=torch.uint16)
-    return state["remainder"]
+def _has_remainder(param: torch.Tensor, group: Group) -> bool:
+    return group["bf16_remainder"] and param.dtype == torch.bfloat16

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
@@ -56,8 +57,7 @@ def polar_factor(
 
     Sources: Keller Jordan's Muon; Polar Express, arXiv 2505.16932; Dao-AILab/gram-newton-schulz.
     """
-    if not coefficients:
-        raise ValueError("polar_factor needs at least one (a, b, c) triple in `coefficients`.")
+    _check_coefficients(coefficients)
     rows, columns = x.shape[-2:]
     stack = x.reshape(-1, rows, columns)
     polar = Polar(coefficients, norm_scale, eps, eps_rule)
@@ -78,21 +78,50 @@ def polar_factor(
         symmetric=False,
     )
     stack = stack.to(working_dtype(x.dtype))
-    norm = frobenius_norm(stack) * norm_scale
-    denominator = norm.clamp_min(eps) if eps_rule == "max" else norm + eps
+    stack = normalized(stack, frobenius_norm(stack), polar, sides=(rows, columns), dtype=chosen)
+    return polynomial(stack, coefficients, form=form).reshape(x.shape)
+
+
+def normalized(
+    u: torch.Tensor, norm: torch.Tensor, polar: Polar, *, sides: tuple[int, int], dtype: str
+) -> torch.Tensor:
+    """X = u / (norm_scale |u| + eps) in the compute dtype, times the first of its `range_scales`.
+
+    Elementwise once the norm is known, so that it works on any part of a matrix.
+
+    Args:
+      u: (batch, rows, columns) in the working dtype: whole matrices or parts of them.
+      norm: |u|_F of each whole matrix, (batch, 1, 1).
+      sides: (rows, columns) of the whole matrices.
+      dtype: the compute dtype, as `choose_form` names it.
+    """
+    norm = norm * polar.norm_scale
+    denominator = norm.clamp_min(polar.eps) if polar.eps_rule == "max" else norm + polar.eps
     # Dividing by an overflowed norm would hand on a silent zero.
     denominator = denominator.masked_fill(norm.isinf(), math.nan)
-    scales = range_scales(rows, columns, chosen)
-    stack = (stack / (denominator / scales[0])).to(getattr(torch, chosen))
-    result = iterate(
-        stack,
+    scale, _ = range_scales(*sides, dtype)
+    return (u / (denominator / scale)).to(getattr(torch, dtype))
+
+
+def polynomial(
+    x: torch.Tensor, coefficients: Coefficients, *, form: Literal["standard", "gram"]
+) -> torch.Tensor:
+    """The iteration on a stack of whole matrices that `normalized` has made."""
+    _check_coefficients(coefficients)
+    rows, columns = x.shape[-2:]
+    return iterate(
+        x,
         coefficients,
         LibraryProducts(),
         algorithm=form,
         short=min(rows, columns),
-        scales=scales,
+        scales=range_scales(rows, columns, str(x.dtype).removeprefix("torch.")),
     )
-    return result.reshape(x.shape)
+
+
+def _check_coefficients(coefficients: Coefficients) -> None:
+    if not coefficients:
+        raise ValueError("polar_factor needs at least one (a, b, c) triple in `coefficients`.")
 
 
 class LibraryProducts:

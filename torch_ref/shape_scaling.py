@@ -15,6 +15,8 @@ def scale_by_shape(
     output_is_rows: bool = True,
     lr_mul: float | torch.Tensor = 1.0,
     direction: torch.Tensor | None = None,
+    sides: tuple[int, int] | None = None,
+    norm: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """k lr_mul update, where k is the factor of `rule` for the matrix shape.
 
@@ -25,14 +27,18 @@ def scale_by_shape(
       lr_mul: a number, or a tensor that broadcasts against `update`; k lr_mul is rounded once.
       direction: whose norm the `rms` rule takes, where decay is already in `update`; None is
         `update`.
+      sides: (rows, columns) of the whole matrices where `update` holds parts of them; None is its own.
+      norm: of the whole matrices' `direction`, broadcasting against `update`, where that is known or
+        parts do not tell it; None computes it. For the `rms` rule alone.
 
     Returns:
       A new tensor like `update`.
     """
-    rows, columns = update.shape[-2:]
+    rows, columns = update.shape[-2:] if sides is None else sides
     k = shape_factor(rule, *((rows, columns) if output_is_rows else (columns, rows)))
     if rule == "rms":
-        norm = frobenius_norm(update if direction is None else direction)
+        if norm is None:
+            norm = frobenius_norm(update if direction is None else direction)
         scale = torch.full_like(norm, k) / norm.clamp_min(RMS_FLOOR)
         return update * (scale * rounded_multiplier(lr_mul, update))
     return update * rounded_multiplier(k * lr_mul, update)

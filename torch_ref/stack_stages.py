@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from normuon_core import NeuronNorm, Polar
 from normuon_core.polar_iteration import Algorithm, choose_form
-from torch_ref.neuron_norm import normalize_neurons
-from torch_ref.orthogonalization import dtype_name, polar_factor
+from torch_ref.neuron_norm import neuron_side, normalize_neurons
+from torch_ref.norms import sum_of_squares
+from torch_ref.orthogonalization import dtype_name, normalized, polynomial
 from torch_ref.stacking import bytes_per_matrix
 
 Orthogonalizer = Callable[[torch.Tensor], torch.Tensor]
@@ -43,9 +45,26 @@ class StackStages:
     max_bytes: int
 
     @property
-    def matrices(self) -> int:
-        """How many matrices one stack may hold; at least one."""
-        _, compute_dtype = choose_form(
+    def sides(self) -> tuple[int, int]:
+        return self.rows, self.columns
+
+    @property
+    def neurons_are_rows(self) -> bool:
+        """Which side the second moment is kept for, where there is one."""
+        axis = "output" if self.neuron_norm is None else self.neuron_norm.axis
+        return neuron_side(axis, *self.sides, output_is_rows=self.output_is_rows) == -2
+
+    @property
+    def neurons(self) -> int:
+        """How many numbers the second moment of a matrix has; 0 where there is none."""
+        if self.neuron_norm is None:
+            return 0
+        return self.rows if self.neurons_are_rows else self.columns
+
+    @property
+    def form(self) -> tuple[Literal["standard", "gram"], str]:
+        """The form of the iteration and its compute dtype, as `choose_form` says."""
+        return choose_form(
             self.rows,
             self.columns,
             len(self.polar.coefficients),
@@ -54,6 +73,11 @@ class StackStages:
             on_gpu=self.device.type == "cuda",
             symmetric=False,
         )
+
+    @property
+    def matrices(self) -> int:
+        """How many matrices one stack may hold; at least one."""
+        _, compute_dtype = self.form
         each = bytes_per_matrix(
             self.rows,
             self.columns,
@@ -70,26 +94,47 @@ class StackStages:
         Raises:
           ValueError: the orthogonalizer's result has another shape.
         """
-        v = self._orthogonalize(u)
+        return self.finish(self.prepare(u, self.sum_of_squares(u)), second_moment)
+
+    def sum_of_squares(self, u: torch.Tensor) -> torch.Tensor | None:
+        """|u|^2, (batch, 1, 1), which the parts of a matrix add up; None where nothing needs it."""
+        return None if self.orthogonalizer is not None else sum_of_squares(u)
+
+    def prepare(self, u: torch.Tensor, squares: torch.Tensor | None) -> torch.Tensor:
+        """What `finish` takes, elementwise of u: whole matrices or parts of them.
+
+        Args:
+          u: (batch, rows, columns) in the working dtype.
+          squares: `sum_of_squares` of the whole matrices, (batch, 1, 1).
+        """
+        if squares is None:
+            return u
+        _, dtype = self.form
+        return normalized(u, squares.sqrt(), self.polar, sides=self.sides, dtype=dtype)
+
+    def finish(
+        self, x: torch.Tensor, second_moment: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(the update, the new second moment) of a stack of whole matrices that are prepared."""
+        v = self._orthogonalize(x)
         if self.neuron_norm is None or second_moment is None:
             return v, None
         return normalize_neurons(
             v, second_moment, **vars(self.neuron_norm), output_is_rows=self.output_is_rows
         )
 
-    def _orthogonalize(self, u: torch.Tensor) -> torch.Tensor:
+    @property
+    def prepared_dtype(self) -> torch.dtype:
+        """The dtype of what `prepare` returns."""
+        return self.dtype if self.orthogonalizer is not None else getattr(torch, self.form[1])
+
+    def _orthogonalize(self, x: torch.Tensor) -> torch.Tensor:
         if self.orthogonalizer is None:
-            return polar_factor(
-                u,
-                **vars(self.polar),
-                compute_dtype=self.compute_dtype,
-                algorithm=self.algorithm,
-                backend="eager",
-            )
-        v = self.orthogonalizer(u)
-        if v.shape != u.shape:
+            return polynomial(x, self.polar.coefficients, form=self.form[0])
+        v = self.orthogonalizer(x)
+        if v.shape != x.shape:
             raise ValueError(
                 f"the orthogonalizer returned shape {tuple(v.shape)} for a stack of shape"
-                f" {tuple(u.shape)}; return one matrix for each, of the same shape."
+                f" {tuple(x.shape)}; return one matrix for each, of the same shape."
             )
         return v

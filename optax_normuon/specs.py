@@ -1,0 +1,293 @@
+"""Over which mesh axes every leaf is divided: read from the arrays' types, or given by the caller."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from optax_normuon.paths import KeyPath, broadcast_prefix, named_leaves
+
+SpecTree = Any
+"""A PartitionSpec (or NamedSharding, or None for a replicated leaf), a tree or prefix tree of them, or a
+callable from the parameters to one."""
+
+Axes = tuple[tuple[str, ...], ...]
+"""For every axis of an array the mesh axes that it is divided over, major to minor."""
+
+
+@dataclass(frozen=True)
+class Specs:
+    """How the leaves of one tree lie on a mesh.
+
+    Attributes:
+      mesh: the mesh.
+      axes: of its axes those that arrays are placed on, in the mesh's order; the others are left to
+        the compiler, or are the caller's own within `jax.shard_map`.
+      leaves: for each leaf its `Axes`.
+    """
+
+    mesh: AbstractMesh
+    axes: tuple[str, ...]
+    leaves: Mapping[KeyPath, Axes]
+
+    def parts(self, axes: tuple[str, ...]) -> int:
+        """Devices along several mesh axes together."""
+        return math.prod(self.mesh.shape[axis] for axis in axes)
+
+    def local_shape(self, shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
+        """The shape of one device's part of an array."""
+        return tuple(size // self.parts(own) for size, own in zip(shape, axes, strict=True))
+
+
+def partition_spec(axes: Axes) -> PartitionSpec:
+    """As JAX writes it."""
+    return PartitionSpec(*(own[0] if len(own) == 1 else own or None for own in axes))
+
+
+def resolve_specs(param_specs: SpecTree | Specs, tree) -> Specs | None:
+    """Where the leaves of `tree` are; None where nothing is divided, or the compiler is to decide.
+
+    Without `param_specs` the arrays' types tell, on the mesh axes that are in explicit mode.
+
+    Args:
+      tree: parameters, or gradients: arrays or abstract arrays.
+
+    Raises:
+      ValueError: a spec longer than its leaf's rank, a mesh axis that the mesh lacks, that is named
+        twice or that the leaf cannot leave (it belongs to a `jax.shard_map` around the call), a spec
+        other than the array's own, leaves on different meshes, or specs without a mesh. It names
+        leaf, spec and mesh.
+    """
+    if isinstance(param_specs, Specs):
+        return param_specs
+    leaves = named_leaves(tree)
+    if callable(param_specs) and not isinstance(param_specs, PartitionSpec):
+        param_specs = param_specs(tree)
+    given = _given(param_specs, tree)
+    own = {path: _own_sharding(leaf) for path, _, leaf in leaves}
+    mesh = _common_mesh(leaves, given, own)
+    if mesh.empty:
+        _check_without_mesh(leaves, given)
+        return None
+    if param_specs is None:
+        axes = _axes_in(mesh, AxisType.Explicit)
+    else:
+        axes = _axes_in(mesh, AxisType.Explicit, AxisType.Auto)
+    checked = {
+        path: _checked(name, np.shape(leaf), given.get(path), own[path], mesh)
+        for path, name, leaf in leaves
+    }
+    return Specs(mesh, axes, checked) if axes else None
+
+
+def statistic_axes(shape: tuple[int, ...], leaf_shape: tuple[int, ...], axes: Axes) -> Axes:
+    """How a statistic of a leaf lies: as the leaf does, without the axes that it reduces or cuts."""
+    return tuple(
+        own if size == whole and size > 1 else ()
+        for size, whole, own in zip(shape, leaf_shape, axes, strict=True)
+    )
+
+
+def zeros_beside(leaf, shape: tuple[int, ...], dtype, axes: Axes | None, specs: Specs | None):
+    """Zeros that lie as `axes` says on the mesh of `leaf`; the default place without one."""
+    if specs is None or axes is None or not isinstance(leaf, jax.Array):
+        return jnp.zeros(shape, dtype)
+    spec = partition_spec(axes)
+    if not isinstance(leaf, jax.core.Tracer):
+        on_mesh = isinstance(leaf.sharding, NamedSharding)
+        return jnp.zeros(
+            shape, dtype, device=NamedSharding(leaf.sharding.mesh, spec) if on_mesh else None
+        )
+    sharding = NamedSharding(specs.mesh, partition_spec(explicit_part(axes, specs)))
+    zeros = jnp.zeros(shape, dtype, out_sharding=sharding)
+    return jax.lax.with_sharding_constraint(zeros, NamedSharding(specs.mesh, spec))
+
+
+def explicit_part(axes: Axes, specs: Specs) -> Axes:
+    """The mesh axes among them that are in explicit mode: those that an array's type shows."""
+    explicit = _axes_in(specs.mesh, AxisType.Explicit)
+    return tuple(tuple(name for name in own if name in explicit) for own in axes)
+
+
+def state_specs(tx: optax.GradientTransformation, params, specs: SpecTree):
+    """PartitionSpecs of an optimizer's state: for `jax.jit`, `jax.device_put` and Orbax.
+
+    What belongs to a parameter lies as the parameter does; axes that a statistic reduces, and the
+    output axes of a leaf with `output_splits`, are not divided. Counters are on every device.
+
+        shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(tx, params, specs))
+        state = jax.jit(tx.init, out_shardings=shardings)(params)
+
+    Args:
+      tx: any transformation, ours within others' wrappers too: a state's leaf belongs to the parameter
+        whose path ends its own.
+      params: arrays or abstract arrays.
+      specs: see `normuon`'s `param_specs`.
+
+    Returns:
+      A tree like the state, of PartitionSpecs, or of NamedShardings where `specs` are.
+
+    Raises:
+      ValueError: see `normuon`.
+    """
+    if callable(specs) and not isinstance(specs, PartitionSpec):
+        specs = specs(params)
+    given = _given(specs, params)
+    mesh = next((s.mesh for s in given.values() if isinstance(s, NamedSharding)), None)
+    owners = []
+    for path, name, leaf in named_leaves(params):
+        spec, shape = _spec(given[path]), np.shape(leaf)
+        _check_rank(name, shape, spec, mesh)
+        owners.append((path, shape, _as_axes(spec, len(shape))))
+    # The longest path first: another parameter's path may end it.
+    owners.sort(key=lambda owner: len(owner[0]), reverse=True)
+
+    def spec_of(path, leaf):
+        spec = _spec_of_state(path, np.shape(leaf), owners)
+        return spec if mesh is None else NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(spec_of, jax.eval_shape(tx.init, params))
+
+
+def _spec_of_state(path: KeyPath, shape: tuple[int, ...], owners) -> PartitionSpec:
+    for own, whole, axes in owners:
+        # One key more: the blocks of a split leaf are a tuple.
+        found = _ends_with(path, own) or _ends_with(path[:-1], own)
+        if found and len(shape) == len(whole):
+            return partition_spec(statistic_axes(shape, whole, axes))
+    return PartitionSpec()
+
+
+def _ends_with(path: KeyPath, end: KeyPath) -> bool:
+    return len(path) >= len(end) and path[len(path) - len(end) :] == end
+
+
+def _given(param_specs: SpecTree, tree) -> Mapping[KeyPath, Any]:
+    if param_specs is None:
+        return {}
+    return broadcast_prefix(param_specs, tree, is_leaf=_is_spec, what="param_specs")
+
+
+def _is_spec(node) -> bool:
+    return node is None or isinstance(node, PartitionSpec | NamedSharding)
+
+
+def _spec(given) -> PartitionSpec:
+    if isinstance(given, NamedSharding):
+        return given.spec
+    return PartitionSpec() if given is None else given
+
+
+def _own_sharding(leaf) -> NamedSharding | None:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf.sharding if isinstance(leaf.sharding, NamedSharding) else None
+    if not isinstance(leaf, jax.Array):
+        return None
+    return jax.typeof(leaf).sharding
+
+
+def _common_mesh(leaves, given: Mapping, own: Mapping) -> AbstractMesh:
+    """The mesh of the arrays, of the specs and of the context, which must be one."""
+    found: AbstractMesh = jax.sharding.get_abstract_mesh()
+    for path, name, _ in leaves:
+        for sharding in (own[path], given.get(path)):
+            if not isinstance(sharding, NamedSharding):
+                continue
+            mesh = _abstract(sharding.mesh)
+            if found.empty:
+                found = mesh
+            elif not mesh.empty and mesh.shape_tuple != found.shape_tuple:
+                raise ValueError(
+                    f"{name}: spec {sharding.spec} is on the mesh {_sizes(mesh)}, but"
+                    f" {_sizes(found)} is set, or is other leaves' mesh; put all arrays and specs on"
+                    " one mesh, and set that one with jax.set_mesh."
+                )
+    return found
+
+
+def _abstract(mesh: Mesh | AbstractMesh) -> AbstractMesh:
+    return mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
+
+
+def _axes_in(mesh: AbstractMesh, *modes: AxisType) -> tuple[str, ...]:
+    modes_of_axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, mode in modes_of_axes if mode in modes)
+
+
+def _sizes(mesh) -> str:
+    return "(" + ", ".join(f"{name}={size}" for name, size in mesh.shape.items()) + ")"
+
+
+def _check_without_mesh(leaves, given: Mapping) -> None:
+    for path, name, _ in leaves:
+        spec = _spec(given.get(path))
+        if any(entry is not None for entry in spec):
+            raise ValueError(
+                f"{name}: spec {spec} names mesh axes, but there is no mesh (): put the parameters"
+                " on one with jax.device_put, or set it with jax.set_mesh."
+            )
+
+
+def _check_rank(name: str, shape, spec: PartitionSpec, mesh) -> None:
+    if len(spec) > len(shape):
+        on = "" if mesh is None else f" on the mesh {_sizes(mesh)}"
+        raise ValueError(
+            f"{name}: spec {spec}{on} has {len(spec)} entries, but the leaf of shape {tuple(shape)}"
+            f" has {len(shape)} axes; give one entry an axis at most."
+        )
+
+
+def _checked(name: str, shape, given, own: NamedSharding | None, mesh: AbstractMesh) -> Axes:
+    """The leaf's axes: as given, else as its type says."""
+
+    def refuse(spec, problem: str) -> NoReturn:
+        raise ValueError(f"{name}: spec {spec} on the mesh {_sizes(mesh)}: {problem}")
+
+    of_type = () if own is None or own.mesh.empty else own.spec
+    explicit = set(_axes_in(mesh, AxisType.Explicit))
+    typed = tuple(
+        tuple(axis for axis in axes if axis in explicit) for axes in _as_axes(of_type, len(shape))
+    )
+    if given is None:
+        return typed
+    spec = _spec(given)
+    _check_rank(name, shape, spec, mesh)
+    if any(entry is PartitionSpec.UNCONSTRAINED for entry in spec):
+        refuse(spec, "an unconstrained axis says nothing; give a mesh axis or None.")
+    axes = _as_axes(spec, len(shape))
+    named = [axis for own_axes in axes for axis in own_axes]
+    for axis in named:
+        if axis not in mesh.shape:
+            refuse(spec, f"the mesh has no axis {axis!r}; use {', '.join(mesh.axis_names)}.")
+        if named.count(axis) > 1:
+            refuse(spec, f"axis {axis!r} is named twice; an axis divides one side only.")
+        if axis in mesh.manual_axes:
+            refuse(
+                spec,
+                f"the leaf cannot leave axis {axis!r}, which a jax.shard_map around this call has"
+                " divided it over already; call the optimizer outside of it, or leave the axis out"
+                " if the parts are matrices of their own.",
+            )
+    given_explicit = tuple(tuple(a for a in own_axes if a in explicit) for own_axes in axes)
+    if own is not None and not own.mesh.empty and given_explicit != typed:
+        refuse(spec, f"the array's own is {own.spec}; leave param_specs out, or give that.")
+    sizes = [math.prod(mesh.shape[axis] for axis in own_axes) for own_axes in axes]
+    # JAX keeps no array that its axes do not divide evenly, whatever was asked for.
+    return tuple(
+        own_axes if size % parts == 0 else ()
+        for size, parts, own_axes in zip(shape, sizes, axes, strict=True)
+    )
+
+
+def _as_axes(spec, rank: int) -> Axes:
+    entries = [*spec, *[None] * (rank - len(spec))]
+    return tuple(
+        () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+        for entry in entries
+    )

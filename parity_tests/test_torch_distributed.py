@@ -1,0 +1,255 @@
+"""`torch_ref.NorMuon` on 1, 2 and 4 ranks: DTensors, plain data parallelism, and their checkpoints."""
+
+import contextlib
+import fcntl
+import os
+import pickle
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+import optax_normuon
+from parity_tests import distributed_cases as cases
+from parity_tests.compare import infinity_distance
+from parity_tests.ranks import run_on_ranks
+
+RANKS = [4, 2, 1]
+
+BOUNDS = {
+    torch.float64: {"weights": 1.1e-14, "second_moment": 1.2e-13},  # 4 x 2.6e-15, 3.0e-14
+    torch.float32: {"weights": 1.2e-5, "second_moment": 3.4e-4},  # those of T1; 3.3e-6, 1.7e-5
+    torch.bfloat16: {"weights": 1.2e-5, "second_moment": 3.4e-4},  # float32 weights; 1.5e-6, 7.0e-6
+}
+"""Relative infinity norms, the largest measured ones beside them. What is missing here is equal to the
+bit: the elementwise stages do the same arithmetic wherever they run."""
+
+MESHES = ["Shard(0)", "Shard(1)", "Shard(last)", "Replicate"]
+SQUARE = [
+    "Shard(0), Shard(1)",
+    "Shard(1), Shard(1)",
+    "Replicate, Shard(0)",
+    "Shard(1), Replicate",
+    "Strided(0), Shard(0)",
+]
+ALL_RUNS = [
+    *((ranks, name, torch.float64) for ranks in RANKS for name in MESHES),
+    *((4, name, torch.float64) for name in SQUARE),
+    (4, "Replicate, Shard(0)", torch.float32),
+    *((ranks, "Shard(1)", torch.float32) for ranks in RANKS),
+    *(
+        (ranks, kind, dtype)
+        for ranks in RANKS
+        for kind in cases.KINDS
+        for dtype in (torch.float64, torch.float32, torch.bfloat16)
+    ),
+    *(
+        (ranks, f"{name}, one matrix a rank", torch.float64)
+        for ranks in RANKS
+        for name in ("Shard(0)", "process_group")
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def on_ranks(tmp_path_factory):
+    """What all cases made, by the number of ranks; run once, whichever worker asks first."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    kept = folder / "ranks.pickle"
+    with open(folder / "ranks.lock", "w") as lock, contextlib.ExitStack() as stack:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        stack.callback(fcntl.flock, lock, fcntl.LOCK_UN)
+        if not kept.exists():
+            checkpoints = folder / "checkpoints"
+            made = {
+                ranks: run_on_ranks(
+                    ranks, cases.all_cases, folder / f"{ranks} ranks", checkpoints, ranks == 4
+                )
+                for ranks in RANKS
+            }
+            kept.write_bytes(pickle.dumps(made))
+        return pickle.loads(kept.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def on_one_process():
+    """The same weights as plain tensors, by dtype and keywords."""
+    known = {}
+
+    def run(dtype, **keywords):
+        key = (dtype, *keywords.items())
+        if key not in known:
+            weights, optimizer = cases.build(cases.alone, dtype, **keywords)
+            cases.train(weights, optimizer)
+            known[key] = cases.outcome(weights, optimizer)
+        return known[key]
+
+    return run
+
+
+def single_run(on_one_process, dtype):
+    if dtype != torch.bfloat16:
+        return on_one_process(dtype)
+    return on_one_process(dtype, bf16_remainder=True, **cases.HALF)
+
+
+def distances(actual, expected):
+    assert actual.keys() == expected.keys()
+    return {
+        key: max(
+            infinity_distance(ours.double(), theirs.double())
+            for ours, theirs in zip(actual[key], expected[key], strict=True)
+        )
+        for key in expected
+    }
+
+
+def assert_near(actual, expected, dtype):
+    found = distances(actual, expected)
+    assert all(found[key] <= BOUNDS[dtype].get(key, 0.0) for key in found), found
+
+
+@pytest.mark.parametrize(("ranks", "name", "dtype"), ALL_RUNS, ids=str)
+def test_ranks_step_as_one_process_does(on_ranks, on_one_process, ranks, name, dtype):
+    assert_near(on_ranks[ranks][0][name, dtype], single_run(on_one_process, dtype), dtype)
+
+
+def test_the_bounds_tell_other_gradients_apart(on_ranks):
+    run = on_ranks[2][0]["process_group", torch.float64]
+    weights, optimizer = cases.build(cases.alone)
+    cases.train(weights, optimizer, [0, 2, 1])
+    found = distances(run, cases.outcome(weights, optimizer))
+    assert found["weights"] > 1e6 * BOUNDS[torch.float64]["weights"]
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_all_ranks_have_the_same_bits(on_ranks, ranks):
+    first, *others = on_ranks[ranks]
+    for other in others:
+        for key, run in first.items():
+            if isinstance(run, dict) and "weights" in run:
+                assert max(distances(other[key], run).values()) == 0.0, key
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_a_checkpoint_of_four_ranks_goes_on_on_any_number(on_ranks, on_one_process, ranks, kind):
+    run = on_ranks[ranks][0]
+    assert_near(run["continued " + kind], on_one_process(torch.float64), torch.float64)
+    lowered = on_one_process(torch.bfloat16, bf16_remainder=True)
+    # bfloat16 products on the CPU are the same in every stack.
+    assert max(distances(run[f"continued {kind} lowered"], lowered).values()) == 0.0
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_a_checkpoint_of_four_ranks_goes_on_without_any(
+    on_ranks, on_one_process, kind, tmp_path_factory
+):
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    weights, optimizer = cases.build(cases.alone)
+    cases.restore(folder / "checkpoints", kind, weights, optimizer)
+    cases.train(weights, optimizer, range(2, cases.STEPS))
+    assert_near(cases.outcome(weights, optimizer), on_one_process(torch.float64), torch.float64)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_a_state_dict_of_one_process_is_divided(on_ranks, on_one_process, ranks, kind):
+    run = on_ranks[ranks][0]["from one process " + kind]
+    assert_near(run, on_one_process(torch.float64), torch.float64)
+
+
+@pytest.mark.parametrize("ranks", [4, 2])
+def test_a_stack_takes_few_collectives_and_gathers_nothing(on_ranks, ranks):
+    counted = on_ranks[ranks][0]["collectives"]
+    # Columns divided: every rank has the second moment of the rows already, and it has to come back.
+    assert counted["columns"] == {"all_reduce": 1, "all_to_all_single": 3}
+    assert counted["rows"] == {"all_reduce": 1, "all_to_all_single": 4}
+    assert counted["rms"] == {"all_reduce": 1, "all_to_all_single": 4}
+    assert counted["muon"] == {"all_reduce": 1, "all_to_all_single": 2}
+    assert counted["whole matrices"] == {}
+    assert counted["replicas"] == {"reduce_scatter_tensor": 1, "all_gather_into_tensor": 1}
+
+
+@pytest.mark.parametrize("ranks", [4, 2])
+def test_each_rank_keeps_its_share_of_the_state(on_ranks, ranks):
+    for shares in ("shards", "replicas"):
+        kept = [each["kept"][shares] for each in on_ranks[ranks]]
+        assert sum(kept) == 8 * 12 * 8
+        assert max(kept) == min(kept)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "message"),
+    [
+        (
+            "triton",
+            r"ValueError: group 0, parameter 0.*backend='triton' takes plain.*Shard\(dim=0\)",
+        ),
+        (
+            "process_group",
+            r"ValueError: group 0, parameter 0.*divided already.*leave process_group out",
+        ),
+        ("partial", r"ValueError: group 0, parameter 0.*Partial\(sum\).*DeviceMesh.*redistribute"),
+        ("strided", r"ValueError: group 0, parameter 0.*sf=2.*no contiguous shards.*redistribute"),
+        ("plain gradient", r"RuntimeError: group 0, parameter 0.*gradient is on a plain tensor"),
+        ("copy", r"TypeError: a NorMuon with a process_group cannot be copied"),
+    ],
+)
+def test_what_cannot_be_done_says_so(on_ranks, attempt, message):
+    assert re.match(message, on_ranks[4][0]["errors"][attempt], re.DOTALL)
+
+
+@pytest.mark.parametrize("name", ["Shard(1)", "fully_shard", "process_group"])
+@pytest.mark.parametrize(("dtype", "bound"), [(np.float64, 1e-12), (np.float32, 1.2e-5)])
+def test_four_ranks_agree_with_jax_on_one_device(on_ranks, name, dtype, bound):
+    run = on_ranks[4][0][name, torch.float64 if dtype == np.float64 else torch.float32]
+    number, moved = 0, []
+    with jax.enable_x64(dtype == np.float64):
+        for index, (shapes, settings) in enumerate(cases.GROUPS):
+            numbers = range(number, number + len(shapes))
+            number += len(shapes)
+            if index not in IN_JAX:
+                continue
+            ours = train_in_jax([n for n in numbers if n != cases.NO_GRADIENT], settings, dtype)
+            for n, weight in ours.items():
+                moved.append(infinity_distance(run["weights"][n].numpy(), weight))
+    assert max(moved) <= bound, max(moved)
+
+
+IN_JAX = [0, 4, 5]
+"""Which groups: several matrices of one shape, multipliers over a batch, and a fused projection."""
+
+
+def train_in_jax(numbers, settings, dtype):
+    settings = dict(settings)
+    lr, layout = settings.pop("lr", 0.05), settings.pop("layout", cases.OUT_IN)
+    weights, gradients = cases.draw_weights(), [cases.draw_gradients(s) for s in range(cases.STEPS)]
+    multipliers = {
+        key: jnp.asarray(settings.pop(key), dtype)
+        for key in ("lr_mul", "wd_mul")
+        if key in settings
+    }
+    tx = optax_normuon.normuon(
+        lr,
+        weight_decay=0.2,
+        compute_dtype=dtype,
+        layout={str(n): layout for n in numbers},
+        **{key: {str(n): value for n in numbers} for key, value in multipliers.items()},
+        **settings,
+    )
+    params = {str(n): jnp.asarray(weights[n], dtype) for n in numbers}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for step in gradients:
+        updates, state = update(
+            {str(n): jnp.asarray(step[n], dtype) for n in numbers}, state, params
+        )
+        params = optax.apply_updates(params, updates)
+    return {n: np.asarray(params[str(n)]) for n in numbers}

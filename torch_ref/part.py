@@ -1,0 +1,81 @@
+"""The part of a weight that one process steps: a rectangle of it, or all of it."""
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate, pairwise
+
+import torch
+
+from normuon_core import MatrixView
+
+Region = tuple[tuple[int, int], ...]
+"""A rectangle of an array: (first, one after the last) on each axis."""
+
+
+def whole_region(shape: Sequence[int]) -> Region:
+    """All of an array."""
+    return tuple((0, size) for size in shape)
+
+
+def region_shape(region: Region) -> tuple[int, ...]:
+    """The shape of the rectangle."""
+    return tuple(stop - start for start, stop in region)
+
+
+def cut(array: torch.Tensor, region: Region) -> torch.Tensor:
+    """A view of the rectangle; the array itself where that is all of it."""
+    if region == whole_region(array.shape):
+        return array
+    return array[tuple(slice(*bounds) for bounds in region)]
+
+
+def stack_indices(view: MatrixView, region: Region) -> tuple[list[int], list[int], list[int]]:
+    """Which matrices, rows and columns of the view's whole stack the region holds, ascending.
+
+    The region's own stack has them in this order: both go through the axes of a side in one order.
+    """
+    sides = (view.batch_axes, view.row_axes, view.column_axes)
+    batch, rows, columns = (
+        _merged([view.shape[a] for a in s], [region[a] for a in s]) for s in sides
+    )
+    return batch, rows, columns
+
+
+def _merged(sizes: Sequence[int], region: Sequence[tuple[int, int]]) -> list[int]:
+    everything = torch.arange(math.prod(sizes)).reshape(tuple(sizes))
+    return everything[tuple(slice(*bounds) for bounds in region)].reshape(-1).tolist()
+
+
+@dataclass(frozen=True)
+class Part:
+    """A rectangle of a weight.
+
+    What is decided by a matrix's shape is decided by `view`, the whole weight's; `local` says how the
+    part itself becomes a stack.
+
+    Attributes:
+      view: where the matrices of the whole weight are.
+      region: which rectangle of the weight this is.
+    """
+
+    view: MatrixView
+    region: Region
+
+    @cached_property
+    def local(self) -> MatrixView:
+        """The part as a stack of parts of matrices. An output block may have no neurons here."""
+        _, rows, columns = stack_indices(self.view, self.region)
+        outputs = rows if self.view.output_is_rows else columns
+        starts = [bisect_left(outputs, start) for start in accumulate(self.view.output_sizes)]
+        sizes = tuple(stop - start for start, stop in pairwise([0, *starts]))
+        return replace(self.view, shape=region_shape(self.region), output_sizes=sizes)
+
+    def multiplier(self, value: float | torch.Tensor) -> float | torch.Tensor:
+        """A multiplier over the whole weight's batch axes, for the matrices of the part."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        batch = tuple(slice(*self.region[axis]) for axis in self.view.batch_axes)
+        return value.broadcast_to(self.view.batch_shape)[batch]
