@@ -1,17 +1,19 @@
 """One optimizer step of a stack of matrices, as a sequence of kernel launches.
 
 Both frameworks run this sequence, each with its own launcher: so their steps are the same to the bit.
-A gradient goes squares -> feed -> products -> neuron_squares -> statistics -> finish.
+A gradient goes squares -> feed -> products -> neuron_squares -> statistics -> finish. On a mesh the
+parts of a matrix meet at its owner after `feed`, and are parted again before `finish`: a `Journey`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, Protocol
 
 from normuon_core import launches
 from normuon_core.configurations import product_configuration
 from normuon_core.launches import Geometry, Launcher, Output, Span
 from normuon_core.polar_iteration import Algorithm, choose_form, iterate, range_scales
+from normuon_core.polynomials import Coefficients
 from normuon_core.recipes import Momentum, NeuronNorm, Polar, Recipe
 from normuon_core.shape_rules import RMS_FLOOR
 
@@ -50,6 +52,7 @@ class Block:
     Attributes:
       second_moment: (batch, neurons) float32, or None; replaced.
       scales, decays: (batch,) float32.
+      new_moments: on a journey, the second moments of the matrices done so far, in order.
     """
 
     leaf: Leaf
@@ -58,6 +61,7 @@ class Block:
     second_moment: Any
     scales: Any
     decays: Any
+    new_moments: list[Any] = field(default_factory=list)
 
 
 class Piece(NamedTuple):
@@ -66,6 +70,39 @@ class Piece(NamedTuple):
     block: Block
     start: int
     count: int
+
+
+class Journey(Protocol):
+    """The way of one stack's matrices over a mesh. `count`: matrices that this device has parts of."""
+
+    @property
+    def owned(self) -> int:
+        """How many matrices this device orthogonalizes."""
+        ...
+
+    def all_partials(self, partials: Any) -> Any:
+        """All parts' sums, (count, sums of a whole matrix), from this device's (count, short, long)."""
+        ...
+
+    def to_owner(self, x: Any) -> Any:
+        """(count, short, padded long) of parts to (owned, short, padded long) of whole matrices."""
+        ...
+
+    def home(self, v: Any) -> Any:
+        """The inverse of `to_owner`."""
+        ...
+
+    def statistics_to_owner(self, pieces: Sequence[tuple[Piece, Any]]) -> Any:
+        """Of each piece its neurons' (matrices, neurons here): all neurons of what is owned."""
+        ...
+
+    def statistics_home(self, statistics: Sequence[Any], sums: Any) -> tuple[list[Any], Any]:
+        """From (owned, neurons) each and (owned, ...) to (count, neurons here) and (count, ...)."""
+        ...
+
+    def rates_to_owner(self, pieces: Sequence[Piece]) -> tuple[Any, int]:
+        """(rows of rates, consecutive matrices of what is owned that share one)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -137,16 +174,18 @@ def polar_factors_of_pieces(
     momentum: Momentum | None,
     compute_dtype: str | None,
     algorithm: Algorithm,
+    journey: Journey | None = None,
 ) -> tuple[Any, list[Span]]:
     """Stages 1 and 2 of a stack: (the stack, where each piece lies in it).
 
     The stack is (count, short, padded long) in the compute dtype; what is beyond `long` is not
-    written. momentum=None takes the gradient itself.
+    written. With a `journey` it is the owner's, and the places are those at home. momentum=None takes
+    the gradient itself.
     """
     geometry = pieces[0].block.geometry
     form, dtype = form_of(geometry, polar, compute_dtype=compute_dtype, algorithm=algorithm)
     total = sum(piece.count for piece in pieces)
-    scales = range_scales(geometry.short, geometry.long, dtype)
+    scales = range_scales(*geometry.whole, dtype)
     spans, x, start = [], None, 0
     for piece in pieces:
         own, leaf = piece.block.geometry, piece.block.leaf
@@ -158,6 +197,8 @@ def polar_factors_of_pieces(
             launches.squares(own, piece.count, momentum),
             [leaf.gradient, leaf.momentum, leaf.rates, span.leaf_start],
         )
+        if journey is not None:
+            partials = journey.all_partials(partials)
         x, leaf.momentum = launch(
             launches.feed(
                 own,
@@ -181,23 +222,48 @@ def polar_factors_of_pieces(
                 leaf.rates if x is None else x,
             ],
         )
-    products = KernelProducts(launch, device, total, geometry.short, geometry.long, dtype)
-    v = iterate(
+    if journey is not None:
+        x, total = journey.to_owner(x), journey.owned
+    v = iterate_stack(
+        launch,
+        device,
         x,
         polar.coefficients,
-        products,
-        algorithm=form,
-        short=geometry.short,
-        scales=scales,
+        geometry=geometry,
+        count=total,
+        form=form,
+        dtype=dtype,
     )
     return v, spans
+
+
+def iterate_stack(
+    launch: Launcher,
+    device: Device,
+    x,
+    coefficients: Coefficients,
+    *,
+    geometry: Geometry,
+    count: int,
+    form: Literal["standard", "gram"],
+    dtype: str,
+):
+    """The iteration on a stack of whole matrices, (count, short, padded long), normalised and scaled."""
+    short, long = geometry.whole
+    return iterate(
+        x,
+        coefficients,
+        KernelProducts(launch, device, count, short, long, dtype),
+        algorithm=form,
+        short=short,
+        scales=range_scales(short, long, dtype),
+    )
 
 
 def form_of(geometry: Geometry, polar: Polar, *, compute_dtype, algorithm: Algorithm):
     """(form, compute dtype) that the kernels take for a shape."""
     return choose_form(
-        geometry.short,
-        geometry.long,
+        *geometry.whole,
         len(polar.coefficients),
         algorithm=algorithm,
         compute_dtype=compute_dtype,
@@ -214,8 +280,12 @@ def step_stack(
     *,
     compute_dtype: str | None,
     algorithm: Algorithm,
+    journey: Journey | None = None,
 ) -> None:
-    """All stages of one stack; momentum, second moment and delta of the pieces' weights are replaced."""
+    """All stages of one stack; momentum, second moment and delta of the pieces' weights are replaced.
+
+    With a `journey` all pieces are cut alike and have their neurons on the same side.
+    """
     v, spans = polar_factors_of_pieces(
         launch,
         device,
@@ -224,26 +294,74 @@ def step_stack(
         momentum=recipe.momentum,
         compute_dtype=compute_dtype,
         algorithm=algorithm,
+        journey=journey,
     )
-    rule = recipe.neuron_norm
-    if rule is None and recipe.shape_scale != "rms":
-        partials = [(None, 0)] * len(pieces)
+    needs_statistics = recipe.neuron_norm is not None or recipe.shape_scale == "rms"
+    if journey is not None:
+        statistics = [(None, None)] * len(pieces)
+        if needs_statistics:
+            statistics = _owners_statistics(launch, v, pieces, spans, recipe, journey)
+        v = journey.home(v)
+    elif needs_statistics:
+        statistics = _statistics(launch, v, pieces, spans, recipe)
     else:
-        partials = _neuron_squares(launch, v, pieces, spans)
+        statistics = [(None, None)] * len(pieces)
+    for piece, span, (factors, sums) in zip(pieces, spans, statistics, strict=True):
+        _finish_piece(launch, v, piece.block, span, recipe, factors, sums)
+
+
+def _statistics(
+    launch: Launcher, v, pieces: Sequence[Piece], spans: Sequence[Span], recipe: Recipe
+) -> list[tuple[Any, Any]]:
+    """For each piece (factors, sums) as `finish` takes them; second moments are replaced."""
+    rule, result = recipe.neuron_norm, []
+    partials = _neuron_squares(launch, v, pieces, spans)
     for piece, span, (own, first) in zip(pieces, spans, partials, strict=True):
         block, leaf = piece.block, piece.block.leaf
-        factors, sums = leaf.rates, leaf.rates
-        if own is not None:
-            old = leaf.rates if rule is None else block.second_moment
-            kept = Output(
-                (1,) if rule is None else (block.batch, block.geometry.neurons), "float32"
-            )
-            new, factors, sums = launch(
-                launches.statistics(block.geometry, span.count, rule, kept),
-                [own, old, leaf.rates, _eps(rule), span.leaf_start, first],
-            )
-            block.second_moment = None if rule is None else new
-        _finish_piece(launch, v, block, span, recipe, factors, sums)
+        old = leaf.rates if rule is None else block.second_moment
+        kept = Output((1,) if rule is None else (block.batch, block.geometry.neurons), "float32")
+        new, factors, sums = launch(
+            launches.statistics(block.geometry, span.count, rule, kept),
+            [own, old, leaf.rates, _eps(rule), span.leaf_start, first],
+        )
+        block.second_moment = None if rule is None else new
+        result.append((factors, sums))
+    return result
+
+
+def _owners_statistics(
+    launch: Launcher,
+    v,
+    pieces: Sequence[Piece],
+    spans: Sequence[Span],
+    recipe: Recipe,
+    journey: Journey,
+) -> list[tuple[Any, Any]]:
+    """As `_statistics`, made by the matrices' owners and sent home."""
+    rule, here = recipe.neuron_norm, pieces[0].block.geometry
+    rates, matrices_a_rate = journey.rates_to_owner(pieces)
+    geometry = replace(here.as_whole, matrices_a_rate=matrices_a_rate)
+    (partials,) = launch(launches.neuron_squares(geometry, journey.owned), [v, 0])
+    old, kept = rates, Output((1,), "float32")
+    if rule is not None:
+        moments = [(piece, piece.block.second_moment) for piece in pieces]
+        old = journey.statistics_to_owner(moments)
+        kept = Output((journey.owned, geometry.neurons), "float32")
+    new, factors, sums = launch(
+        launches.statistics(geometry, journey.owned, rule, kept),
+        [partials, old, rates, _eps(rule), 0, 0],
+    )
+    known = [] if rule is None else [new, factors]
+    known, sums = journey.statistics_home(known, sums)
+    result = []
+    for piece, span in zip(pieces, spans, strict=True):
+        own = slice(span.stack_start, span.stack_start + span.count)
+        own_factors = None
+        if rule is not None:
+            own_factors = known[1][own]
+            piece.block.new_moments.append(known[0][own])
+        result.append((own_factors, sums[own]))
+    return result
 
 
 def _neuron_squares(launch: Launcher, v, pieces: Sequence[Piece], spans: Sequence[Span]):
@@ -274,6 +392,8 @@ def _finish_piece(
 ) -> None:
     leaf, rule = block.leaf, recipe.neuron_norm
     first = leaf.delta is None
+    factors = leaf.rates if factors is None else factors
+    sums = leaf.rates if sums is None else sums
     (leaf.delta,) = launch(
         launches.finish(
             block.geometry,

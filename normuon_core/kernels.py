@@ -92,30 +92,52 @@ def squares(
     MATRICES_A_RATE: tl.constexpr,
     RULE: tl.constexpr,
     NESTEROV: tl.constexpr,
-    TILES_A_PART: tl.constexpr,
-    PARTS: tl.constexpr,
+    SHORT_PARTS: tl.constexpr,
+    SHORT_CELL: tl.constexpr,
+    SHORT_CUTS: tl.constexpr,
+    LONG_PARTS: tl.constexpr,
+    LONG_CELL: tl.constexpr,
+    LONG_CUTS: tl.constexpr,
 ):
-    """partials[matrix, part] = the sum of u^2 over one part of the matrix.
+    """partials[matrix, i, j] = the sum of u^2 over one rectangular part of the matrix.
 
-    g, m: a weight's gradient and momentum. partials: (matrices of the launch, PARTS) float32.
+    A side is divided into equal cells, each of them into CUTS parts, the last one of which may be short.
+    g, m: a weight's gradient and momentum. partials: (matrices of the launch, SHORT_PARTS, LONG_PARTS)
+    float32.
     """
-    matrix = tl.program_id(0) // PARTS
-    part = tl.program_id(0) % PARTS
+    matrix = tl.program_id(0) // (SHORT_PARTS * LONG_PARTS)
+    part = tl.program_id(0) % (SHORT_PARTS * LONG_PARTS)
     rates += _RATES * ((leaf_start + matrix) // MATRICES_A_RATE)
     start = (leaf_start + matrix).to(tl.int64) * BATCH_STRIDE + OFFSET
+    short_start, short_stop = _part(part // LONG_PARTS, SHORT_CELL, SHORT_CUTS)
+    long_start, long_stop = _part(part % LONG_PARTS, LONG_CELL, LONG_CUTS)
+    down: tl.constexpr = ((SHORT_CELL + SHORT_CUTS - 1) // SHORT_CUTS + _SIDE - 1) // _SIDE
+    across: tl.constexpr = ((LONG_CELL + LONG_CUTS - 1) // LONG_CUTS + _SIDE - 1) // _SIDE
     total = tl.zeros((_SIDE, _SIDE), tl.float32)
-    for offset in range(TILES_A_PART):
-        i, j, inside = _tile(part * TILES_A_PART + offset, SHORT, LONG)
-        place = start + i.to(tl.int64) * SHORT_STRIDE + j.to(tl.int64) * LONG_STRIDE
-        gradient = tl.load(g + place, mask=inside, other=0.0).to(tl.float32)
-        if RULE == "none":
-            momentum = gradient
-        else:
-            momentum = tl.load(m + place, mask=inside, other=0.0).to(tl.float32)
-        u, _ = _direction(gradient, momentum, rates, RULE, NESTEROV)
-        total += u * u
+    for row in range(down):
+        for column in range(across):
+            i = short_start + row * _SIDE + tl.arange(0, _SIDE)[:, None]
+            j = long_start + column * _SIDE + tl.arange(0, _SIDE)[None, :]
+            inside = (i < short_stop) & (j < long_stop)
+            place = start + i.to(tl.int64) * SHORT_STRIDE + j.to(tl.int64) * LONG_STRIDE
+            gradient = tl.load(g + place, mask=inside, other=0.0).to(tl.float32)
+            if RULE == "none":
+                momentum = gradient
+            else:
+                momentum = tl.load(m + place, mask=inside, other=0.0).to(tl.float32)
+            u, _ = _direction(gradient, momentum, rates, RULE, NESTEROV)
+            total += u * u
     sum_of_part = tl.sum(tl.sum(total, axis=1), axis=0)
-    tl.store(partials + matrix * PARTS + part, sum_of_part)
+    tl.store(partials + matrix * (SHORT_PARTS * LONG_PARTS) + part, sum_of_part)
+
+
+@triton.jit
+def _part(index, CELL: tl.constexpr, CUTS: tl.constexpr):
+    """(first index, one after the last) of one part of a side."""
+    width: tl.constexpr = (CELL + CUTS - 1) // CUTS
+    cell = index // CUTS
+    start = cell * CELL + (index % CUTS) * width
+    return start, tl.minimum(start + width, (cell + 1) * CELL)
 
 
 @triton.jit(do_not_specialize=["leaf_start", "stack_start"])
@@ -149,7 +171,8 @@ def feed(
 ):
     """m <- the new momentum; x = u / (norm_scale |u| + eps), times x_scale, rounded once.
 
-    g, m, m_out: a weight's. partials: from `squares`. x: the stack, in the compute dtype.
+    g, m, m_out: a weight's. partials: from `squares`, (matrices of the launch, PARTS), of all devices
+    that have a part of the matrix. x: the stack, in the compute dtype.
     """
     matrix = tl.program_id(0) // TILES
     rates += _RATES * ((leaf_start + matrix) // MATRICES_A_RATE)
@@ -499,6 +522,7 @@ def finish(
     OFFSET: tl.constexpr,
     MATRICES_A_RATE: tl.constexpr,
     NEURONS_ON_SHORT: tl.constexpr,
+    INPUTS: tl.constexpr,
     NORMALIZE: tl.constexpr,
     RESCALE: tl.constexpr,
     RMS: tl.constexpr,
@@ -527,14 +551,13 @@ def finish(
     ratio = rate * 0.0 + 1.0
     norm = ratio
     if NORMALIZE or RMS:
-        inputs: tl.constexpr = LONG if NEURONS_ON_SHORT else SHORT
         block = tl.arange(0, BLOCKS_PADDED)
         sums += matrix * (BLOCKS * 2) + block * 2
         sum_q = tl.sum(tl.load(sums, mask=block < BLOCKS, other=0.0), axis=0)
-        norm = tl.math.sqrt_rn(inputs * sum_q)
+        norm = tl.math.sqrt_rn(INPUTS * sum_q)
     if NORMALIZE:
         sum_scaled = tl.sum(tl.load(sums + 1, mask=block < BLOCKS, other=0.0), axis=0)
-        scaled = tl.math.sqrt_rn(inputs * sum_scaled)
+        scaled = tl.math.sqrt_rn(INPUTS * sum_scaled)
         if RESCALE == "max":
             ratio = tl.math.div_rn(norm, tl.where(scaled < rescale_eps, rescale_eps, scaled))
         elif RESCALE == "add":

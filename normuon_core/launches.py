@@ -20,6 +20,10 @@ from normuon_core.shape_rules import ShapeRule
 MOST_PARTS = 1024
 """Partial sums of a matrix's norm: few enough for every program of `feed` to add them up itself."""
 
+_LEAST_CELLS = 8
+"""Equal cells that a side is divided into for these sums, if it can be: over so many devices a small
+matrix may be divided as well, without another order of the sum."""
+
 _NEURON_TILE = {True: (8, 1024), False: (128, 64)}
 """Neurons and inputs that a program of `neuron_squares` takes, by NEURONS_ON_SHORT."""
 
@@ -73,7 +77,9 @@ class Geometry:
     """Where a weight, or one output block of it, holds its matrices.
 
     Attributes:
-      short, long: the two sides; rows are the shorter one on a tie.
+      short, long: the two sides; rows are the shorter one on a tie. On a mesh those of one device's
+        part, in which the side that is shorter in the whole matrix may be the longer one.
+      whole: (short, long) of the whole matrix.
       strides: elements from one matrix, one index of the short side and one of the long side to the
         next.
       offset: elements from the weight's first to the block's first.
@@ -83,6 +89,7 @@ class Geometry:
 
     short: int
     long: int
+    whole: tuple[int, int]
     strides: tuple[int, int, int]
     offset: int
     neurons_on_short: bool
@@ -94,13 +101,32 @@ class Geometry:
 
     @property
     def neurons(self) -> int:
-        """How many neurons have a second moment."""
+        """How many neurons have a second moment, of those that are here."""
         return self.short if self.neurons_on_short else self.long
 
     @property
     def inputs(self) -> int:
-        """Over how many entries a neuron's mean runs."""
-        return self.long if self.neurons_on_short else self.short
+        """Over how many entries a neuron's mean runs, in the whole matrix."""
+        return self.whole[1] if self.neurons_on_short else self.whole[0]
+
+    @property
+    def whole_neurons(self) -> int:
+        """How many neurons of the whole matrix have a second moment."""
+        return self.whole[0] if self.neurons_on_short else self.whole[1]
+
+    @property
+    def as_whole(self) -> "Geometry":
+        """Of a stack of whole matrices, short side first."""
+        short, long = self.whole
+        return Geometry(
+            short,
+            long,
+            self.whole,
+            (short * padded(long), padded(long), 1),
+            0,
+            self.neurons_on_short,
+            _ALL,
+        )
 
     @property
     def tiles(self) -> int:
@@ -122,26 +148,36 @@ class Geometry:
 
 
 def block_geometries(
-    view: MatrixView, strides: tuple[int, int, int], *, axis: NeuronAxis = "output", rates: int = 1
+    view: MatrixView,
+    strides: tuple[int, int, int],
+    *,
+    whole: MatrixView | None = None,
+    axis: NeuronAxis = "output",
+    rates: int = 1,
 ) -> list[Geometry]:
     """One geometry for each output block of a weight.
 
     Args:
+      view: of the array that is here. whole: of the weight that it is a part of, or None for itself.
       strides: of batch, rows and columns, in elements. axis: whose neurons have a second moment.
         rates: how many equal runs of the batch have a row of rates of their own.
     """
     batch_stride, row_stride, column_stride = strides
+    whole = whole or view
     result, start = [], 0
-    for size in view.output_sizes:
+    for size, whole_size in zip(view.output_sizes, whole.output_sizes, strict=True):
         batch, rows, columns = view.block_stack_shape(size)
-        tall = rows > columns
+        _, all_rows, all_columns = whole.block_stack_shape(whole_size)
+        tall = all_rows > all_columns
+        on_rows = neurons_on_rows(axis, all_rows, all_columns, view.output_is_rows)
         sides = (column_stride, row_stride) if tall else (row_stride, column_stride)
         geometry = Geometry(
-            short=min(rows, columns),
-            long=max(rows, columns),
+            short=columns if tall else rows,
+            long=rows if tall else columns,
+            whole=(min(all_rows, all_columns), max(all_rows, all_columns)),
             strides=(batch_stride, *sides),
             offset=start * (row_stride if view.output_is_rows else column_stride),
-            neurons_on_short=_neurons_on_rows(axis, rows, columns, view.output_is_rows) != tall,
+            neurons_on_short=on_rows != tall,
             matrices_a_rate=batch // rates if rates > 1 else _ALL,
         )
         result.append(geometry)
@@ -149,7 +185,8 @@ def block_geometries(
     return result
 
 
-def _neurons_on_rows(axis: NeuronAxis, rows: int, columns: int, output_is_rows: bool) -> bool:
+def neurons_on_rows(axis: NeuronAxis, rows: int, columns: int, output_is_rows: bool) -> bool:
+    """Whether the neurons that have a second moment are the rows of a whole (rows, columns) matrix."""
     if axis == "longer" and rows != columns:
         return rows > columns
     return output_is_rows != (axis == "input")
@@ -157,7 +194,8 @@ def _neurons_on_rows(axis: NeuronAxis, rows: int, columns: int, output_is_rows: 
 
 def bytes_a_matrix(geometry: Geometry, dtype: str) -> int:
     """Temporary memory of one matrix in a stack at its peak: X twice, and five times a Gram matrix."""
-    entries = 2 * geometry.short * geometry.pitch + 5 * geometry.short * padded(geometry.short)
+    short, long = geometry.whole
+    entries = 2 * short * padded(long) + 5 * short * padded(short)
     return entries * (4 if dtype == "float32" else 2)
 
 
@@ -178,26 +216,71 @@ def _power_of_two(count: int) -> int:
     return 2 ** math.ceil(math.log2(count))
 
 
-def _parts(geometry: Geometry) -> tuple[int, int]:
-    """(tiles a part, parts) of a matrix's norm."""
-    tiles_a_part = math.ceil(geometry.tiles / MOST_PARTS)
-    return tiles_a_part, math.ceil(geometry.tiles / tiles_a_part)
+class SideParts(NamedTuple):
+    """How one side is divided for partial sums: into cells of equal size, each into `cuts` parts."""
+
+    cells: int
+    cell: int
+    cuts: int
+
+    @property
+    def parts(self) -> int:
+        return self.cells * self.cuts
+
+
+def norm_parts(geometry: Geometry) -> tuple[SideParts, SideParts]:
+    """How the matrix's short and long side are divided for its norm, as far as they are here.
+
+    The order of a sum decides its last bit. So the whole matrix's sides are halved as often as they can
+    be, down to a tile, and only what is odd is cut otherwise: a mesh whose axes are powers of two, of
+    `_LEAST_CELLS` at the most, cuts between cells, and its devices' partial sums are those that one
+    device would make.
+    """
+    sides = [_cells(size) for size in geometry.whole]
+    while sides[0].parts * sides[1].parts > MOST_PARTS:
+        more = 0 if sides[0].parts >= sides[1].parts else 1
+        sides[more] = _coarser(sides[more])
+    here = []
+    for side, whole, size in zip(
+        sides, geometry.whole, (geometry.short, geometry.long), strict=True
+    ):
+        cells, rest = divmod(side.cells * size, whole)
+        # Cut within a cell: other sums, and the same norm but for its last bit.
+        here.append(side._replace(cells=cells) if not rest else SideParts(1, size, side.cuts))
+    return here[0], here[1]
+
+
+def _cells(size: int) -> SideParts:
+    cells = 1
+    while (size > kernels.TILE * cells or cells < _LEAST_CELLS) and size % (2 * cells) == 0:
+        cells *= 2
+    return SideParts(cells, size // cells, math.ceil(size // cells / kernels.TILE))
+
+
+def _coarser(side: SideParts) -> SideParts:
+    if side.cuts > 1:
+        return side._replace(cuts=math.ceil(side.cuts / 2))
+    return SideParts(side.cells // 2, side.cell * 2, 1)
 
 
 @functools.lru_cache(maxsize=_CACHED)
 def squares(geometry: Geometry, count: int, rule: Momentum | None) -> Launch:
     """Inputs: g, m, rates, leaf start. For `count` matrices."""
-    tiles_a_part, parts = _parts(geometry)
+    short, long = norm_parts(geometry)
     return Launch(
         kernels.squares,
-        grid=count * parts,
+        grid=count * short.parts * long.parts,
         constants={
             **geometry.constants,
             **_momentum_constants(rule),
-            "TILES_A_PART": tiles_a_part,
-            "PARTS": parts,
+            "SHORT_PARTS": short.parts,
+            "SHORT_CELL": short.cell,
+            "SHORT_CUTS": short.cuts,
+            "LONG_PARTS": long.parts,
+            "LONG_CELL": long.cell,
+            "LONG_CUTS": long.cuts,
         },
-        outputs=[Output((count, parts), "float32")],
+        outputs=[Output((count, short.parts, long.parts), "float32")],
         num_warps=_TILE_WARPS,
     )
 
@@ -218,7 +301,9 @@ def feed(
 
     `first` into a stack of `stack` matrices, whose buffer is then not among the inputs.
     """
-    _, parts = _parts(geometry)
+    # Of all devices, each of which has as many.
+    ways = math.prod(geometry.whole) // (geometry.short * geometry.long)
+    parts = ways * math.prod(side.parts for side in norm_parts(geometry))
     return Launch(
         kernels.feed,
         grid=count * geometry.tiles,
@@ -310,7 +395,7 @@ def neuron_squares(geometry: Geometry, count: int) -> Launch:
 
 
 def _blocks(geometry: Geometry) -> int:
-    return math.ceil(geometry.neurons / _NEURONS_A_BLOCK)
+    return math.ceil(geometry.whole_neurons / _NEURONS_A_BLOCK)
 
 
 @functools.lru_cache(maxsize=_CACHED)
@@ -361,6 +446,7 @@ def finish(
             **geometry.constants,
             "PITCH": geometry.pitch,
             "NEURONS_ON_SHORT": geometry.neurons_on_short,
+            "INPUTS": geometry.inputs,
             "NORMALIZE": rule is not None,
             "RESCALE": None if rule is None else rule.rescale,
             "RMS": shape_scale == "rms",

@@ -7,7 +7,7 @@ updates are those of the chain of transformations that the kernels stand for.
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +15,32 @@ import numpy as np
 import optax
 
 from normuon_core.fused_step import Block, Leaf, Piece, form_of, polar_factors_of_pieces, step_stack
+from normuon_core.fused_step import iterate_stack as iterate_with
 from normuon_core.kernels import RATES
 from normuon_core.launches import Output, block_geometries, bytes_a_matrix
 from normuon_core.layout import MatrixLayout, MatrixView
 from normuon_core.polar_iteration import Algorithm
+from normuon_core.polynomials import Coefficients
 from normuon_core.recipes import Polar, Recipe
 from normuon_core.shape_rules import shape_factor
 from normuon_core.stacks import even_stacks
 from optax_normuon import launcher
+from optax_normuon.journey import Journey, Kind, kinds_of, place_kind, stay_as_shards
 from optax_normuon.layout import Views
 from optax_normuon.momentum import MomentumState
 from optax_normuon.multipliers import Multipliers
 from optax_normuon.paths import named_leaves
 from optax_normuon.precision import as_schedule
-from optax_normuon.stacking import DEFAULT_MAX_STACK_BYTES, as_leaf, as_stack
+from optax_normuon.sharding import run_on_mesh
+from optax_normuon.specs import Axes, Specs
+from optax_normuon.stacking import (
+    PlacedLeaf,
+    as_leaf,
+    as_stack,
+    place_leaf,
+    stack_ceiling,
+    state_axes,
+)
 from optax_normuon.weight_decay import WeightDecayState
 
 
@@ -48,23 +60,23 @@ class Weight(NamedTuple):
     Attributes:
       gradient, parameter, momentum: of the weight's shape.
       second_moments: one array for each output block, the weight's rank; empty without stage 3.
-      scales, decays: one array for each output block, one number for each matrix, float32.
+      scales, decays: one array for each output block, over the batch axes, float32.
     """
 
-    gradient: jax.Array
-    parameter: jax.Array
-    momentum: jax.Array
-    second_moments: tuple[jax.Array, ...]
-    scales: tuple[jax.Array, ...]
-    decays: tuple[jax.Array, ...]
+    gradient: Any
+    parameter: Any
+    momentum: Any
+    second_moments: tuple
+    scales: tuple
+    decays: tuple
 
 
 class Stepped(NamedTuple):
     """What a step makes of a `Weight`."""
 
-    delta: jax.Array
-    momentum: jax.Array
-    second_moments: tuple[jax.Array, ...]
+    delta: Any
+    momentum: Any
+    second_moments: tuple
 
 
 def polar_factors(
@@ -100,18 +112,43 @@ def polar_factors(
     return factors(stack)
 
 
+def iterate_stack(x, coefficients: Coefficients, form, dtype: str):
+    """The iteration alone, on a stack (count, rows, columns) that is normalised and scaled."""
+    rows, columns = x.shape[-2:]
+    tall = rows > columns
+    wide = x.mT if tall else x
+    view = MatrixLayout(reduction_axis=-1, output_axis=-2).on(wide.shape)
+    (geometry,) = block_geometries(view, _row_major(view))
+    v = iterate_with(
+        launcher.launch,
+        launcher.describe_device(),
+        jnp.pad(wide, [(0, 0), (0, 0), (0, geometry.pitch - geometry.long)]),
+        coefficients,
+        geometry=geometry,
+        count=len(wide),
+        form=form,
+        dtype=dtype,
+    )[..., : geometry.long]
+    return v.mT if tall else v
+
+
 def step_weights(
-    views: Sequence[MatrixView], weights: Sequence[Weight], rates, settings: KernelSettings
+    leaves: Sequence[PlacedLeaf],
+    weights: Sequence[Weight],
+    rates,
+    settings: KernelSettings,
+    specs: Specs | None = None,
 ) -> list[Stepped]:
     """All stages of all weights; under `vmap` of weights with one more batch axis.
 
     Args:
+      weights: on a mesh one device's parts of them.
       rates: (runs, `kernels.RATES`) float32; a weight's matrices are cut into as many equal runs.
     """
 
     @jax.custom_batching.custom_vmap
     def step(weights, rates):
-        return _step_weights(views, weights, rates.reshape(-1, RATES), settings)
+        return _step_weights(leaves, weights, rates.reshape(-1, RATES), settings, specs)
 
     @step.def_vmap
     def _(axis_size, in_batched, weights, rates):
@@ -120,8 +157,14 @@ def step_weights(
             (weights, rates),
             tuple(in_batched),
         )
-        wider = [_with_leading_batch(view, axis_size) for view in views]
-        result = step_weights(wider, weights, rates.reshape(-1, RATES), settings)
+        wider = [
+            leaf._replace(
+                view=_with_leading_batch(leaf.view, axis_size),
+                local=_with_leading_batch(leaf.local, axis_size),
+            )
+            for leaf in leaves
+        ]
+        result = step_weights(wider, weights, rates.reshape(-1, RATES), settings, specs)
         return result, jax.tree.map(lambda _: True, result)
 
     return step(list(weights), rates)
@@ -140,42 +183,69 @@ def _with_leading_batch(view: MatrixView, size: int) -> MatrixView:
     )
 
 
-def _step_weights(views, weights: Sequence[Weight], rates, settings: KernelSettings):
+def _step_weights(
+    leaves: Sequence[PlacedLeaf],
+    weights: Sequence[Weight],
+    rates,
+    settings: KernelSettings,
+    specs: Specs | None,
+):
     laid_out = [
-        _LaidOut(view, weight, rates, settings.recipe)
-        for view, weight in zip(views, weights, strict=True)
+        _LaidOut(leaf, weight, rates, settings.recipe)
+        for leaf, weight in zip(leaves, weights, strict=True)
     ]
-    stacks: dict[tuple[int, int], list[Block]] = defaultdict(list)
+    stacks: dict[Kind, list[Block]] = defaultdict(list)
     for weight in laid_out:
-        for block in weight.blocks:
-            stacks[block.geometry.short, block.geometry.long].append(block)
-    for blocks in stacks.values():
-        geometry = blocks[0].geometry
+        for kind, block in zip(
+            kinds_of(weight.placed, settings.recipe), weight.blocks, strict=True
+        ):
+            stacks[kind].append(block)
+    ceiling = stack_ceiling(settings.max_stack_bytes)
+    done: list[Leaf] = []
+    for kind, blocks in stacks.items():
+        geometry, sizes = blocks[0].geometry, [block.batch for block in blocks]
         _, dtype = form_of(
             geometry,
             settings.recipe.polar,
             compute_dtype=settings.compute_dtype,
             algorithm=settings.algorithm,
         )
-        ceiling = settings.max_stack_bytes or DEFAULT_MAX_STACK_BYTES
+        placement = place_kind(kind, sum(sizes), settings, specs)
         limit = max(1, ceiling // bytes_a_matrix(geometry, dtype))
-        for cuts in even_stacks([block.batch for block in blocks], limit):
+        for cuts in even_stacks(sizes, limit, owners=placement.owners):
+            count = sum(stop - start for _, start, stop in cuts)
+            journey = None
+            if specs is not None and kind.cut is not None and placement.strategy == "owners":
+                journey = Journey.of(kind.cut, placement, specs, geometry=geometry, count=count)
+            pieces = [Piece(blocks[index], start, stop - start) for index, start, stop in cuts]
+            if journey is not None:
+                _wait_for_the_last_but_one(pieces[0].block.leaf, done)
             step_stack(
                 launcher.launch,
                 launcher.describe_device(),
-                [Piece(blocks[index], start, stop - start) for index, start, stop in cuts],
+                pieces,
                 settings.recipe,
                 compute_dtype=settings.compute_dtype,
                 algorithm=settings.algorithm,
+                journey=journey,
             )
+            done.append(pieces[-1].block.leaf)
     return [weight.stepped() for weight in laid_out]
+
+
+def _wait_for_the_last_but_one(leaf: Leaf, done: Sequence[Leaf]) -> None:
+    """So that one stack travels while another is worked on, and no more are in memory."""
+    if len(done) > 1 and done[-2] is not leaf:
+        before = done[-2]
+        leaf.gradient, before.delta = jax.lax.optimization_barrier((leaf.gradient, before.delta))
 
 
 class _LaidOut:
     """A weight as the kernels take it, and the way back."""
 
-    def __init__(self, view: MatrixView, weight: Weight, rates, recipe: Recipe):
-        self.view, self.weight = view, weight
+    def __init__(self, placed: PlacedLeaf, weight: Weight, rates, recipe: Recipe):
+        view = placed.local
+        self.placed, self.view, self.weight = placed, view, weight
         # What no stride can reach is brought to a stack first.
         self.in_place = view.strides() is not None
         laid_out = view if self.in_place else view.stacked
@@ -195,6 +265,7 @@ class _LaidOut:
         geometries = block_geometries(
             laid_out,
             _row_major(laid_out),
+            whole=placed.view,
             axis="output" if rule is None else rule.axis,
             rates=len(rates),
         )
@@ -223,10 +294,14 @@ class _LaidOut:
             for x in (self.leaf.delta, self.leaf.momentum)
         )
         moments = tuple(
-            as_leaf(block.second_moment.reshape(as_stack(old, self.view).shape), self.view)
+            as_leaf(_moment_of(block).reshape(as_stack(old, self.view).shape), self.view)
             for block, old in zip(self.blocks, self.weight.second_moments, strict=False)
         )
         return Stepped(delta, momentum, moments)
+
+
+def _moment_of(block: Block):
+    return jnp.concatenate(block.new_moments) if block.new_moments else block.second_moment
 
 
 def with_kernels(
@@ -234,6 +309,7 @@ def with_kernels(
     settings: KernelSettings,
     *,
     views: Views,
+    specs: Specs | None,
     learning_rate: optax.ScalarOrSchedule,
     decay_rate: optax.Schedule,
     lr_factors: Multipliers,
@@ -255,23 +331,54 @@ def with_kernels(
         rates = [mu(momentum.count), count, beta2, decay_rate(decay.count), rate(scheduled.count)]
         rates = jnp.stack([jnp.asarray(value).astype(jnp.float32) for value in rates])
 
+        given = {path: leaf for path, _, leaf in named_leaves(updates)}
+        placed = {path: place_leaf(views[path], path, specs) for path in given}
+        left_out = stay_as_shards(placed, settings, specs)
+        if left_out:
+            rest = jax.tree_util.tree_map_with_path(
+                lambda path, leaf: leaf if path in left_out else None, updates
+            )
+            rest, rest_state = chain.update(rest, state, params)
+            (momentum, (polar, *norm)), _, _ = cast(Any, rest_state)
+            updates = jax.tree.map(
+                lambda made, leaf: leaf if made is None else made,
+                rest,
+                updates,
+                is_leaf=lambda leaf: leaf is None,
+            )
+            placed = {path: leaf for path, leaf in placed.items() if path not in left_out}
+
         parameters = {path: leaf for path, _, leaf in named_leaves(params)}
         momenta = {path: leaf for path, _, leaf in named_leaves(momentum.momentum)}
         moments = _blocks_by_path(norm, params)
-        given = {path: leaf for path, _, leaf in named_leaves(updates)}
         weights = [
             Weight(
-                gradient,
+                given[path],
                 parameters[path],
                 momenta[path],
                 moments.get(path, ()),
-                _scales(recipe, views[path], lr_factors.on(path)),
-                _decays(views[path], wd_factors.on(path)),
+                _scales(recipe, leaf.view, lr_factors.on(path)),
+                _decays(leaf.view, wd_factors.on(path)),
             )
-            for path, gradient in given.items()
+            for path, leaf in placed.items()
         ]
-        stepped = step_weights([views[path] for path in given], weights, rates[None], settings)
-        found = dict(zip(given, stepped, strict=True))
+        leaves = list(placed.values())
+
+        def step(weights, rates):
+            return step_weights(leaves, weights, rates, settings, specs)
+
+        if specs is None:
+            stepped = step(weights, rates[None])
+        else:
+            lying = [_lying(*each) for each in zip(leaves, weights, strict=True)]
+            stepped = run_on_mesh(
+                step,
+                specs,
+                (weights, rates[None]),
+                (lying, Axes(((), ()))),
+                [Stepped(own.parameter, own.momentum, own.second_moments) for own in lying],
+            )
+        found = dict(zip(placed, stepped, strict=True))
 
         updates = _replaced(updates, {path: each.delta for path, each in found.items()})
         momenta = {path: each.momentum for path, each in found.items()}
@@ -286,6 +393,15 @@ def with_kernels(
         return updates, ((kept, (polar, *norm)), decay, scheduled)
 
     return optax.GradientTransformation(chain.init, update)
+
+
+def _lying(leaf: PlacedLeaf, weight: Weight) -> Weight:
+    """How a weight's arrays lie on the mesh."""
+    own = leaf.axes
+    batch = Axes(own[axis] for axis in leaf.view.batch_axes)
+    moments = tuple(state_axes(moment.shape, leaf) for moment in weight.second_moments)
+    blocks = len(leaf.view.output_sizes)
+    return Weight(own, own, own, moments, (batch,) * blocks, (batch,) * blocks)
 
 
 def _blocks_by_path(norm, params) -> dict[Any, tuple]:
@@ -327,9 +443,9 @@ def _decays(view: MatrixView, wd_factor) -> tuple:
 
 
 def _each(value, view: MatrixView) -> jax.Array:
-    batch, _, _ = view.stack_shape
-    flat = np.reshape(value, -1) if isinstance(value, float | np.ndarray) else value.reshape(-1)
-    return jnp.broadcast_to(jnp.asarray(flat, jnp.float32), (batch,))
+    if np.ndim(value):
+        value = value.reshape([value.shape[axis] for axis in view.batch_axes])
+    return jnp.broadcast_to(jnp.asarray(value, jnp.float32), view.batch_shape)
 
 
 def _row_major(view: MatrixView) -> tuple[int, int, int]:

@@ -29,9 +29,12 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend='triton' {missing}; or use backend='auto'.")
 
 
-def takes_kernels(backend: Backend, dtypes: Iterable[Any]) -> bool:
+def takes_kernels(backend: Backend, dtypes: Iterable[Any], *, placed: bool = False) -> bool:
     """Whether the kernels run: asked for, or "auto" on a CUDA device with jax-triton, unless arrays may
     be spread over several.
+
+    Args:
+      placed: whether it is known how they are spread.
 
     Raises:
       ValueError: asked for in vain, on another device or for a dtype the kernels do not take.
@@ -45,7 +48,9 @@ def takes_kernels(backend: Backend, dtypes: Iterable[Any]) -> bool:
                 " backend='auto'."
             )
         return True
-    return backend == "auto" and not other and _missing() is None and not _is_partitioned()
+    if backend != "auto" or other or _missing() is not None:
+        return False
+    return placed or not _is_partitioned()
 
 
 def _is_partitioned() -> bool:

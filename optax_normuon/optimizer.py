@@ -166,6 +166,7 @@ def normuon(
                 max_stack_bytes,
             ),
             views=views,
+            specs=specs,
             learning_rate=learning_rate,
             decay_rate=decay_rate,
             lr_factors=lr_factors,
@@ -192,7 +193,7 @@ def normuon(
         wd_factors = resolve_multipliers(wd_mul, params, views, what="wd_mul")
         given = [dtype for dtype in (momentum_dtype, compute_dtype) if dtype is not None]
         by_kernels = orthogonalizer is None and takes_kernels(
-            backend, [*given, *_matrix_dtypes(views, *trees)]
+            backend, [*given, *_matrix_dtypes(views, *trees)], placed=specs is not None
         )
         return optax.partition(
             {

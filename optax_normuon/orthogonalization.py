@@ -147,9 +147,10 @@ def orthogonalization_stage(
         del stack
         return optax.EmptyState()
 
-    def form_for(shape: tuple[int, int], by_kernels: bool):
+    def form_for(rows: int, columns: int, by_kernels: bool):
         return choose_form(
-            *shape,
+            rows,
+            columns,
             steps,
             algorithm=algorithm,
             compute_dtype=name,
@@ -163,12 +164,13 @@ def orthogonalization_stage(
     def feed(stack):
         stays = stack.shards is not None and stack.shards.stay
         kernels = not stays and by_kernels(stack.values.dtype)
-        form, chosen = form_for(stack.sides, kernels)
+        rows, columns = stack.sides
+        form, chosen = form_for(rows, columns, kernels)
         if stays:
             form, chosen = "gram", dtype_on_shards(name)
         u = stack.values.astype(working_dtype(stack.values.dtype))
         squares = stack.sum_over(jnp.square(u), (-2, -1))
-        scale, _ = range_scales(*stack.sides, chosen)
+        scale, _ = range_scales(rows, columns, chosen)
         x = (_normalize(u, squares, norm_scale, eps, eps_rule) * scale).astype(chosen)
         return stack.with_values(x, fed=Fed(form, kernels))
 
@@ -187,7 +189,8 @@ def orthogonalization_stage(
         if fed.fed.by_kernels:
             from optax_normuon.kernel_step import iterate_stack
 
-            return fed.with_values(iterate_stack(x, coefficients, fed.fed.form, scales)), state
+            v = iterate_stack(x, coefficients, fed.fed.form, x.dtype.name)
+            return fed.with_values(v), state
         products = XlaProducts(rows <= columns)
         if shards is not None:
             x = shards.along_the_long_side(x)
@@ -206,7 +209,7 @@ def orthogonalization_stage(
 
     def place_group(spread):
         kernels = by_kernels(jnp.float32)
-        form, chosen = form_for((spread.rows, spread.columns), kernels)
+        form, chosen = form_for(spread.rows, spread.columns, kernels)
         may_stay = algorithm != "standard" and name != "bfloat16"
         return place(
             spread,

@@ -5,6 +5,7 @@ collective is written down once and none is left to the compiler's choice. A col
 mesh axes is a single one: a matrix reaches its owner in one hop.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from normuon_core.layout import MatrixView
 from normuon_core.placement import Placement, Spread
@@ -21,8 +23,7 @@ Factor = tuple[int, tuple[str, ...]]
 """A stretch of a side, outermost first: its size on one device, and the mesh axes that divide it."""
 
 
-@dataclass(frozen=True)
-class Cut:
+class Cut(NamedTuple):
     """How the matrices of a leaf are divided over a mesh.
 
     Attributes:
@@ -49,7 +50,7 @@ def _axes_of(side: Sequence[Factor]) -> tuple[str, ...]:
 
 def cut_of(view: MatrixView, axes: Axes, specs: Specs) -> Cut:
     """How a leaf's matrices are divided, where its axes are divided as `axes` says."""
-    axes = tuple(tuple(axis for axis in own if specs.mesh.shape[axis] > 1) for own in axes)
+    axes = Axes(tuple(axis for axis in own if specs.mesh.shape[axis] > 1) for own in axes)
     local = specs.local_shape(view.shape, axes)
 
     def side(of_side: tuple[int, ...]) -> tuple[Factor, ...]:
@@ -82,11 +83,15 @@ def movable_axes(view: MatrixView, axes: Axes, specs: Specs) -> Axes:
         if view.shape[axis] % specs.parts(moved[axis] + cutting) == 0:
             moved[axis] += cutting
             break
-    return tuple(moved)
+    return Axes(moved)
 
 
-def spread_of(cut: Cut, specs: Specs, *, count: int, rows: int, columns: int) -> Spread:
+def spread_of(
+    cut: Cut | None, specs: Specs | None, *, count: int, rows: int, columns: int
+) -> Spread:
     """What a group's placement is decided from; count: matrices on one device."""
+    if cut is None or specs is None:
+        return Spread(count, rows, columns)
     used = {*cut.row_axes, *cut.column_axes, *cut.batch}
     return Spread(
         count,
@@ -107,9 +112,7 @@ def run_on_mesh(function: Callable, specs: Specs, arguments, in_axes, out_axes):
     """
 
     def is_axes(node) -> bool:
-        return isinstance(node, tuple) and all(
-            isinstance(own, tuple) and all(isinstance(name, str) for name in own) for own in node
-        )
+        return isinstance(node, Axes)
 
     def as_specs(tree):
         return jax.tree.map(partition_spec, tree, is_leaf=is_axes)
@@ -133,7 +136,9 @@ def lie_as(x, axes: Axes, specs: Specs):
     own = jax.typeof(x).sharding
     if all(not entry for entry in spec) and (own.mesh.empty or all(not e for e in own.spec)):
         return x
-    return x if _padded(own.spec, x.ndim) == _padded(spec, x.ndim) else jax.reshard(x, spec)
+    if _padded(own.spec, x.ndim) == _padded(spec, x.ndim):
+        return x
+    return jax.reshard(x, NamedSharding(specs.mesh, spec))
 
 
 def _padded(spec, rank: int) -> tuple:
@@ -267,21 +272,60 @@ class Owners:
             order += [*map(used.index, axes), len(used) + 1 + place]
         return x.transpose(order).reshape(self.each, *self._whole(sides))
 
-    def hand_back(self, x, count: int, sides: Sides = Sides(), *, small: bool = False):  # noqa: B008
-        """The inverse of `share` and `collect`.
-
-        Args:
-          count: of the stack. small: one all-to-all over all axes, in place of a gathering by the
-            replicas after it, which would need less memory.
-        """
-        replicas = self.replicas if small else ()
-        axes = replicas + self.axes
-        if axes:
-            x = _exchange(self._parted(x, sides, replicas), axes)
+    def hand_back(self, x, count: int):
+        """The inverse of `share` and `collect`; count: of the stack."""
+        if self.axes:
+            x = _exchange(self._parted(x, Sides(), ()), self.axes)
             x = x.reshape(-1, *x.shape[2:])
-        if self.replicas and not small:
+        if self.replicas:
             x = _with_bits(lambda x: jax.lax.all_gather(x, self.replicas, axis=0, tiled=True), x)
         return x[:count]
+
+    def hand_back_statistics(self, arrays: Sequence[tuple[jax.Array, Sides]], count: int) -> list:
+        """As `hand_back` for arrays of one dtype that are small beside the matrices, all in one message.
+
+        Each is (each, rows or 1, columns or 1) with what sides it has. An all-to-all over the replicas
+        as well: their own gathering would take less memory, and a message more.
+        """
+        axes = self.replicas + self.axes
+        if not axes or not arrays:
+            return [x[:count] for x, _ in arrays]
+        parted = [self._parted(x, sides, self.replicas) for x, sides in arrays]
+        ends = list(itertools.accumulate(math.prod(x.shape[2:]) for x in parted))
+        flat = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in parted], axis=-1)
+        received = _exchange(flat, axes).reshape(-1, ends[-1])[:count]
+        return [
+            part.reshape(count, *x.shape[2:])
+            for part, x in zip(jnp.split(received, ends[:-1], axis=-1), parted, strict=True)
+        ]
+
+    def own_rows(self, x):
+        """Of (count, ...), which every device has whole, the rows of what this device owns."""
+        x = self.share(x)
+        if not self.axes:
+            return x
+        start = jax.lax.axis_index(self.axes) * self.each
+        return jax.lax.dynamic_slice_in_dim(x, start, self.each)
+
+    def gather_parts(self, x):
+        """(count, rows, columns) of one device's part: all devices' parts as (count, rows, columns).
+
+        In the order in which they make up a whole matrix, where a mesh axis divides a side in one piece.
+        """
+        if not self.axes:
+            return x
+        count, rows, columns = x.shape
+        x = jax.lax.all_gather(x, self.axes).reshape(*self._shape(self.axes), *x.shape)
+        place = {axis: index for index, axis in enumerate(self.axes)}
+        first = len(self.axes)
+        row_axes = [place[axis] for axis in self.cut.row_axes]
+        column_axes = [place[axis] for axis in self.cut.column_axes]
+        x = x.transpose(first, *row_axes, first + 1, *column_axes, first + 2)
+        return x.reshape(
+            count,
+            rows * self._parts(self.cut.row_axes),
+            columns * self._parts(self.cut.column_axes),
+        )
 
     def _parted(self, x, sides: Sides, replicas: tuple[str, ...]):
         """Whole matrices as (destinations, each, rows of a part, columns of a part)."""

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from optax_normuon.paths import KeyPath, broadcast_prefix, named_leaves
@@ -17,8 +18,14 @@ SpecTree = Any
 """A PartitionSpec (or NamedSharding, or None for a replicated leaf), a tree or prefix tree of them, or a
 callable from the parameters to one."""
 
-Axes = tuple[tuple[str, ...], ...]
-"""For every axis of an array the mesh axes that it is divided over, major to minor."""
+
+class Axes(tuple[tuple[str, ...], ...]):
+    """For every axis of an array the mesh axes that it is divided over, major to minor.
+
+    A class of its own, so that it is a leaf among trees of tuples.
+    """
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ def resolve_specs(param_specs: SpecTree | Specs, tree) -> Specs | None:
 
 def statistic_axes(shape: tuple[int, ...], leaf_shape: tuple[int, ...], axes: Axes) -> Axes:
     """How a statistic of a leaf lies: as the leaf does, without the axes that it reduces or cuts."""
-    return tuple(
+    return Axes(
         own if size == whole and size > 1 else ()
         for size, whole, own in zip(shape, leaf_shape, axes, strict=True)
     )
@@ -99,20 +106,19 @@ def zeros_beside(leaf, shape: tuple[int, ...], dtype, axes: Axes | None, specs: 
     if specs is None or axes is None or not isinstance(leaf, jax.Array):
         return jnp.zeros(shape, dtype)
     spec = partition_spec(axes)
-    if not isinstance(leaf, jax.core.Tracer):
-        on_mesh = isinstance(leaf.sharding, NamedSharding)
-        return jnp.zeros(
-            shape, dtype, device=NamedSharding(leaf.sharding.mesh, spec) if on_mesh else None
-        )
-    sharding = NamedSharding(specs.mesh, partition_spec(explicit_part(axes, specs)))
-    zeros = jnp.zeros(shape, dtype, out_sharding=sharding)
-    return jax.lax.with_sharding_constraint(zeros, NamedSharding(specs.mesh, spec))
+    if isinstance(leaf, Tracer):
+        sharding = NamedSharding(specs.mesh, partition_spec(explicit_part(axes, specs)))
+        zeros = jnp.zeros(shape, dtype, out_sharding=sharding)
+        return jax.lax.with_sharding_constraint(zeros, NamedSharding(specs.mesh, spec))
+    if not isinstance(leaf.sharding, NamedSharding):
+        return jnp.zeros(shape, dtype)
+    return jnp.zeros(shape, dtype, device=NamedSharding(leaf.sharding.mesh, spec))
 
 
 def explicit_part(axes: Axes, specs: Specs) -> Axes:
     """The mesh axes among them that are in explicit mode: those that an array's type shows."""
     explicit = _axes_in(specs.mesh, AxisType.Explicit)
-    return tuple(tuple(name for name in own if name in explicit) for own in axes)
+    return Axes(tuple(name for name in own if name in explicit) for own in axes)
 
 
 def state_specs(tx: optax.GradientTransformation, params, specs: SpecTree):
@@ -251,7 +257,7 @@ def _checked(name: str, shape, given, own: NamedSharding | None, mesh: AbstractM
 
     of_type = () if own is None or own.mesh.empty else own.spec
     explicit = set(_axes_in(mesh, AxisType.Explicit))
-    typed = tuple(
+    typed = Axes(
         tuple(axis for axis in axes if axis in explicit) for axes in _as_axes(of_type, len(shape))
     )
     if given is None:
@@ -274,12 +280,12 @@ def _checked(name: str, shape, given, own: NamedSharding | None, mesh: AbstractM
                 " divided it over already; call the optimizer outside of it, or leave the axis out"
                 " if the parts are matrices of their own.",
             )
-    given_explicit = tuple(tuple(a for a in own_axes if a in explicit) for own_axes in axes)
+    given_explicit = Axes(tuple(a for a in own_axes if a in explicit) for own_axes in axes)
     if own is not None and not own.mesh.empty and given_explicit != typed:
         refuse(spec, f"the array's own is {own.spec}; leave param_specs out, or give that.")
     sizes = [math.prod(mesh.shape[axis] for axis in own_axes) for own_axes in axes]
     # JAX keeps no array that its axes do not divide evenly, whatever was asked for.
-    return tuple(
+    return Axes(
         own_axes if size % parts == 0 else ()
         for size, parts, own_axes in zip(shape, sizes, axes, strict=True)
     )
@@ -287,7 +293,7 @@ def _checked(name: str, shape, given, own: NamedSharding | None, mesh: AbstractM
 
 def _as_axes(spec, rank: int) -> Axes:
     entries = [*spec, *[None] * (rank - len(spec))]
-    return tuple(
+    return Axes(
         () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
         for entry in entries
     )

@@ -74,7 +74,8 @@ class MatrixStack:
         """(rows, columns) of a whole matrix."""
         if self.shards is not None:
             return self.shards.rows, self.shards.columns
-        return self.values.shape[-2:]
+        _, rows, columns = self.values.shape
+        return rows, columns
 
     def sum_over(self, x, sides: tuple[int, ...]):
         """The sum of x, (..., rows or 1, columns or 1), over sides of the whole matrices; they become 1.
@@ -165,13 +166,14 @@ class PlacedLeaf(NamedTuple):
 
     Attributes:
       view: of the whole leaf. local: of one device's part, its blocks not cut.
-      axes: how the part is cut out. cut: the same for its matrices, None without a mesh.
+      axes: how the part is cut out. cuts: the same for the matrices of each output block, None without
+        a mesh.
     """
 
     view: MatrixView
     local: MatrixView
-    axes: Axes = ()
-    cut: Cut | None = None
+    axes: Axes
+    cuts: tuple[Cut | None, ...]
 
 
 def on_matrices(
@@ -232,7 +234,7 @@ def on_matrices(
             blocks = []
             for states in block_states(view, leaf.dtype):
                 shape = statistic_leaf_shape(states[index].shape, view)
-                axes = None if specs is None else _state_axes(shape, place_leaf(view, path, specs))
+                axes = None if specs is None else state_axes(shape, place_leaf(view, path, specs))
                 blocks.append(zeros_beside(leaf, shape, states[index].dtype, axes, specs))
             return tuple(blocks) if view.is_split else blocks[0]
 
@@ -275,7 +277,7 @@ def on_matrices(
                 {i: leaf.axes for i, leaf in placed.items()},
                 [
                     {
-                        i: tuple(_state_axes(x.shape, placed[i]) for x in own)
+                        i: tuple(state_axes(x.shape, placed[i]) for x in own)
                         for i, own in each.items()
                     }
                     for each in states
@@ -307,10 +309,20 @@ def stack_ceiling(max_stack_bytes: int | None) -> int:
 def place_leaf(view: MatrixView, path, specs: Specs | None) -> PlacedLeaf:
     """Where a leaf's matrices are."""
     if specs is None:
-        return PlacedLeaf(view, view)
+        return PlacedLeaf(view, view, Axes(), (None,) * len(view.output_sizes))
     axes = movable_axes(view, specs.leaves[path], specs)
     local = replace(view, shape=specs.local_shape(view.shape, axes))
-    return PlacedLeaf(view, local, axes, cut_of(view, axes, specs))
+    cut = cut_of(view, axes, specs)
+    if view.is_split:
+        whole_sides = [((size, ()),) for size in view.output_sizes]
+        cuts = tuple(
+            cut._replace(rows=side) if view.output_is_rows else cut._replace(columns=side)
+            for side in whole_sides
+        )
+        return PlacedLeaf(view, local, axes, cuts)
+    _, rows, columns = local.stack_shape
+    local = replace(local, output_sizes=(rows if view.output_is_rows else columns,))
+    return PlacedLeaf(view, local, axes, (cut,))
 
 
 def place_groups(
@@ -327,16 +339,16 @@ def place_groups(
         batch, _, _ = leaf.local.stack_shape
         for block, size in enumerate(leaf.view.output_sizes):
             _, rows, columns = leaf.view.block_stack_shape(size)
-            group = Group(rows, columns, leaf.view.output_stack_axis, dtypes[index], leaf.cut)
+            group = Group(
+                rows, columns, leaf.view.output_stack_axis, dtypes[index], leaf.cuts[block]
+            )
             members[group].append(Piece(index, block, 0, batch))
     result = []
     for group, pieces in members.items():
         sizes = [piece.stop for piece in pieces]
-        spread = Spread(sum(sizes), group.rows, group.columns)
-        if specs is not None and group.cut is not None:
-            spread = spread_of(
-                group.cut, specs, count=sum(sizes), rows=group.rows, columns=group.columns
-            )
+        spread = spread_of(
+            group.cut, specs, count=sum(sizes), rows=group.rows, columns=group.columns
+        )
         placement = inner.place(spread)
         entries = group.rows * group.columns
         if placement.strategy == "shards":
@@ -415,12 +427,10 @@ def _step_stack(
     ]
     whole = replace(fed, values=owners.collect(fed.values), shards=None)
     output, state = inner.update(whole, structure.unflatten(moved))
+    new_states = list(zip(jax.tree.leaves(state), sides, strict=True))
     return [
         owners.hand_back(output.values, count),
-        *(
-            owners.hand_back(each, count, which, small=True)
-            for each, which in zip(jax.tree.leaves(state), sides, strict=True)
-        ),
+        *owners.hand_back_statistics(new_states, count),
     ]
 
 
@@ -465,11 +475,11 @@ def _blocks_of(kept, view: MatrixView) -> tuple:
     return kept if view.is_split else (kept,)
 
 
-def _state_axes(shape: tuple[int, ...], leaf: PlacedLeaf) -> Axes:
+def state_axes(shape: tuple[int, ...], leaf: PlacedLeaf) -> Axes:
     """How an array of the state lies; the blocks of a fused projection are not cut."""
     view = leaf.view
     outputs = view.row_axes if view.output_is_rows else view.column_axes
-    axes = tuple(
+    axes = Axes(
         () if view.is_split and axis in outputs else own for axis, own in enumerate(leaf.axes)
     )
     return statistic_axes(shape, view.shape, axes)
