@@ -3,6 +3,10 @@
 `python -m examples.train_gpt` takes about two minutes on two CPU cores. On a GPU try
 `--width 512 --depth 8 --heads 8 --context 512 --batch 64 --steps 2000 --dtype bfloat16`, with `--tune`
 first: the best learning rates change with model, batch and steps.
+
+`JAX_NUM_CPU_DEVICES=4 python -m examples.train_gpt --mesh fsdp=2,tensor=2` divides model and batch among
+four devices. One run may have many processes, one a GPU or one a host: each is started with `--mesh` and
+its own `--process`.
 """
 
 from collections.abc import Sequence
@@ -12,13 +16,16 @@ from typing import Annotated
 
 import jax
 import typer
+from jax.sharding import Mesh
 from rich.console import Console
 
 from examples.comparison import difference_table, grid_table, result_table
 from examples.corpus import Corpus, load_corpus, unigram_entropy
 from examples.curves import draw, write_csv
 from examples.gpt import GPTConfig, parameter_count
+from examples.mesh import batch_parts, read_mesh
 from examples.optimizers import OPTIMIZERS
+from examples.processes import is_first, join
 from examples.training import Run, Settings, train
 from examples.tuning import Grid, tune
 
@@ -56,29 +63,52 @@ def main(
     output: Annotated[
         Path, typer.Option(help="Folder for the tables, the picture and the CSV file.")
     ] = HERE / "out",
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            help="Devices as name=size,...: fsdp divides parameters and batch, tensor the parameters,"
+            " data the batch; by default one device."
+        ),
+    ] = None,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(
+            envvar="JAX_COORDINATOR_ADDRESS",
+            help="host:port of process 0, for a run of many processes.",
+        ),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, envvar="JAX_NUM_PROCESSES", help="How many there are.")
+    ] = None,
+    process: Annotated[
+        int | None, typer.Option(min=0, envvar="JAX_PROCESS_ID", help="Which of them this one is.")
+    ] = None,
 ) -> None:
     """Train a small byte-level GPT with AdamW, Muon and NorMuon, and compare them."""
     names = _optimizer_names(optimizers)
     try:
+        join(coordinator, processes, process)
         model = GPTConfig(width, depth, heads, context, dtype.value)
         data = load_corpus(corpus)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     settings = Settings(model, batch, steps)
-    console = Console(record=True)
+    devices = _mesh(mesh, batch)
+    console = Console(record=True, quiet=not is_first())
     console.width = max(console.width, COLUMNS)
-    _print_heading(console, data, settings)
+    _print_heading(console, data, settings, devices)
 
-    grid = _grid(console, data, settings, path=rates, retune=retune)
+    grid = _grid(console, data, settings, devices, path=rates, retune=retune)
     runs = [
-        train(data, settings, optimizer=name, rates=grid.best(name), seed=seed)
+        train(data, settings, optimizer=name, rates=grid.best(name), seed=seed, mesh=devices)
         for seed in range(seeds)
         for name in names
     ]
     console.print(result_table(runs))
     if len(names) > 1:
         console.print(difference_table(runs))
-    _write(output, console, data, runs)
+    if is_first():
+        _write(output, console, data, runs)
 
 
 def _optimizer_names(text: str) -> list[str]:
@@ -89,7 +119,26 @@ def _optimizer_names(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _print_heading(console: Console, corpus: Corpus, settings: Settings) -> None:
+def _mesh(text: str | None, batch: int) -> Mesh | None:
+    if text is None:
+        if jax.process_count() > 1:
+            raise typer.BadParameter(
+                "--mesh is missing: many processes need one to share the work."
+            )
+        return None
+    try:
+        mesh = read_mesh(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"--mesh: {error}") from error
+    if batch % batch_parts(mesh):
+        raise typer.BadParameter(
+            f"--batch: {batch} windows cannot be divided over {text}: give a multiple of"
+            f" {batch_parts(mesh)}."
+        )
+    return mesh
+
+
+def _print_heading(console: Console, corpus: Corpus, settings: Settings, mesh: Mesh | None) -> None:
     model = settings.model
     count = parameter_count(model)
     console.print(
@@ -101,16 +150,29 @@ def _print_heading(console: Console, corpus: Corpus, settings: Settings) -> None
         f"GPT with {count:,} parameters: width {model.width}, depth {model.depth},"
         f" {model.heads} heads, context {model.context}, {model.dtype};"
         f" {settings.steps} steps of {settings.batch} x {model.context} bytes"
-        f" on {jax.devices()[0].device_kind}"
+        f" on {jax.devices()[0].device_kind}{'' if mesh is None else f', {_described(mesh)}'}"
     )
 
 
+def _described(mesh: Mesh) -> str:
+    sizes = ",".join(f"{name}={size}" for name, size in mesh.shape.items())
+    count = jax.process_count()
+    return f"{mesh.size} devices {sizes}" + (f" of {count} processes" if count > 1 else "")
+
+
 def _grid(
-    console: Console, corpus: Corpus, settings: Settings, *, path: Path, retune: bool
+    console: Console,
+    corpus: Corpus,
+    settings: Settings,
+    mesh: Mesh | None,
+    *,
+    path: Path,
+    retune: bool,
 ) -> Grid:
     if retune:
-        grid = tune(corpus, settings)
-        grid.write(path)
+        grid = tune(corpus, settings, mesh=mesh)
+        if is_first():
+            grid.write(path)
         console.print(grid_table(grid))
         return grid
     if not path.exists():

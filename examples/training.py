@@ -7,13 +7,17 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from examples.corpus import Corpus
 from examples.gpt import GPT, GPTConfig
+from examples.mesh import place_batch, place_parameters
 from examples.optimizers import Rates, clipped
+from examples.processes import is_first
 
 EVALUATIONS = 12  # a run, besides the one before the first step
 VALIDATION_BATCHES = 24  # the same ones for every run
@@ -71,26 +75,54 @@ def _train_step(model: GPT, optimizer: nnx.Optimizer, windows: jax.Array) -> jax
 _validation_step = nnx.jit(next_byte_loss)
 
 
-def train(corpus: Corpus, settings: Settings, *, optimizer: str, rates: Rates, seed: int) -> Run:
-    """Trains one model; the seed alone, not the optimizer, decides its first weights and batches."""
+def begin(
+    settings: Settings, optimizer: str, rates: Rates, seed: int, mesh: Mesh | None
+) -> tuple[GPT, nnx.Optimizer]:
+    """The model and its optimizer before the first step."""
+    tx = clipped(optimizer, rates, settings.steps, mesh)
+
+    def both() -> tuple[GPT, nnx.Optimizer]:
+        model = GPT(settings.model, rngs=nnx.Rngs(seed))
+        if mesh is not None:
+            place_parameters(model, mesh)
+        return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    return both() if mesh is None else nnx.jit(both)()
+
+
+def train(
+    corpus: Corpus,
+    settings: Settings,
+    *,
+    optimizer: str,
+    rates: Rates,
+    seed: int,
+    mesh: Mesh | None = None,
+) -> Run:
+    """Trains one model; the seed alone, not the optimizer, decides its first weights and batches.
+
+    Args:
+      mesh: where; None is JAX's default device.
+    """
     start = time.perf_counter()
     batch, steps, context = settings.batch, settings.steps, settings.model.context
-    model = GPT(settings.model, rngs=nnx.Rngs(seed))
-    update = nnx.Optimizer(model, clipped(optimizer, rates, steps), wrt=nnx.Param)
+    model, update = begin(settings, optimizer, rates, seed, mesh)
     batches = corpus.train_batches(seed=seed, steps=steps, batch=batch, context=context)
     held_out = corpus.validation_windows(count=VALIDATION_BATCHES * batch, context=context)
-    held_out = jnp.asarray(held_out.reshape(VALIDATION_BATCHES, batch, context + 1))
+    held_out = [place_batch(windows, mesh) for windows in np.split(held_out, VALIDATION_BATCHES)]
 
     def validation_loss() -> float:
         return statistics.fmean(float(_validation_step(model, windows)) for windows in held_out)
 
     evaluations, step_seconds = [Evaluation(0, None, validation_loss())], []
     stops = sorted({round(steps * part / EVALUATIONS) for part in range(EVALUATIONS + 1)})
-    with tqdm(total=steps, desc=f"{optimizer}, seed {seed}", unit="step") as bar:
+    with tqdm(
+        total=steps, desc=f"{optimizer}, seed {seed}", unit="step", disable=not is_first()
+    ) as bar:
         for stop, next_stop in itertools.pairwise(stops):
             begun, losses = time.perf_counter(), []
             for windows in itertools.islice(batches, next_stop - stop):
-                losses.append(_train_step(model, update, jnp.asarray(windows)))
+                losses.append(_train_step(model, update, place_batch(windows, mesh)))
                 bar.update()
             train_loss = float(jnp.stack(losses).mean())  # waits for the steps
             step_seconds.append((time.perf_counter() - begun) / len(losses))

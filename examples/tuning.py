@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from examples.corpus import Corpus
 from examples.optimizers import Rates
@@ -94,13 +95,13 @@ def search(loss: Callable[[float], float], grid: Sequence[float]) -> float:
     return min(losses, key=losses.__getitem__)
 
 
-def tune(corpus: Corpus, settings: Settings) -> Grid:
+def tune(corpus: Corpus, settings: Settings, *, mesh: Mesh | None = None) -> Grid:
     """Searches AdamW's rate first, then Muon's and NorMuon's together with the AdamW beside each."""
     points = []
 
     @functools.cache
     def loss(optimizer: str, rates: Rates) -> float:
-        run = train(corpus, settings, optimizer=optimizer, rates=rates, seed=SEED)
+        run = train(corpus, settings, optimizer=optimizer, rates=rates, seed=SEED, mesh=mesh)
         final = run.final_loss if math.isfinite(run.final_loss) else None
         points.append(GridPoint(optimizer, rates, final, round(run.seconds, 1)))
         return points[-1].rank

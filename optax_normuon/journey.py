@@ -147,8 +147,8 @@ class Journey:
 
     def statistics_to_owner(self, pieces: Sequence[tuple[Piece, Any]]):
         own = [x[piece.start : piece.start + piece.count] for piece, x in pieces]
-        x = self.owners.share(self._beside_reduced(jnp.concatenate(own)))
-        return self.owners.collect(x, self._sides).reshape(self.owned, -1)
+        x = self._beside_reduced(jnp.concatenate(own))
+        return self.owners.collect_statistic(x, self._sides).reshape(self.owned, -1)
 
     def statistics_home(self, statistics: Sequence[Any], sums):
         sent = [(self._beside_reduced(x), self._sides) for x in statistics]

@@ -299,6 +299,11 @@ class Owners:
             for part, x in zip(jnp.split(received, ends[:-1], axis=-1), parted, strict=True)
         ]
 
+    def collect_statistic(self, x, sides: Sides):
+        """`share` and `collect` of an array that is small beside the matrices."""
+        divided = _axes_of(self._factors(sides))
+        return self.collect(self.share(x), sides) if divided else self.own_rows(x)
+
     def own_rows(self, x):
         """Of (count, ...), which every device has whole, the rows of what this device owns."""
         x = self.share(x)

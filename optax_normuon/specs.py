@@ -57,13 +57,16 @@ def partition_spec(axes: Axes) -> PartitionSpec:
     return PartitionSpec(*(own[0] if len(own) == 1 else own or None for own in axes))
 
 
-def resolve_specs(param_specs: SpecTree | Specs, tree) -> Specs | None:
+def resolve_specs(
+    param_specs: SpecTree | Specs, tree, *, mesh: Mesh | AbstractMesh | None = None
+) -> Specs | None:
     """Where the leaves of `tree` are; None where nothing is divided, or the compiler is to decide.
 
     Without `param_specs` the arrays' types tell, on the mesh axes that are in explicit mode.
 
     Args:
       tree: parameters, or gradients: arrays or abstract arrays.
+      mesh: None is the one that is set, or the arrays' or specs' own.
 
     Raises:
       ValueError: a spec longer than its leaf's rank, a mesh axis that the mesh lacks, that is named
@@ -78,7 +81,7 @@ def resolve_specs(param_specs: SpecTree | Specs, tree) -> Specs | None:
         param_specs = param_specs(tree)
     given = _given(param_specs, tree)
     own = {path: _own_sharding(leaf) for path, _, leaf in leaves}
-    mesh = _common_mesh(leaves, given, own)
+    mesh = _common_mesh(leaves, given, own, mesh)
     if mesh.empty:
         _check_without_mesh(leaves, given)
         return None
@@ -105,14 +108,20 @@ def zeros_beside(leaf, shape: tuple[int, ...], dtype, axes: Axes | None, specs: 
     """Zeros that lie as `axes` says on the mesh of `leaf`; the default place without one."""
     if specs is None or axes is None or not isinstance(leaf, jax.Array):
         return jnp.zeros(shape, dtype)
-    spec = partition_spec(axes)
     if isinstance(leaf, Tracer):
         sharding = NamedSharding(specs.mesh, partition_spec(explicit_part(axes, specs)))
         zeros = jnp.zeros(shape, dtype, out_sharding=sharding)
-        return jax.lax.with_sharding_constraint(zeros, NamedSharding(specs.mesh, spec))
+        automatic = set(_axes_in(specs.mesh, AxisType.Auto))
+        rest = Axes(tuple(name for name in own if name in automatic) for own in axes)
+        if not any(rest):
+            return zeros
+        return jax.lax.with_sharding_constraint(
+            zeros, NamedSharding(specs.mesh, partition_spec(rest))
+        )
     if not isinstance(leaf.sharding, NamedSharding):
         return jnp.zeros(shape, dtype)
-    return jnp.zeros(shape, dtype, device=NamedSharding(leaf.sharding.mesh, spec))
+    sharding = NamedSharding(leaf.sharding.mesh, partition_spec(axes))
+    return jnp.zeros(shape, dtype, device=sharding)
 
 
 def explicit_part(axes: Axes, specs: Specs) -> Axes:
@@ -190,6 +199,16 @@ def _spec(given) -> PartitionSpec:
     return PartitionSpec() if given is None else given
 
 
+def own_shardings(tree):
+    """The NamedSharding of every array that has one, None for others: what `param_specs` takes."""
+
+    def own(leaf):
+        sharding = getattr(leaf, "sharding", None)
+        return sharding if isinstance(sharding, NamedSharding) else None
+
+    return jax.tree.map(own, tree)
+
+
 def _own_sharding(leaf) -> NamedSharding | None:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf.sharding if isinstance(leaf.sharding, NamedSharding) else None
@@ -198,19 +217,19 @@ def _own_sharding(leaf) -> NamedSharding | None:
     return jax.typeof(leaf).sharding
 
 
-def _common_mesh(leaves, given: Mapping, own: Mapping) -> AbstractMesh:
+def _common_mesh(leaves, given: Mapping, own: Mapping, mesh) -> AbstractMesh:
     """The mesh of the arrays, of the specs and of the context, which must be one."""
-    found: AbstractMesh = jax.sharding.get_abstract_mesh()
+    found = jax.sharding.get_abstract_mesh() if mesh is None else _abstract(mesh)
     for path, name, _ in leaves:
         for sharding in (own[path], given.get(path)):
             if not isinstance(sharding, NamedSharding):
                 continue
-            mesh = _abstract(sharding.mesh)
+            other = _abstract(sharding.mesh)
             if found.empty:
-                found = mesh
-            elif not mesh.empty and mesh.shape_tuple != found.shape_tuple:
+                found = other
+            elif not other.empty and other.shape_tuple != found.shape_tuple:
                 raise ValueError(
-                    f"{name}: spec {sharding.spec} is on the mesh {_sizes(mesh)}, but"
+                    f"{name}: spec {sharding.spec} is on the mesh {_sizes(other)}, but"
                     f" {_sizes(found)} is set, or is other leaves' mesh; put all arrays and specs on"
                     " one mesh, and set that one with jax.set_mesh."
                 )

@@ -422,8 +422,7 @@ def _step_stack(
     fed = inner.feed(MatrixStack(owners.share(values), output_axis, shards))
     sides = [Sides(rows=s.shape[1] > 1, columns=s.shape[2] > 1) for s in jax.tree.leaves(template)]
     moved = [
-        owners.collect(owners.share(state), which)
-        for state, which in zip(states, sides, strict=True)
+        owners.collect_statistic(state, which) for state, which in zip(states, sides, strict=True)
     ]
     whole = replace(fed, values=owners.collect(fed.values), shards=None)
     output, state = inner.update(whole, structure.unflatten(moved))

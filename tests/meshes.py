@@ -14,7 +14,7 @@ OPERATIONS = "all-to-all|all-reduce|all-gather|reduce-scatter|collective-permute
 
 
 def mesh_of(mode=AxisType.Explicit, **sizes):
-    """A mesh over the first devices, as in mesh_of(fsdp=4, tp=2)."""
+    """A mesh over the first devices; axes by name, as in `fsdp=4, tp=2`."""
     return jax.make_mesh(
         tuple(sizes.values()),
         tuple(sizes),
@@ -42,15 +42,6 @@ def step_of(tx):
         return optax.apply_updates(params, updates), state
 
     return step
-
-
-def train(tx, gradients, specs, mesh=None):
-    """(parameters, state) after a step for each tree of gradients, from draw(…, 0)'s own shapes."""
-    params = put(draw({n: x.shape for n, x in gradients[0].items()}), specs, mesh)
-    step, state = step_of(tx), tx.init(params)
-    for each in gradients:
-        params, state = step(put(each, specs, mesh), state, params)
-    return params, state
 
 
 def compiled_step(tx, shapes, specs, mesh):

@@ -45,7 +45,7 @@ def grid(monkeypatch):
     Beside 0.004 the best rate of the matrices would be 0.01; from 0.08 on a run diverges.
     """
 
-    def run(corpus, settings, *, optimizer, rates, seed):
+    def run(corpus, settings, *, optimizer, rates, seed, mesh):
         if optimizer == "adamw":
             loss = distance_from(0.004)(rates.learning_rate)
         else:

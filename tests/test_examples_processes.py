@@ -1,0 +1,111 @@
+"""The example as a run of several processes, which are started as on a cluster."""
+
+import asyncio
+import csv
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from examples.mesh import read_mesh
+from examples.processes import join
+
+ROOT = Path(__file__).parent.parent
+ARGUMENTS = {
+    "corpus": Path(asyncio.__file__).parent,
+    **dict(width=32, depth=1, heads=2, context=32, batch=8, steps=6, optimizers="normuon"),
+}
+MEASURED = 2.4e-6  # the largest difference of a loss below, in nats a byte
+TIMEOUT = 120
+
+
+def started(output, *arguments, **environment):
+    arguments = [*arguments, *(f"--{name}={value}" for name, value in ARGUMENTS.items())]
+    return subprocess.Popen(
+        [sys.executable, "-m", "examples.train_gpt", f"--output={output}", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finished(process):
+    printed, errors = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, errors
+    return printed, errors
+
+
+def losses(output):
+    with (output / "validation.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    return np.array(
+        [[float(line["train_loss"] or 0), float(line["validation_loss"])] for line in lines]
+    )
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_two_processes_have_the_losses_of_one_and_the_first_alone_speaks(tmp_path):
+    together = {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_NUM_CPU_DEVICES": "1",
+    }
+    outputs = [tmp_path / "first", tmp_path / "second"]
+    processes = [
+        *(
+            started(output, "--mesh", "fsdp=2", JAX_PROCESS_ID=str(i), **together)
+            for i, output in enumerate(outputs)
+        ),
+        started(tmp_path / "alone"),
+    ]
+    try:
+        (first, _), (second, errors), _ = [finished(process) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    alone, divided = losses(tmp_path / "alone"), losses(outputs[0])
+    np.testing.assert_allclose(divided, alone, rtol=0, atol=4 * MEASURED)
+    assert alone[-1, 1] < alone[0, 1] - 1.0
+    assert "2 processes" in " ".join(first.split())
+    assert all(line.startswith("[Gloo]") for line in second.splitlines())
+    assert "seed 0" not in errors
+    assert not outputs[1].exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("127.0.0.1:1", None, 0), "--processes missing"),
+        ((None, 2, None), "--coordinator and --process missing"),
+        (("127.0.0.1:1", 2, 2), "--process 2 is none of 0 to 1"),
+    ],
+)
+def test_half_of_what_a_process_must_know_is_an_error(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        join(*arguments)
+
+
+def test_without_arguments_a_process_stays_alone():
+    join(None, None, None)
+    assert not jax.distributed.is_initialized()
+
+
+def test_several_processes_share_all_their_devices(monkeypatch):
+    assert read_mesh("fsdp=4").size == 4
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(
+        ValueError, match="4 devices, but JAX has 8.*JAX_NUM_CPU_DEVICES=2 in every"
+    ):
+        read_mesh("fsdp=4")
