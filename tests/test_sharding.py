@@ -339,7 +339,9 @@ def test_state_specs_are_the_states_own():
     assert jax.tree.structure(specs) == jax.tree.structure(state)
     for leaf, spec in zip(jax.tree.leaves(state), jax.tree.leaves(specs), strict=True):
         # A counter is made on one device.
-        assert leaf.ndim == 0 or leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim)
+        assert leaf.ndim == 0 or leaf.sharding.is_equivalent_to(
+            NamedSharding(mesh, spec), leaf.ndim
+        )
     moment = optax.tree.get(specs, "second_moment")
     assert (moment["up"], moment["down"]) == (P(None, "tp"), P(None, "fsdp"))
     assert moment["qkv"] == (P(None, None),) * 3
