@@ -42,7 +42,7 @@ def _in_jax(make: Callable[[], optax.GradientTransformation]):
     def prepare(shapes: Sequence[Stack], on_gpu: bool, calls: int):
         del on_gpu
         tx = make()
-        key, sizes = jax.random.key(0), list(_sizes(shapes))
+        key, sizes = jax.random.key(0), list(matrix_sizes(shapes))
         params = {
             f"{i:03}": 0.02 * jax.random.normal(jax.random.fold_in(key, i), size)
             for i, size in enumerate(sizes)
@@ -77,7 +77,9 @@ def _in_torch(make: Callable[[list], torch.optim.Optimizer], *, graph: bool = Fa
     def prepare(shapes: Sequence[Stack], on_gpu: bool, calls: int):
         if not on_gpu:
             raise RuntimeError("PyTorch is timed by CUDA events, and there is no CUDA device")
-        params = [torch.nn.Parameter(0.02 * torch.randn(s, device="cuda")) for s in _sizes(shapes)]
+        params = [
+            torch.nn.Parameter(0.02 * torch.randn(s, device="cuda")) for s in matrix_sizes(shapes)
+        ]
         for param in params:
             param.grad = torch.randn_like(param)
         optimizer = make(params)
@@ -101,7 +103,7 @@ def _in_torch(make: Callable[[list], torch.optim.Optimizer], *, graph: bool = Fa
     return prepare
 
 
-def _sizes(shapes: Sequence[Stack]) -> Iterator[tuple[int, int]]:
+def matrix_sizes(shapes: Sequence[Stack]) -> Iterator[tuple[int, int]]:
     for count, *size in shapes:
         yield from [(size[0], size[1])] * count
 

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -56,3 +56,29 @@ def median_wall_milliseconds(
         wait(carry)
         times.append((time.perf_counter() - start) / calls * 1e3)
     return statistics.median(times)
+
+
+def interleaved_milliseconds(
+    contestants: Mapping[str, tuple[Callable[[Any], Any], Any]],
+    wait: Callable[[Any], Any],
+    *,
+    repetitions: int = 7,
+    calls: int = 3,
+    warm_up: int = 2,
+) -> dict[str, float]:
+    """The same for several functions with their carries, by turns: each repetition times all of them.
+
+    What else the machine does then falls on all alike, and the ratios of their times are fair.
+    """
+    carries = {name: carry for name, (_, carry) in contestants.items()}
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for repetition in range(repetitions + 1):
+        first = repetition == 0
+        for name, (function, _) in contestants.items():
+            start = time.perf_counter()
+            for _ in range(warm_up if first else calls):
+                carries[name] = function(carries[name])
+            wait(carries[name])
+            if not first:
+                times[name].append((time.perf_counter() - start) / calls * 1e3)
+    return {name: statistics.median(each) for name, each in times.items()}

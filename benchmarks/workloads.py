@@ -18,6 +18,10 @@ MODELS = {
 }
 """The same of whole steps; every matrix is a leaf of its own, float32, stored (out, in)."""
 
+MESH = ("1B Llama", MODELS["1B Llama"])
+QUICK_MESH = ("tiny", [(2, 32, 64), (2, 64, 32)])
+"""The matrices of steps on meshes."""
+
 QUICK_SHAPES = [(2, 24, 64), (2, 32, 32)]
 QUICK_MODELS = {"tiny": [(2, 24, 16), (1, 16, 40)]}
 

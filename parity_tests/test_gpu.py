@@ -161,3 +161,44 @@ def test_a_kernels_first_launch_is_right():
     keywords = dict(compute_dtype=jnp.float16, algorithm="standard")
     ours, theirs = (polar_factor(x, backend=b, **keywords) for b in ("triton", "xla"))
     assert frobenius_distance(ours, theirs) < 5e-3
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two CUDA GPUs")
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_two_gpus_make_the_bits_of_one(param_dtype):
+    """Fifty steps, parameters and state. `test_sharded_kernels.py` does it on more virtual devices."""
+    layout = MatrixLayout(reduction_axis=-2, output_axis=-1)
+    shapes = {"a": (256, 768), "b": (256, 768), "c": (768, 256), "d": (3, 96, 320), "e": (130, 64)}
+    specs = dict.fromkeys(shapes, jax.P("fsdp")) | {"d": jax.P(None, None, "fsdp")}
+    tx = normuon(0.02, layout=layout, weight_decay=0.1, algorithm="standard", backend="triton")
+
+    def steps(count):
+        mesh = jax.make_mesh(
+            (count,),
+            ("fsdp",),
+            axis_types=(jax.sharding.AxisType.Explicit,),
+            devices=jax.devices()[:count],
+        )
+
+        def draw(seed):
+            rng = np.random.default_rng(seed)
+            return {
+                name: jax.device_put(
+                    rng.standard_normal(shape).astype(param_dtype),
+                    jax.NamedSharding(mesh, specs[name]),
+                )
+                for name, shape in shapes.items()
+            }
+
+        @jax.jit
+        def step(grads, state, params):
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        params = draw(0)
+        state = tx.init(params)
+        for seed in range(1, 51):
+            params, state = step(draw(seed), state, params)
+        return jax.tree.map(np.asarray, (params, state))
+
+    jax.tree.map(np.testing.assert_array_equal, steps(1), steps(2))
