@@ -17,7 +17,7 @@ import optax
 from normuon_core.fused_step import Block, Leaf, Piece, form_of, polar_factors_of_pieces, step_stack
 from normuon_core.fused_step import iterate_stack as iterate_with
 from normuon_core.kernels import RATES
-from normuon_core.launches import Output, block_geometries, bytes_a_matrix
+from normuon_core.launches import Geometry, Output, block_geometries, bytes_a_matrix
 from normuon_core.layout import MatrixLayout, MatrixView
 from normuon_core.polar_iteration import Algorithm
 from normuon_core.polynomials import Coefficients
@@ -202,7 +202,8 @@ def _step_weights(
             stacks[kind].append(block)
     ceiling = stack_ceiling(settings.max_stack_bytes)
     done: list[Leaf] = []
-    for kind, blocks in stacks.items():
+    for kind in _in_order(stacks):
+        blocks = stacks[kind]
         geometry, sizes = blocks[0].geometry, [block.batch for block in blocks]
         _, dtype = form_of(
             geometry,
@@ -211,7 +212,10 @@ def _step_weights(
             algorithm=settings.algorithm,
         )
         placement = place_kind(kind, sum(sizes), settings, specs)
-        limit = max(1, ceiling // bytes_a_matrix(geometry, dtype))
+        working_bytes = bytes_a_matrix(geometry, dtype)
+        if placement.strategy == "owners":
+            working_bytes += _bytes_on_the_way(geometry, dtype)
+        limit = max(1, ceiling // working_bytes)
         for cuts in even_stacks(sizes, limit, owners=placement.owners):
             count = sum(stop - start for _, start, stop in cuts)
             journey = None
@@ -231,6 +235,22 @@ def _step_weights(
             )
             done.append(pieces[-1].block.leaf)
     return [weight.stepped() for weight in laid_out]
+
+
+def _in_order(stacks: Mapping[Kind, Sequence[Block]]) -> list[Kind]:
+    """The smallest first and the second smallest last: no other stack's work hides their ways."""
+
+    def entries(kind: Kind) -> int:
+        return kind.short * kind.long * sum(block.batch for block in stacks[kind])
+
+    ascending = sorted(stacks, key=entries)
+    return [*ascending[:1], *ascending[2:], *ascending[1:2]]
+
+
+def _bytes_on_the_way(geometry: Geometry, dtype: str) -> int:
+    """Of one whole matrix: what is sent and what is received of the stack that travels meanwhile."""
+    short, long = geometry.whole
+    return 2 * short * long * jnp.dtype(dtype).itemsize
 
 
 def _wait_for_the_last_but_one(leaf: Leaf, done: Sequence[Leaf]) -> None:
