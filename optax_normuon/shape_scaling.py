@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from normuon_core.layout import MatrixView
 from normuon_core.shape_rules import RMS_FLOOR, ShapeRule, check_shape_rule, shape_factor
@@ -79,10 +80,30 @@ def scale_factor(rule: ShapeRule, v, view: MatrixView | None, lr_factor):
         return jnp.asarray(lr_factor * factors[0], v.dtype)
     if isinstance(lr_factor, float):
         factors, lr_factor = [factor * lr_factor for factor in factors], 1.0
+    if rule == "rms":
+        norms = _norms(v, view)
+        factors = [
+            factor / jnp.maximum(norm, RMS_FLOOR)
+            for factor, norm in zip(factors, norms, strict=True)
+        ]
+    # One number for each output neuron, which broadcasts over the inputs.
     blocks = []
-    for block, factor in zip(split_blocks(v, view), factors, strict=True):
-        if rule == "rms":
-            norm = jnp.sqrt(jnp.sum(jnp.square(block), axis=(-2, -1), keepdims=True))
-            factor = factor / jnp.maximum(norm, RMS_FLOOR)
-        blocks.append(jnp.broadcast_to(jnp.asarray(factor, v.dtype), block.shape))
+    for size, factor in zip(view.output_sizes, factors, strict=True):
+        batch, rows, columns = view.block_stack_shape(size)
+        shape = (batch, rows, 1) if view.output_is_rows else (batch, 1, columns)
+        blocks.append(jnp.broadcast_to(jnp.asarray(factor, v.dtype), shape))
     return jnp.asarray(lr_factor, v.dtype) * join_blocks(blocks, view)
+
+
+def _norms(v, view: MatrixView) -> list:
+    """The norm of every matrix of each output block, (batch, 1, 1)."""
+    inputs = view.column_axes if view.output_is_rows else view.row_axes
+    squares = jnp.sum(jnp.square(v), axis=inputs, keepdims=True)
+    lies = jax.typeof(squares).sharding
+    if any(lies.spec):
+        # So few numbers may be on every device; blocks need not end where a device's part does.
+        squares = jax.reshard(squares, NamedSharding(lies.mesh, PartitionSpec()))
+    return [
+        jnp.sqrt(jnp.sum(block, axis=(-2, -1), keepdims=True))
+        for block in split_blocks(squares, view)
+    ]
