@@ -459,3 +459,23 @@ def test_describe_shows_where_each_group_goes():
     placed = put({"w": np.ones((8, 4), np.float32)}, {"w": P("fsdp")}, mesh)
     assert "fsdp x -" in optax_normuon.describe(placed, ALIKE_LAYOUT)
     assert "strategy" not in optax_normuon.describe({"w": jnp.ones((8, 4))}, ALIKE_LAYOUT)
+
+
+@pytest.mark.parametrize("devices", [3, 7])
+def test_a_device_count_that_divides_nothing_works(devices):
+    """Such arrays are on every device, whatever specs ask for; the work is shared or repeated."""
+    shapes, specs = stack_of(5, P("fsdp"), (16, 32))
+    mesh = mesh_of(AUTO, fsdp=devices)
+    updates = []
+    for where, given in ((mesh, specs), (None, None)):
+        tx = normuon(0.1, layout=ALIKE_LAYOUT, compute_dtype=jnp.float32, param_specs=given)
+        params = put(draw(shapes), dict.fromkeys(shapes, P()), where)
+        updates.append(step_of(tx)(params, tx.init(params), params))
+    assert difference(*updates) < BOUNDS["update"]
+    shapes, specs = stack_of(5, P("fsdp"), (3 * 7, 32))
+    tx = normuon(0.1, layout=ALIKE_LAYOUT, compute_dtype=jnp.float32)
+    on_mesh, on_one = (
+        step_of(tx)(params, tx.init(params), params)
+        for params in (put(draw(shapes), specs, m) for m in (mesh_of(fsdp=devices), None))
+    )
+    assert difference(on_mesh, on_one) < BOUNDS["update"]
