@@ -15,9 +15,9 @@ Strategy = Literal["whole", "owners", "shards"]
 OPERATIONS_A_BYTE = 2000
 """Half-precision operations that a device makes in the time in which it sends one byte.
 
-On an H200 600 TFLOP/s (`python -m benchmarks.tune`) beside about 300 GB/s over NVLink. Between hosts
-ten times as many: that would only favour what is favoured here, to leave the matrices of a few
-thousand rows to one owner."""
+Two H100s reach 300 TFLOP/s each in a whole step of the 1B Llama, and send 259 GB/s over NVLink
+(`python -m benchmarks.sharded`): 1200 over a step, and about twice that in its products alone. Between
+hosts a byte costs more: that would only favour what needs none."""
 
 _SLOWNESS = {2: 1, 4: 8, 8: 16}
 """Time of an operation by the compute dtype's bytes, half precision being 1 (float32, not TF32)."""

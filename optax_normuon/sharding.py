@@ -213,8 +213,11 @@ def _merged(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
 class Sides(NamedTuple):
     """Which sides of a stack's arrays are there; a statistic has reduced the other one to 1."""
 
-    rows: bool = True
-    columns: bool = True
+    rows: bool
+    columns: bool
+
+
+BOTH_SIDES = Sides(rows=True, columns=True)
 
 
 @dataclass(frozen=True)
@@ -256,7 +259,7 @@ class Owners:
             return x
         return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(self.replicas) * here, here)
 
-    def collect(self, x, sides: Sides = Sides()):  # noqa: B008
+    def collect(self, x, sides: Sides = BOTH_SIDES):
         """From parts, (parts x each, rows, columns), this owner's whole matrices, `each` of them."""
         if not self.axes:
             return x
@@ -275,7 +278,7 @@ class Owners:
     def hand_back(self, x, count: int):
         """The inverse of `share` and `collect`; count: of the stack."""
         if self.axes:
-            x = _exchange(self._parted(x, Sides(), ()), self.axes)
+            x = _exchange(self._parted(x, BOTH_SIDES, ()), self.axes)
             x = x.reshape(-1, *x.shape[2:])
         if self.replicas:
             x = _with_bits(lambda x: jax.lax.all_gather(x, self.replicas, axis=0, tiled=True), x)

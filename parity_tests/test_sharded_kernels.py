@@ -104,7 +104,7 @@ def test_the_norm_of_the_rms_rule_comes_home_with_the_statistics(interpreted):
 
 
 def test_a_lonely_matrix_stays_and_the_others_are_the_same(interpreted):
-    """In float16 Gram form, by XLA's products; relative difference measured: 1.4e-4 of the
+    """In float16 Gram form, by XLA's products; relative difference measured: 2.8e-4 of the
     update."""
     keywords = dict(algorithm="auto")
     one, other = (
@@ -115,4 +115,16 @@ def test_a_lonely_matrix_stays_and_the_others_are_the_same(interpreted):
     for name in SHAPES:
         update, expected = other[0][name] - first[name], one[0][name] - first[name]
         error = np.linalg.norm(update - expected) / np.linalg.norm(expected)
-        assert error < 0.01 if name == "c" else error == 0, name
+        assert error < 1.2e-3 if name == "c" else error == 0, name
+
+
+def test_a_lonely_matrix_may_be_all_there_is(interpreted):
+    """No kernel runs then."""
+    layout, params = {"c": LAYOUT["c"]}, {"c": draw(0)["c"]}
+    updates = []
+    for mesh in (None, mesh_of(4, 2)):
+        tx = optimizer(algorithm="auto", layout=layout)
+        lies = None if mesh is None else NamedSharding(mesh, SPECS["c"])
+        placed = jax.device_put(params, lies)
+        updates.append(jax.jit(tx.update)(placed, tx.init(placed), placed)[0]["c"])
+    assert np.linalg.norm(updates[1] - updates[0]) < 1.2e-3 * np.linalg.norm(updates[0])

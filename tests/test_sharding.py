@@ -251,7 +251,7 @@ def test_a_lonely_large_matrix_takes_two_gram_matrices():
 @pytest.mark.parametrize("spec", [P(None, "fsdp"), P("fsdp"), P("fsdp", "tp")])
 @pytest.mark.parametrize("shape", [(24, 520), (520, 24)])
 def test_a_lonely_matrix_is_what_it_is_on_one_device(spec, shape):
-    """In float32: largest difference measured 2e-6. A side that is cut is turned first."""
+    """In float32: largest difference measured 3.9e-6. A side that is cut is turned first."""
     shapes, specs = stack_of(1, P(*spec), shape)
     mesh = mesh_of(fsdp=4, tp=2)
     tx = normuon(0.1, layout=ALIKE_LAYOUT, compute_dtype=jnp.float32, algorithm="gram")
@@ -260,7 +260,7 @@ def test_a_lonely_matrix_is_what_it_is_on_one_device(spec, shape):
         step_of(tx)(params, tx.init(params), params)
         for params in (put(draw(shapes), specs, mesh), put(draw(shapes), specs, None))
     )
-    assert difference(on_mesh, on_one) < 1e-5
+    assert difference(on_mesh, on_one) < 1.6e-5
 
 
 @pytest.mark.parametrize("sizes", [dict(fsdp=1), dict(fsdp=1, tp=1)])
