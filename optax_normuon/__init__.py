@@ -2,13 +2,14 @@
 
 from normuon_core import POLYNOMIALS, RECIPES, MatrixLayout, Recipe, polar_express
 from optax_normuon.description import describe
+from optax_normuon.injection import STATIC_ARGS, inject_hyperparams
 from optax_normuon.momentum import (
     bias_corrected_momentum,
     heavy_ball_momentum,
     lerp_momentum,
 )
 from optax_normuon.neuron_norm import normalize_neurons
-from optax_normuon.optimizer import STATIC_ARGS, muon, normuon, scale_by_normuon
+from optax_normuon.optimizer import muon, normuon, scale_by_normuon
 from optax_normuon.orthogonalization import orthogonalize, polar_factor
 from optax_normuon.remainder import with_bf16_remainder
 from optax_normuon.routing import layout_by_path
@@ -26,6 +27,7 @@ __all__ = [
     "bias_corrected_momentum",
     "describe",
     "heavy_ball_momentum",
+    "inject_hyperparams",
     "layout_by_path",
     "lerp_momentum",
     "muon",

@@ -25,6 +25,7 @@ from normuon_core.recipes import Polar, Recipe
 from normuon_core.shape_rules import shape_factor
 from normuon_core.stacks import even_stacks
 from optax_normuon import launcher
+from optax_normuon.boxes import unbox
 from optax_normuon.journey import Journey, Kind, kinds_of, place_kind, stay_as_shards
 from optax_normuon.layout import Views
 from optax_normuon.momentum import MomentumState
@@ -428,22 +429,21 @@ def _blocks_by_path(norm, params) -> dict[Any, tuple]:
     """The second moment of every weight, a tuple of its output blocks."""
     if not norm:
         return {}
-    kept = jax.tree.structure(params).flatten_up_to(norm[0].second_moment)
+    parameters = unbox(params)
+    kept = parameters.tree.flatten_up_to(norm[0].second_moment)
     return {
         path: leaf if isinstance(leaf, tuple) else (leaf,)
-        for (path, _, _), leaf in zip(named_leaves(params), kept, strict=True)
+        for path, leaf in zip(parameters.paths, kept, strict=True)
     }
 
 
 def _with_blocks(tree, params, blocks: Mapping[Any, tuple]):
-    structure = jax.tree.structure(params)
+    parameters = unbox(params)
     kept = [
         blocks[path] if isinstance(old, tuple) else blocks[path][0]
-        for (path, _, _), old in zip(
-            named_leaves(params), structure.flatten_up_to(tree), strict=True
-        )
+        for path, old in zip(parameters.paths, parameters.tree.flatten_up_to(tree), strict=True)
     ]
-    return structure.unflatten(kept)
+    return parameters.tree.unflatten(kept)
 
 
 def _replaced(tree, leaves: Mapping[Any, Any]):

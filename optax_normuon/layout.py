@@ -3,12 +3,13 @@
 import math
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from optax.contrib import MuonDimensionNumbers
 
 from normuon_core.layout import MatrixLayout, MatrixView
-from optax_normuon.paths import KeyPath, broadcast_prefix, named_leaves
+from optax_normuon.parameters import check_trainable
+from optax_normuon.paths import KeyPath, named_leaves
+from optax_normuon.prefixes import broadcast_prefix, called_on
 from optax_normuon.routing import NO_ENTRIES, LayoutByPath, Route, as_matrix_layout, route
 
 LayoutTree = Any
@@ -53,12 +54,10 @@ def find_routes(layout: LayoutTree, params) -> dict[KeyPath, Route]:
     leaves = named_leaves(params)
     if not leaves:
         return {}
-    for _, name, leaf in leaves:
-        _check_dtype(name, leaf)
+    check_trainable(params)
     if isinstance(layout, LayoutByPath):
         return route(params, layout.overrides)
-    if callable(layout):
-        layout = layout(params)
+    layout = called_on(layout, params)
     if layout is None:
         return route(params)
     given = broadcast_prefix(layout, params, is_leaf=_is_leaf_layout, what="layout")
@@ -74,12 +73,3 @@ def _given_route(name: str, shape, layout) -> Route:
 
 def _is_leaf_layout(node) -> bool:
     return node is None or isinstance(node, MatrixLayout | MuonDimensionNumbers)
-
-
-def _check_dtype(name: str, leaf) -> None:
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise TypeError(
-            f"{name}: dtype {leaf.dtype} has no NorMuon or AdamW update; parameters must be real"
-            " floating point. Leave the leaf out with optax.masked, or split a complex one into its"
-            " real and imaginary parts."
-        )

@@ -8,6 +8,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from normuon_core.recipes import Momentum
+from optax_normuon.parameters import check_trainable
 from optax_normuon.precision import as_schedule, lift, map_updates, working_dtype
 
 
@@ -117,6 +118,7 @@ def _momentum(accumulate, direction, momentum, momentum_dtype) -> optax.Gradient
     schedule = as_schedule(momentum)
 
     def init(params):
+        check_trainable(params)
         return MomentumState(
             count=jnp.zeros([], jnp.int32),
             momentum=map_updates(

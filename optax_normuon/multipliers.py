@@ -7,7 +7,8 @@ import numpy as np
 
 from normuon_core.layout import MatrixView
 from optax_normuon.layout import Views
-from optax_normuon.paths import KeyPath, broadcast_prefix, named_leaves
+from optax_normuon.paths import KeyPath, named_leaves
+from optax_normuon.prefixes import broadcast_prefix, called_on
 
 MultiplierTree = Any
 """None, a number, an array over a leaf's batch axes, a tree or prefix of them, or a callable to one."""
@@ -34,9 +35,7 @@ def resolve_multipliers(
     leaves = named_leaves(params)
     if multipliers is None or not leaves:
         return Multipliers()
-    if callable(multipliers):
-        multipliers = multipliers(params)
-    given = broadcast_prefix(multipliers, params, is_leaf=_is_factor, what=what)
+    given = broadcast_prefix(called_on(multipliers, params), params, is_leaf=_is_factor, what=what)
     return Multipliers(
         {
             path: _on_batch_axes(given[path], np.shape(leaf), views.get(path), name, what)
@@ -51,6 +50,8 @@ def _is_factor(node) -> bool:
 
 
 def _on_batch_axes(factor, shape, view: MatrixView | None, name: str, what: str):
+    if not _is_factor(factor):
+        raise ValueError(f"{name}: {what} must be a number or an array of numbers, got {factor!r}.")
     if np.ndim(factor) == 0:
         return float(factor) if isinstance(factor, int | float) else factor
     if view is None or np.shape(factor) != view.batch_shape:

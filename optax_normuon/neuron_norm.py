@@ -8,6 +8,7 @@ import optax
 
 from normuon_core.placement import Placement, Spread
 from normuon_core.recipes import EpsRule, NeuronAxis
+from optax_normuon.injection import refuse_injection_of_static_arguments
 from optax_normuon.layout import LayoutTree
 from optax_normuon.precision import working_dtype
 from optax_normuon.specs import SpecTree
@@ -20,6 +21,7 @@ class NeuronNormState(NamedTuple):
     second_moment: Any
 
 
+@refuse_injection_of_static_arguments
 def normalize_neurons(
     beta2: float | jax.Array = 0.95,
     *,

@@ -1,6 +1,6 @@
 """The whole chain, assembled from a Recipe."""
 
-import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from normuon_core.polar_iteration import Algorithm
 from normuon_core.recipes import Recipe, find_recipe
 from normuon_core.shape_rules import ShapeRule
+from optax_normuon.injection import refuse_injection_of_static_arguments
 from optax_normuon.launcher import Backend, takes_kernels
 from optax_normuon.layout import LayoutTree, Views, resolve_layouts
 from optax_normuon.momentum import momentum_stage
@@ -30,27 +31,10 @@ from optax_normuon.weight_decay import (
     decay_term,
 )
 
-STATIC_ARGS = (
-    "recipe",
-    "nesterov",
-    "layout",
-    "lr_mul",
-    "wd_mul",
-    "shape_scale",
-    "orthogonalizer",
-    "momentum_dtype",
-    "compute_dtype",
-    "algorithm",
-    "backend",
-    "max_stack_bytes",
-    "param_specs",
-)
-"""The arguments of `normuon` that are no schedules: for `optax.inject_hyperparams(normuon,
-static_args=STATIC_ARGS)`, which would call every callable as one."""
-
 Orthogonalizer = Callable[[jax.Array], jax.Array]
 
 
+@refuse_injection_of_static_arguments
 def normuon(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -195,12 +179,14 @@ def normuon(
         by_kernels = orthogonalizer is None and takes_kernels(
             backend, [*given, *_matrix_dtypes(views, *trees)], placed=specs is not None
         )
+        labels = _labels(params, views)
         return optax.partition(
             {
                 "matrices": matrices(by_kernels, views, specs, lr_factors, wd_factors),
                 "adamw": others(lr_factors, wd_factors),
             },
-            _labels(params, views),
+            # Optax calls labels that are callable, as a tree of the model's class may be.
+            lambda _: labels,
         )
 
     def init(params):
@@ -215,19 +201,35 @@ def normuon(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-@functools.wraps(normuon, assigned=("__annotations__",))
+def _with_keywords_of_normuon(function):
+    """Shows `normuon`'s keywords, with the defaults that `function` has of its own.
+
+    `optax.inject_hyperparams` passes on the defaults that it reads here.
+    """
+    own = inspect.signature(function).parameters
+    signature = inspect.signature(normuon)
+    function.__signature__ = signature.replace(
+        parameters=[own.get(name, each) for name, each in signature.parameters.items()]
+    )
+    return function
+
+
+@refuse_injection_of_static_arguments
+@_with_keywords_of_normuon
 def muon(
-    learning_rate: optax.ScalarOrSchedule, **keywords
+    learning_rate: optax.ScalarOrSchedule, *, recipe: str | Recipe = "muon", **keywords: Any
 ) -> optax.GradientTransformationExtraArgs:
     """Muon for the matrices of a model, AdamW for everything else: `normuon` with recipe "muon".
 
     Args:
       learning_rate: eta, a number or a schedule.
+      recipe: "muon", or another without a second moment.
       **keywords: `normuon`'s.
     """
-    return normuon(learning_rate, **{"recipe": "muon", **keywords})
+    return normuon(learning_rate, recipe=recipe, **keywords)
 
 
+@refuse_injection_of_static_arguments
 def scale_by_normuon(
     *,
     recipe: str | Recipe = "normuon",

@@ -18,6 +18,7 @@ from normuon_core.polar_iteration import (
 )
 from normuon_core.polynomials import POLAR_EXPRESS, Coefficients
 from normuon_core.recipes import EpsRule, Polar
+from optax_normuon.injection import refuse_injection_of_static_arguments
 from optax_normuon.launcher import Backend, check_backend, takes_kernels
 from optax_normuon.layout import LayoutTree
 from optax_normuon.precision import working_dtype
@@ -85,6 +86,7 @@ def polar_factor(
     return result.values.reshape(x.shape).astype(x.dtype)
 
 
+@refuse_injection_of_static_arguments
 def orthogonalize(
     *,
     coefficients: Coefficients = POLAR_EXPRESS,

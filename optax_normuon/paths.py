@@ -1,9 +1,12 @@
-"""Leaves by key path: their names, and values that callers give by tree or by prefix."""
+"""Leaves by key path, and their names."""
 
-from collections.abc import Callable, Mapping
+import fnmatch
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
+import optax
 
 KeyPath = tuple[Any, ...]
 
@@ -24,21 +27,31 @@ def named_leaves(tree) -> list[tuple[KeyPath, str, Any]]:
     return [(path, path_name(path), leaf) for path, leaf in leaves]
 
 
-def broadcast_prefix(
-    prefix, tree, *, is_leaf: Callable[[Any], bool], what: str
-) -> Mapping[KeyPath, Any]:
-    """The prefix's value for every leaf of `tree`, by key path.
+def unmet_pattern(patterns: Iterable[str], tree: Any) -> str | None:
+    """The first `fnmatch` pattern that meets no leaf, or None.
 
-    Raises:
-      ValueError: `prefix` is no prefix of `tree`.
+    A pattern may also be about leaves that are not there: `optax.masked` and `optax.partition` leave an
+    `optax.MaskedNode` in place of a leaf or of a whole subtree, and `None` stands for a missing one.
     """
-    try:
-        values = jax.tree.broadcast(prefix, tree, is_leaf=is_leaf)
-    except (ValueError, TypeError) as error:
-        names = ", ".join(name for _, name, _ in named_leaves(tree)[:8])
-        raise ValueError(
-            f"{what} does not match the parameters (leaves: {names}): {error}. Give one value for"
-            " all, a tree with the parameters' structure, a prefix of it, or a callable of the"
-            " parameters."
-        ) from None
-    return dict(jax.tree_util.tree_flatten_with_path(values, is_leaf=is_leaf)[0])
+    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_absent)
+    present = [path_name(path) for path, node in nodes if not _is_absent(node)]
+    absent = [path_name(path) for path, node in nodes if _is_absent(node)]
+    for pattern in patterns:
+        beginning = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
+        if any(fnmatch.fnmatchcase(name, pattern) for name in present):
+            continue
+        if not any(
+            fnmatch.fnmatchcase(name, pattern) or _may_start(f"{name}/", beginning)
+            for name in absent
+        ):
+            return pattern
+    return None
+
+
+def _may_start(subtree: str, beginning: str) -> bool:
+    """Whether a pattern's literal beginning fits names that start with `subtree`."""
+    return beginning.startswith(subtree) or subtree.startswith(beginning)
+
+
+def _is_absent(node: Any) -> bool:
+    return node is None or isinstance(node, optax.MaskedNode)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from optax_normuon.parameters import check_leaves
+from optax_normuon.parameters import check_leaves, check_trainable
 
 
 def working_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -55,6 +55,7 @@ def in_working_precision(
     inner = optax.with_extra_args_support(inner)
 
     def init(params):
+        check_trainable(params)
         return inner.init(lift(params))
 
     def update(updates, state, params=None, **extra_args):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_normuon.parameters import require_params
+from optax_normuon.parameters import check_trainable, require_params
 from optax_normuon.precision import map_updates
 
 
@@ -46,6 +46,7 @@ def with_bf16_remainder(
     inner = optax.with_extra_args_support(inner)
 
     def init(params):
+        check_trainable(params)
         remainder = jax.tree.map(
             lambda p: jnp.zeros(p.shape, jnp.uint16) if _is_bf16(p) else optax.MaskedNode(), params
         )

@@ -18,7 +18,7 @@ import numpy as np
 from optax.contrib import MuonDimensionNumbers
 
 from normuon_core.layout import MatrixLayout
-from optax_normuon.paths import KeyPath, named_leaves
+from optax_normuon.paths import KeyPath, named_leaves, unmet_pattern
 
 LeafLayout = MatrixLayout | MuonDimensionNumbers | None
 
@@ -259,14 +259,10 @@ def route(params, overrides: Mapping[str, LeafLayout] | None = None) -> dict[Key
     """
     overrides = overrides or {}
     tree = _Tree(params)
-    unused = [
-        pattern
-        for pattern in overrides
-        if not any(fnmatch.fnmatchcase(n, pattern) for n in tree.shapes)
-    ]
-    if unused:
+    unmet = unmet_pattern(overrides, params)
+    if unmet is not None:
         raise ValueError(
-            f"layout_by_path: the pattern {unused[0]!r} meets no leaf; the leaves are"
+            f"layout_by_path: the pattern {unmet!r} meets no leaf; the leaves are"
             f" {', '.join(tree.shapes)}."
         )
     routes = {}

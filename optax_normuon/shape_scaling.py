@@ -7,12 +7,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from normuon_core.layout import MatrixView
 from normuon_core.shape_rules import RMS_FLOOR, ShapeRule, check_shape_rule, shape_factor
+from optax_normuon.injection import refuse_injection_of_static_arguments
 from optax_normuon.layout import LayoutTree, resolve_layouts
 from optax_normuon.multipliers import MultiplierTree, resolve_multipliers
 from optax_normuon.precision import working_dtype
 from optax_normuon.stacking import join_blocks, split_blocks
 
 
+@refuse_injection_of_static_arguments
 def scale_by_shape(
     rule: ShapeRule = "original",
     *,

@@ -12,7 +12,8 @@ import optax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from optax_normuon.paths import KeyPath, broadcast_prefix, named_leaves
+from optax_normuon.paths import KeyPath, named_leaves, path_name
+from optax_normuon.prefixes import broadcast_prefix, called_on
 
 SpecTree = Any
 """A PartitionSpec (or NamedSharding, or None for a replicated leaf), a tree or prefix tree of them, or a
@@ -77,8 +78,6 @@ def resolve_specs(
     if isinstance(param_specs, Specs):
         return param_specs
     leaves = named_leaves(tree)
-    if callable(param_specs) and not isinstance(param_specs, PartitionSpec):
-        param_specs = param_specs(tree)
     given = _given(param_specs, tree)
     own = {path: _own_sharding(leaf) for path, _, leaf in leaves}
     mesh = _common_mesh(leaves, given, own, mesh)
@@ -151,8 +150,6 @@ def state_specs(tx: optax.GradientTransformation, params, specs: SpecTree):
     Raises:
       ValueError: see `normuon`.
     """
-    if callable(specs) and not isinstance(specs, PartitionSpec):
-        specs = specs(params)
     given = _given(specs, params)
     mesh = next((s.mesh for s in given.values() if isinstance(s, NamedSharding)), None)
     owners = []
@@ -186,7 +183,16 @@ def _ends_with(path: KeyPath, end: KeyPath) -> bool:
 def _given(param_specs: SpecTree, tree) -> Mapping[KeyPath, Any]:
     if param_specs is None:
         return {}
-    return broadcast_prefix(param_specs, tree, is_leaf=_is_spec, what="param_specs")
+    if not _is_spec(param_specs):
+        param_specs = called_on(param_specs, tree)
+    given = broadcast_prefix(param_specs, tree, is_leaf=_is_spec, what="param_specs")
+    for path, spec in given.items():
+        if not _is_spec(spec):
+            raise ValueError(
+                f"{path_name(path)}: a spec must be a PartitionSpec, a NamedSharding or None, got"
+                f" {spec!r}."
+            )
+    return given
 
 
 def _is_spec(node) -> bool:

@@ -17,6 +17,7 @@ import optax
 from normuon_core.layout import MatrixView
 from normuon_core.placement import Placement, Spread, whole_or_owned
 from normuon_core.stacks import even_stacks
+from optax_normuon.boxes import unbox
 from optax_normuon.layout import LayoutTree, Views, resolve_layouts
 from optax_normuon.sharding import (
     Cut,
@@ -194,7 +195,8 @@ def on_matrices(
 
     `inner`'s state is kept leaf by leaf in trees like the parameters, each array of its leaf's rank
     with ones where a side is reduced; a leaf with `output_splits` has a tuple of one array a block,
-    and a leaf that is no matrix an `optax.MaskedNode`.
+    and a leaf that is no matrix an `optax.MaskedNode`. It stands where the leaf does, but outside of the
+    leaf's Flax box, whose names of axes are another shape's.
 
     Args:
       inner: one stage, or several joined by `chain_stages`.
@@ -227,9 +229,11 @@ def on_matrices(
         views = resolve_layouts(layout, params)
         specs = resolve_specs(param_specs, params)
 
+        parameters = unbox(params)
+
         def leaf_state(path, leaf, index):
             if path not in views:
-                return optax.MaskedNode()
+                return None if leaf is None else optax.MaskedNode()
             view = views[path]
             blocks = []
             for states in block_states(view, leaf.dtype):
@@ -239,20 +243,21 @@ def on_matrices(
             return tuple(blocks) if view.is_split else blocks[0]
 
         return template.unflatten(
-            jax.tree_util.tree_map_with_path(lambda p, leaf, i=i: leaf_state(p, leaf, i), params)
-            for i in range(template.num_leaves)
+            parameters.tree.unflatten(
+                leaf_state(path, leaf, index)
+                for path, leaf in zip(parameters.paths, parameters.leaves, strict=True)
+            )
+            for index in range(template.num_leaves)
         )
 
     def update(updates, state, params=None):
         like = updates if params is None else params
         found, specs = resolve_layouts(layout, like), resolve_specs(param_specs, like)
-        paths_and_leaves, tree = jax.tree_util.tree_flatten_with_path(
-            updates, is_leaf=lambda leaf: leaf is None
-        )
-        leaves = [leaf for _, leaf in paths_and_leaves]
+        taken_apart = unbox(updates)
+        leaves, tree = list(taken_apart.leaves), taken_apart.tree
         given = {
             i: path
-            for i, (path, leaf) in enumerate(paths_and_leaves)
+            for i, (path, leaf) in enumerate(zip(taken_apart.paths, leaves, strict=True))
             if path in found and leaf is not None
         }
         placed = {i: place_leaf(found[path], path, specs) for i, path in given.items()}
@@ -289,7 +294,7 @@ def on_matrices(
             leaves[i] = values[i]
             for each, new in zip(state_leaves, states, strict=True):
                 each[i] = new[i] if leaf.view.is_split else new[i][0]
-        return tree.unflatten(leaves), template.unflatten(map(tree.unflatten, state_leaves))
+        return taken_apart.boxed(leaves), template.unflatten(map(tree.unflatten, state_leaves))
 
     return optax.GradientTransformation(init, update)
 

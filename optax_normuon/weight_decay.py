@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from optax_normuon.injection import refuse_injection_of_static_arguments
 from optax_normuon.layout import LayoutTree, Views, resolve_layouts
 from optax_normuon.multipliers import MultiplierTree, resolve_multipliers
 from optax_normuon.parameters import check_leaves, require_params
@@ -19,6 +20,7 @@ class WeightDecayState(NamedTuple):
     count: ArrayLike
 
 
+@refuse_injection_of_static_arguments
 def add_cautious_weight_decay(
     weight_decay: optax.ScalarOrSchedule,
     *,
