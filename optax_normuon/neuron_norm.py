@@ -95,11 +95,11 @@ def neuron_norm_stage(
         normalized = (v.astype(s.dtype) * t).astype(stack.values.dtype)
         return stack.with_values(normalized), NeuronNormState(s)
 
-    return MatrixStage(init, update, place=_where_it_lies)
+    return MatrixStage(init, update, place=_where_it_lies, takes_shards=True)
 
 
-def _where_it_lies(spread: Spread) -> Placement:
+def _where_it_lies(spread: Spread, may_stay: bool) -> Placement:
     """Alone, the stage moves nothing: sums over shards are all that it needs."""
-    if spread.parts == 1:
+    if spread.parts == 1 or not may_stay:
         return with_an_owner(spread)
     return Placement("shards", 1, spread.count, 0, 0.0, 0.0)

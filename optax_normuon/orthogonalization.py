@@ -209,10 +209,10 @@ def orthogonalization_stage(
             v = shards.back(v, fed.values.shape)
         return fed.with_values(v), state
 
-    def place_group(spread):
+    def place_group(spread, may_stay):
         kernels = by_kernels(jnp.float32)
         form, chosen = form_for(spread.rows, spread.columns, kernels)
-        may_stay = algorithm != "standard" and name != "bfloat16"
+        may_stay &= algorithm != "standard" and name != "bfloat16"
         return place(
             spread,
             steps,
@@ -222,7 +222,7 @@ def orthogonalization_stage(
             shard_itemsize=jnp.dtype(dtype_on_shards(name)).itemsize if may_stay else None,
         )
 
-    return MatrixStage(init, update, feed, place_group)
+    return MatrixStage(init, update, feed, place_group, takes_shards=True)
 
 
 def dtype_on_shards(compute_dtype: str | None) -> str:

@@ -92,8 +92,9 @@ class MatrixStack:
         return replace(self, values=values, fed=fed)
 
 
-def with_an_owner(spread: Spread) -> Placement:
+def with_an_owner(spread: Spread, may_stay: bool = False) -> Placement:
     """For stages of unknown cost that need whole matrices."""
+    del may_stay
     return whole_or_owned(spread, 0, "standard", 4, False)
 
 
@@ -104,13 +105,18 @@ class MatrixStage(NamedTuple):
 
     Attributes:
       feed: what `update` would do first, on shards, so that less has to be moved to whole matrices.
-      place: where on a mesh the stage wants a group of matrices; "shards" gives it stacks that stay.
+      place: where on a mesh the stage wants a group of matrices. It is told whether they may stay
+        divided, and may answer "shards" only then.
+      takes_shards: whether `update` works on parts of matrices, with `MatrixStack.sum_over` for every sum
+        and `MatrixStack.sides` for every size. A stage that does not say so never sees any: not alone,
+        and not behind a stage that does.
     """
 
     init: Callable[[MatrixStack], Any]
     update: Callable[[MatrixStack, Any], tuple[MatrixStack, Any]]
     feed: Callable[[MatrixStack], MatrixStack] = lambda stack: stack
-    place: Callable[[Spread], Placement] = with_an_owner
+    place: Callable[[Spread, bool], Placement] = with_an_owner
+    takes_shards: bool = False
 
 
 def chain_stages(first: MatrixStage, *others: MatrixStage) -> MatrixStage:
@@ -127,7 +133,8 @@ def chain_stages(first: MatrixStage, *others: MatrixStage) -> MatrixStage:
             new_states.append(state)
         return stack, tuple(new_states)
 
-    return MatrixStage(init, update, first.feed, first.place)
+    takes_shards = all(stage.takes_shards for stage in stages)
+    return MatrixStage(init, update, first.feed, first.place, takes_shards)
 
 
 class Piece(NamedTuple):
@@ -354,7 +361,12 @@ def place_groups(
         spread = spread_of(
             group.cut, specs, count=sum(sizes), rows=group.rows, columns=group.columns
         )
-        placement = inner.place(spread)
+        placement = inner.place(spread, inner.takes_shards)
+        if placement.strategy == "shards" and not inner.takes_shards:
+            raise ValueError(
+                "a stage on matrices placed them as shards without `takes_shards`, which says that it"
+                " works on parts of matrices; place them with `with_an_owner`."
+            )
         entries = group.rows * group.columns
         if placement.strategy == "shards":
             entries = entries // spread.parts + spread.short**2
