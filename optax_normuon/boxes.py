@@ -25,7 +25,7 @@ class Unboxed(NamedTuple):
     """A tree taken apart, each box with its array as one leaf.
 
     Attributes:
-      paths: of the arrays, the box's own key included.
+      paths: of the arrays, the box's own key included. places: of the boxes, and of arrays without one.
       leaves: the arrays; `None`, and a box without an array (`optax.masked` leaves such behind), count
         as leaves.
       tree: the structure above them.
@@ -33,6 +33,7 @@ class Unboxed(NamedTuple):
     """
 
     paths: list[KeyPath]
+    places: list[KeyPath]
     leaves: list[Any]
     tree: jax.tree_util.PyTreeDef
     boxes: list[jax.tree_util.PyTreeDef]
@@ -51,13 +52,15 @@ def unbox(tree: Any) -> Unboxed:
     nodes, structure = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda node: node is None or is_box(node)
     )
-    paths, leaves, boxes = [], [], []
-    for path, node in nodes:
+    paths, places, leaves, boxes = [], [], [], []
+    for place, node in nodes:
+        path = place
         inside, box = jax.tree_util.tree_flatten_with_path(node)
         if len(inside) == 1:
             ((key, node),) = inside
-            path = (*path, *key)
+            path = (*place, *key)
         paths.append(path)
+        places.append(place)
         leaves.append(node)
         boxes.append(box)
-    return Unboxed(paths, leaves, structure, boxes)
+    return Unboxed(paths, places, leaves, structure, boxes)

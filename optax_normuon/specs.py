@@ -12,6 +12,7 @@ import optax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from optax_normuon.boxes import unbox
 from optax_normuon.paths import KeyPath, named_leaves, path_name
 from optax_normuon.prefixes import broadcast_prefix, called_on
 
@@ -153,10 +154,16 @@ def state_specs(tx: optax.GradientTransformation, params, specs: SpecTree):
     given = _given(specs, params)
     mesh = next((s.mesh for s in given.values() if isinstance(s, NamedSharding)), None)
     owners = []
+    parameters = unbox(params)
+    boxes = dict(zip(parameters.paths, parameters.places, strict=True))
     for path, name, leaf in named_leaves(params):
         spec, shape = _spec(given[path]), np.shape(leaf)
         _check_rank(name, shape, spec, mesh)
-        owners.append((path, shape, _as_axes(spec, len(shape))))
+        axes = _as_axes(spec, len(shape))
+        owners.append((path, shape, axes))
+        if boxes[path] != path:
+            # A statistic of another shape stands outside of its parameter's box.
+            owners.append((boxes[path], shape, axes))
     # The longest path first: another parameter's path may end it.
     owners.sort(key=lambda owner: len(owner[0]), reverse=True)
 
