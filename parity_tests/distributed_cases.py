@@ -185,9 +185,8 @@ def outcome(weights: Weights, optimizer: NorMuon) -> dict[str, list[torch.Tensor
         found.append(("weights", number, weight))
         state = {} if number == NO_GRADIENT else optimizer.state.get(weight, {})
         for key, value in state.items():
-            found += [
-                (key, number, each) for each in (value if isinstance(value, list) else [value])
-            ]
+            # A split weight has a second moment for each of its blocks.
+            found.append((key.partition(".")[0], number, value))
     result: dict[str, dict[int, list[torch.Tensor]]] = defaultdict(lambda: defaultdict(list))
     for (key, number, _), array in zip(found, whole([array for *_, array in found]), strict=True):
         result[key][number].append(array)
