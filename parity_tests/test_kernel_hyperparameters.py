@@ -122,14 +122,14 @@ def test_injected_hyperparameters_compile_once_and_make_the_bits_of_numbers(inte
 
 
 def test_a_momentum_schedule_is_that_of_the_other_backend(interpreted):
-    """Largest difference relative to the largest weight: measured 6e-8; a constant is 1e-2 off."""
+    """Largest difference relative to the largest weight: measured 5.2e-8; a constant is 5.5e-3 off."""
     schedule = optax.linear_schedule(0.95, 0.3, 2)
     ours, theirs, constant = (
         steps(make(momentum, *FIRST[1:], backend))
         for momentum, backend in ((schedule, "triton"), (schedule, "xla"), (0.95, "triton"))
     )
     scale = float(jnp.max(jnp.abs(theirs)))
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2.4e-7 * scale)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2.1e-7 * scale)
     assert float(jnp.max(jnp.abs(constant - theirs))) > 1e-3 * scale
 
 
