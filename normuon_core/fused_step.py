@@ -11,7 +11,14 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from normuon_core import launches
 from normuon_core.configurations import product_configuration
-from normuon_core.launches import Geometry, Launcher, Output, Span
+from normuon_core.launches import (
+    Geometry,
+    Launcher,
+    MomentumForm,
+    NeuronNormForm,
+    Output,
+    Span,
+)
 from normuon_core.polar_iteration import Algorithm, choose_form, iterate, range_scales
 from normuon_core.polynomials import Coefficients
 from normuon_core.recipes import Momentum, NeuronNorm, Polar, Recipe
@@ -20,10 +27,15 @@ from normuon_core.shape_rules import RMS_FLOOR
 
 @dataclass(frozen=True)
 class Device:
-    """What launches need to know of a GPU."""
+    """What launches need to know of a GPU.
+
+    Attributes:
+      interpreted: whether Triton's interpreter runs the kernels in its place.
+    """
 
     architecture: str
     multiprocessors: int
+    interpreted: bool = False
 
 
 @dataclass
@@ -182,8 +194,10 @@ def polar_factors_of_pieces(
     written. With a `journey` it is the owner's, and the places are those at home. momentum=None takes
     the gradient itself.
     """
-    geometry = pieces[0].block.geometry
-    form, dtype = form_of(geometry, polar, compute_dtype=compute_dtype, algorithm=algorithm)
+    geometry, rule = pieces[0].block.geometry, MomentumForm.of(momentum)
+    form, dtype = form_of(
+        geometry.whole, polar, compute_dtype=compute_dtype, algorithm=algorithm, device=device
+    )
     total = sum(piece.count for piece in pieces)
     scales = range_scales(*geometry.whole, dtype)
     spans, x, start = [], None, 0
@@ -194,7 +208,7 @@ def polar_factors_of_pieces(
         start += piece.count
         # Gradient and momentum are read twice, the second time from the cache if they fit.
         (partials,) = launch(
-            launches.squares(own, piece.count, momentum),
+            launches.squares(own, piece.count, rule),
             [leaf.gradient, leaf.momentum, leaf.rates, span.leaf_start],
         )
         if journey is not None:
@@ -203,7 +217,7 @@ def polar_factors_of_pieces(
             launches.feed(
                 own,
                 piece.count,
-                momentum,
+                rule,
                 total,
                 eps_rule=polar.eps_rule,
                 compute_dtype=dtype,
@@ -249,6 +263,7 @@ def iterate_stack(
     dtype: str,
 ):
     """The iteration on a stack of whole matrices, (count, short, padded long), normalised and scaled."""
+    check_products(device, dtype, geometry.whole)
     short, long = geometry.whole
     return iterate(
         x,
@@ -260,16 +275,39 @@ def iterate_stack(
     )
 
 
-def form_of(geometry: Geometry, polar: Polar, *, compute_dtype, algorithm: Algorithm):
-    """(form, compute dtype) that the kernels take for a shape."""
-    return choose_form(
-        *geometry.whole,
+def form_of(
+    sides: tuple[int, int],
+    polar: Polar,
+    *,
+    compute_dtype: str | None,
+    algorithm: Algorithm,
+    device: Device,
+) -> tuple[Literal["standard", "gram"], str]:
+    """(form, compute dtype) that the kernels take for a matrix of these sides.
+
+    Raises:
+      ValueError: products that the device would get wrong, see `check_products`.
+    """
+    form, dtype = choose_form(
+        *sides,
         len(polar.coefficients),
         algorithm=algorithm,
         compute_dtype=compute_dtype,
         on_gpu=True,
         symmetric=True,
     )
+    check_products(device, dtype, sides)
+    return form, dtype
+
+
+def check_products(device: Device, dtype: str, sides: tuple[int, int]) -> None:
+    """Raises a ValueError for bfloat16 under Triton's interpreter, which multiplies the bit patterns."""
+    if device.interpreted and dtype == "bfloat16":
+        raise ValueError(
+            f"matrices of {sides[0]} x {sides[1]} are multiplied in bfloat16 here, which Triton's"
+            " interpreter (TRITON_INTERPRET=1) computes wrongly; give compute_dtype float32 or float16,"
+            " or run the kernels on a CUDA device."
+        )
 
 
 def step_stack(
@@ -321,7 +359,7 @@ def _statistics(
         old = leaf.rates if rule is None else block.second_moment
         kept = Output((1,) if rule is None else (block.batch, block.geometry.neurons), "float32")
         new, factors, sums = launch(
-            launches.statistics(block.geometry, span.count, rule, kept),
+            launches.statistics(block.geometry, span.count, NeuronNormForm.of(rule), kept),
             [own, old, leaf.rates, _eps(rule), span.leaf_start, first],
         )
         block.second_moment = None if rule is None else new
@@ -348,7 +386,7 @@ def _owners_statistics(
         old = journey.statistics_to_owner(moments)
         kept = Output((journey.owned, geometry.neurons), "float32")
     new, factors, sums = launch(
-        launches.statistics(geometry, journey.owned, rule, kept),
+        launches.statistics(geometry, journey.owned, NeuronNormForm.of(rule), kept),
         [partials, old, rates, _eps(rule), 0, 0],
     )
     known = [] if rule is None else [new, factors]
@@ -398,8 +436,8 @@ def _finish_piece(
         launches.finish(
             block.geometry,
             span.count,
-            rule,
-            shape_scale=recipe.shape_scale,
+            NeuronNormForm.of(rule),
+            rms=recipe.shape_scale == "rms",
             cautious=recipe.decay.cautious,
             decay_inside_scale=recipe.decay.inside_scale,
             delta=leaf.delta_output,

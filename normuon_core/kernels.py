@@ -56,6 +56,7 @@ def _direction(g, m, rates, RULE: tl.constexpr, NESTEROV: tl.constexpr):
             if RULE == "lerp":
                 u = g + mu * (m - g) if NESTEROV else m
             else:
+                tl.static_assert(RULE == "bias_corrected", "unknown momentum rule")
                 step = tl.load(rates + 1).to(tl.int32)
                 now = 1.0 - _power(mu, step)
                 if NESTEROV:
@@ -492,6 +493,7 @@ def statistics(
         if EPS_RULE == "max":
             root = tl.math.sqrt_rn(tl.where(new < eps, eps, new))
         else:
+            tl.static_assert(EPS_RULE == "add", "unknown eps_rule")
             root = tl.math.sqrt_rn(new) + eps
         t = tl.math.div_rn(root * 0.0 + 1.0, root)
         tl.store(factors + matrix.to(tl.int64) * NEURONS + neuron, t, mask=inside)
@@ -562,6 +564,8 @@ def finish(
             ratio = tl.math.div_rn(norm, tl.where(scaled < rescale_eps, rescale_eps, scaled))
         elif RESCALE == "add":
             ratio = tl.math.div_rn(norm, scaled + rescale_eps)
+        else:
+            tl.static_assert(RESCALE is None, "unknown rescale")
         norm = scaled * ratio
         if NEURONS_ON_SHORT:
             t = tl.load(factors + matrix.to(tl.int64) * SHORT + i, mask=i < SHORT, other=0.0)

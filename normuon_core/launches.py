@@ -3,19 +3,23 @@
 Nothing here depends on how many matrices a stack holds but the grid, so that the update of one matrix
 does not depend on its neighbours. Configurations of the products come from a committed table
 (`configurations.py`) and are never searched for at run time.
+
+A launch is made for shapes and for the form of a recipe's rules. No hyperparameter that is a number
+is among its arguments: numbers may change from step to step and may be traced, so they travel in
+arrays (`kernels.RATES`) or as the kernels' own scalars, and key no cache and no compilation.
 """
 
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from normuon_core import kernels
 from normuon_core.configurations import ProductConfiguration
+from normuon_core.hyperparameters import check_choice
 from normuon_core.layout import MatrixView
-from normuon_core.recipes import Momentum, NeuronAxis, NeuronNorm
-from normuon_core.shape_rules import ShapeRule
+from normuon_core.recipes import EpsRule, Momentum, MomentumRule, NeuronAxis, NeuronNorm
 
 MOST_PARTS = 1024
 """Partial sums of a matrix's norm: few enough for every program of `feed` to add them up itself."""
@@ -263,8 +267,42 @@ def _coarser(side: SideParts) -> SideParts:
     return SideParts(side.cells // 2, side.cell * 2, 1)
 
 
+class MomentumForm(NamedTuple):
+    """A momentum rule without its number; "none" takes the gradient itself."""
+
+    rule: MomentumRule | Literal["none"]
+    nesterov: bool
+
+    @classmethod
+    def of(cls, record: Momentum | None) -> "MomentumForm":
+        return cls("none", False) if record is None else cls(record.rule, bool(record.nesterov))
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        if self.rule != "none":
+            check_choice("momentum rule", self.rule, MomentumRule)
+        return {"RULE": self.rule, "NESTEROV": self.nesterov}
+
+
+class NeuronNormForm(NamedTuple):
+    """How the second moment divides an update, without its numbers."""
+
+    eps_rule: EpsRule
+    rescale: EpsRule | None
+
+    @classmethod
+    def of(cls, record: NeuronNorm | None) -> "NeuronNormForm | None":
+        return None if record is None else cls(record.eps_rule, record.rescale)
+
+    def check(self) -> None:
+        """Raises a ValueError for a rule that the kernels do not know."""
+        check_choice("eps_rule", self.eps_rule, EpsRule)
+        if self.rescale is not None:
+            check_choice("rescale", self.rescale, EpsRule)
+
+
 @functools.lru_cache(maxsize=_CACHED)
-def squares(geometry: Geometry, count: int, rule: Momentum | None) -> Launch:
+def squares(geometry: Geometry, count: int, rule: MomentumForm) -> Launch:
     """Inputs: g, m, rates, leaf start. For `count` matrices."""
     short, long = norm_parts(geometry)
     return Launch(
@@ -272,7 +310,7 @@ def squares(geometry: Geometry, count: int, rule: Momentum | None) -> Launch:
         grid=count * short.parts * long.parts,
         constants={
             **geometry.constants,
-            **_momentum_constants(rule),
+            **rule.constants,
             "SHORT_PARTS": short.parts,
             "SHORT_CELL": short.cell,
             "SHORT_CUTS": short.cuts,
@@ -289,10 +327,10 @@ def squares(geometry: Geometry, count: int, rule: Momentum | None) -> Launch:
 def feed(
     geometry: Geometry,
     count: int,
-    rule: Momentum | None,
+    rule: MomentumForm,
     stack: int,
     *,
-    eps_rule: str,
+    eps_rule: EpsRule,
     compute_dtype: str,
     momentum: Output,
     first: bool,
@@ -301,6 +339,7 @@ def feed(
 
     `first` into a stack of `stack` matrices, whose buffer is then not among the inputs.
     """
+    check_choice("eps_rule", eps_rule, EpsRule)
     # Of all devices, each of which has as many.
     ways = math.prod(geometry.whole) // (geometry.short * geometry.long)
     parts = ways * math.prod(side.parts for side in norm_parts(geometry))
@@ -310,7 +349,7 @@ def feed(
         constants={
             **geometry.constants,
             "PITCH": geometry.pitch,
-            **_momentum_constants(rule),
+            **rule.constants,
             "EPS_RULE": eps_rule,
             "TILES": geometry.tiles,
             "PARTS": parts,
@@ -320,12 +359,6 @@ def feed(
         aliases={1: 1} if first else {0: 9, 1: 1},
         num_warps=_TILE_WARPS,
     )
-
-
-def _momentum_constants(rule: Momentum | None) -> dict[str, Any]:
-    if rule is None:
-        return {"RULE": "none", "NESTEROV": False}
-    return {"RULE": rule.rule, "NESTEROV": rule.nesterov}
 
 
 @functools.lru_cache(maxsize=_CACHED)
@@ -400,9 +433,11 @@ def _blocks(geometry: Geometry) -> int:
 
 @functools.lru_cache(maxsize=_CACHED)
 def statistics(
-    geometry: Geometry, count: int, rule: NeuronNorm | None, second_moment: Output
+    geometry: Geometry, count: int, rule: NeuronNormForm | None, second_moment: Output
 ) -> Launch:
     """Inputs: partials, second moment, rates, eps, leaf start, first of the partials."""
+    if rule is not None:
+        rule.check()
     _, part = _NEURON_TILE[geometry.neurons_on_short]
     return Launch(
         kernels.statistics,
@@ -430,15 +465,20 @@ def statistics(
 def finish(
     geometry: Geometry,
     count: int,
-    rule: NeuronNorm | None,
+    rule: NeuronNormForm | None,
     *,
-    shape_scale: ShapeRule,
+    rms: bool,
     cautious: bool,
     decay_inside_scale: bool,
     delta: Output,
     first: bool,
 ) -> Launch:
-    """Inputs: v, p, rates, scales, decays, factors, sums, eps, rms floor, the two starts, delta."""
+    """Inputs: v, p, rates, scales, decays, factors, sums, eps, rms floor, the two starts, delta.
+
+    rms: whether the scale divides by the update's norm, as the shape rule of that name does.
+    """
+    if rule is not None:
+        rule.check()
     return Launch(
         kernels.finish,
         grid=count * geometry.tiles,
@@ -449,7 +489,7 @@ def finish(
             "INPUTS": geometry.inputs,
             "NORMALIZE": rule is not None,
             "RESCALE": None if rule is None else rule.rescale,
-            "RMS": shape_scale == "rms",
+            "RMS": rms,
             "CAUTIOUS": cautious,
             "DECAY_INSIDE_SCALE": decay_inside_scale,
             "TILES": geometry.tiles,

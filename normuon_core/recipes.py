@@ -9,6 +9,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Literal
 
+from normuon_core.hyperparameters import check_choice, check_decay, check_rate
 from normuon_core.polynomials import (
     CUBIC,
     NEWTON_SCHULZ,
@@ -20,6 +21,7 @@ from normuon_core.shape_rules import ShapeRule, check_shape_rule
 MomentumRule = Literal["lerp", "heavy_ball", "bias_corrected"]
 EpsRule = Literal["add", "max"]
 NeuronAxis = Literal["output", "input", "longer"]
+RatePower = Literal[1, 2]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,10 @@ class Momentum:
     momentum: float = 0.95
     nesterov: bool = True
 
+    def __post_init__(self):
+        check_choice("momentum rule", self.rule, MomentumRule)
+        check_decay("momentum", self.momentum)
+
 
 @dataclass(frozen=True)
 class Polar:
@@ -41,6 +47,11 @@ class Polar:
     norm_scale: float = 1.02
     eps: float = 1e-6
     eps_rule: EpsRule = "add"
+
+    def __post_init__(self):
+        check_choice("eps_rule", self.eps_rule, EpsRule)
+        check_rate("norm_scale", self.norm_scale)
+        check_rate("eps", self.eps)
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,14 @@ class NeuronNorm:
     eps_rule: EpsRule = "max"
     rescale: EpsRule | None = "max"
 
+    def __post_init__(self):
+        check_decay("beta2", self.beta2)
+        check_choice("axis", self.axis, NeuronAxis)
+        check_rate("eps", self.eps)
+        check_choice("eps_rule", self.eps_rule, EpsRule)
+        if self.rescale is not None:
+            check_choice("rescale", self.rescale, EpsRule)
+
 
 @dataclass(frozen=True)
 class Decay:
@@ -64,7 +83,10 @@ class Decay:
 
     cautious: bool = True
     inside_scale: bool = True
-    rate_power: Literal[1, 2] = 1
+    rate_power: RatePower = 1
+
+    def __post_init__(self):
+        check_choice("rate_power", self.rate_power, RatePower)
 
 
 @dataclass(frozen=True)
@@ -72,6 +94,8 @@ class Recipe:
     """One dialect, stage by stage; `neuron_norm=None` is plain Muon.
 
     `dataclasses.replace` makes a variant: `replace(RECIPES["normuon"], shape_scale="spectral")`.
+    It and its records check themselves when they are made: an unknown rule, or a number out of its
+    range, is a ValueError there. Momentum and beta2 may also be what a framework traces.
     """
 
     momentum: Momentum
@@ -81,11 +105,15 @@ class Recipe:
     shape_scale: ShapeRule
     source: str
 
+    def __post_init__(self):
+        check_shape_rule(self.shape_scale)
+
     def override(self, *, momentum=None, nesterov=None, beta2=None, shape_scale=None) -> "Recipe":
         """The recipe with the fields that people tune replaced; None keeps the recipe's own.
 
         Raises:
-          ValueError: `beta2` for a recipe without neuron normalization, or an unknown `shape_scale`.
+          ValueError: `beta2` for a recipe without neuron normalization, an unknown `shape_scale`, or a
+            number out of its range.
         """
         recipe = self
         if momentum is not None:
@@ -103,7 +131,7 @@ class Recipe:
             stage = dataclasses.replace(recipe.neuron_norm, beta2=beta2)
             recipe = dataclasses.replace(recipe, neuron_norm=stage)
         if shape_scale is not None:
-            recipe = dataclasses.replace(recipe, shape_scale=check_shape_rule(shape_scale))
+            recipe = dataclasses.replace(recipe, shape_scale=shape_scale)
         return recipe
 
 

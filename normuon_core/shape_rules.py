@@ -1,8 +1,9 @@
 """How an orthogonalized update is scaled by the shape of its matrix."""
 
-import difflib
 import math
-from typing import Literal, cast, get_args
+from typing import Literal, cast
+
+from normuon_core.hyperparameters import check_choice
 
 ShapeRule = Literal["original", "match_rms_adamw", "spectral", "max_dim", "rms", "none"]
 
@@ -19,12 +20,7 @@ def check_shape_rule(rule: str) -> ShapeRule:
     Raises:
       ValueError: an unknown rule; the message has the nearest known one.
     """
-    known = get_args(ShapeRule)
-    if rule not in known:
-        near = difflib.get_close_matches(str(rule), known, n=1, cutoff=0.0)
-        raise ValueError(
-            f"unknown shape scale {rule!r}; did you mean {near[0]!r}? Known: {', '.join(known)}."
-        )
+    check_choice("shape scale", rule, ShapeRule)
     return cast(ShapeRule, rule)
 
 

@@ -207,10 +207,11 @@ def _step_weights(
         blocks = stacks[kind]
         geometry, sizes = blocks[0].geometry, [block.batch for block in blocks]
         _, dtype = form_of(
-            geometry,
+            geometry.whole,
             settings.recipe.polar,
             compute_dtype=settings.compute_dtype,
             algorithm=settings.algorithm,
+            device=launcher.describe_device(),
         )
         placement = place_kind(kind, sum(sizes), settings, specs)
         working_bytes = bytes_a_matrix(geometry, dtype)

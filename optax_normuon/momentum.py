@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
+from normuon_core.hyperparameters import check_decay
 from normuon_core.recipes import Momentum
 from optax_normuon.parameters import check_trainable
 from optax_normuon.precision import as_schedule, lift, map_updates, working_dtype
@@ -113,8 +114,10 @@ def _lerp(m, g, mu):
 def _momentum(accumulate, direction, momentum, momentum_dtype) -> optax.GradientTransformation:
     """m <- accumulate(m, g, mu) and u = direction(m, g, mu, t), t = 1 on the first step.
 
-    mu is rounded to the working dtype first, so that a number, a tracer and a schedule agree.
+    mu is rounded to the working dtype first, so that a number, a tracer and a schedule agree. A number
+    outside [0, 1) is a ValueError.
     """
+    check_decay("momentum", momentum)
     schedule = as_schedule(momentum)
 
     def init(params):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from normuon_core.placement import Placement, Spread
-from normuon_core.recipes import EpsRule, NeuronAxis
+from normuon_core.recipes import EpsRule, NeuronAxis, NeuronNorm
 from optax_normuon.injection import refuse_injection_of_static_arguments
 from optax_normuon.layout import LayoutTree
 from optax_normuon.precision import working_dtype
@@ -40,7 +40,7 @@ def normalize_neurons(
     correction, v <- v / sqrt(max(s, eps)), then |v|_F is brought back to what it was.
 
     Args:
-      beta2: decay of the second moment.
+      beta2: decay of the second moment, a number, an array without axes or a tracer.
       axis: whose neurons: "output" (the paper), "input", or "longer" (modded-nanogpt): the index of
         the matrix's longer side, output on a tie.
       eps: a floor of s (`eps_rule="max"`), or added to sqrt(s) (`"add"`).
@@ -49,7 +49,8 @@ def normalize_neurons(
       layout, max_stack_bytes, param_specs: see `normuon`.
 
     Raises:
-      ValueError: an unknown `axis`, or see `normuon`.
+      ValueError: an unknown `axis` or rule, a number out of its range, or see `normuon`.
+      TypeError: `beta2` is a schedule.
     """
     stage = neuron_norm_stage(beta2, axis=axis, eps=eps, eps_rule=eps_rule, rescale=rescale)
     return on_matrices(
@@ -62,8 +63,12 @@ def neuron_norm_stage(
 ) -> MatrixStage:
     """Stage 3 on a `MatrixStack`; arithmetic in float32 (float64 for float64), rounded once to the
     dtype of the values."""
-    if axis not in ("output", "input", "longer"):
-        raise ValueError(f"axis={axis!r} is unknown; use 'output', 'input' or 'longer'.")
+    if callable(beta2):
+        raise TypeError(
+            "beta2 is a function, and stage 3 counts no steps; for a schedule of beta2 write"
+            " optax.inject_hyperparams(normuon, static_args=STATIC_ARGS)(..., beta2=schedule)."
+        )
+    NeuronNorm(beta2, axis, eps, eps_rule, rescale)
 
     def reduced_axis(stack):
         rows, columns = stack.sides

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
+from normuon_core.hyperparameters import check_decay, check_rate
 from normuon_core.polar_iteration import Algorithm
 from normuon_core.recipes import Recipe, find_recipe
 from normuon_core.shape_rules import ShapeRule
@@ -96,17 +97,27 @@ def normuon(
       and all state are float32, or the parameter's dtype where that is wider. It needs parameters.
 
     Raises:
-      ValueError: here: an unknown recipe (with the nearest name), rule, algorithm or backend, "triton"
-        where it cannot run or beside an `orthogonalizer`, or `beta2` for a recipe without neuron
-        normalization; in `init` and `update`: a layout or a multiplier that does not fit its leaf or
-        the tree, a leaf that can be read in two ways, a dtype that "triton" does not take, or
-        missing parameters.
-      TypeError: a complex or integer leaf.
+      ValueError: here: an unknown recipe (with the nearest name), rule, algorithm or backend, a number
+        out of its range (a negative rate, a momentum or beta outside [0, 1)), "triton" where it cannot
+        run or beside an `orthogonalizer`, or `beta2` for a recipe without neuron normalization; in
+        `init` and `update`: a layout or a multiplier that does not fit its leaf or the tree, a leaf
+        that can be read in two ways, a dtype that "triton" does not take, or missing parameters.
+      TypeError: a complex or integer leaf, or a schedule of `beta2`.
 
     References:
       NorMuon, arXiv 2510.05491; Muon, https://kellerjordan.github.io/posts/muon; Polar Express, arXiv
       2505.16932; cautious weight decay, arXiv 2510.12402.
     """
+    for name, rate in {
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+        "adam_learning_rate": adam_learning_rate,
+        "adam_weight_decay": adam_weight_decay,
+        "adam_eps": adam_eps,
+    }.items():
+        check_rate(name, rate)
+    check_decay("adam_b1", adam_b1)
+    check_decay("adam_b2", adam_b2)
     chosen = find_recipe(recipe).override(
         momentum=momentum, nesterov=nesterov, beta2=beta2, shape_scale=shape_scale
     )

@@ -135,6 +135,7 @@ def orthogonalization_stage(
     backend: Backend,
 ) -> MatrixStage:
     """Stage 2 on a `MatrixStack`: values of any floating dtype in, compute dtype out."""
+    Polar(coefficients, norm_scale, eps, eps_rule)
     if not coefficients:
         raise ValueError("coefficients is empty; give one (a, b, c) a step, as in POLYNOMIALS.")
     check_algorithm(algorithm)

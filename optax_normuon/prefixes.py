@@ -29,8 +29,8 @@ def broadcast_prefix(
     model has `None` there, the prefix is not asked.
 
     Args:
-      is_leaf: what counts as one value although JAX sees a tree in it, such as None. Whether a value is a
-        good one is the caller's to check.
+      is_leaf: what counts as one value although JAX sees a tree in it, such as None. The caller checks
+        whether a value is a good one.
 
     Raises:
       ValueError: `prefix` is no prefix of `tree`; it says where and why.

@@ -107,9 +107,9 @@ class MatrixStage(NamedTuple):
       feed: what `update` would do first, on shards, so that less has to be moved to whole matrices.
       place: where on a mesh the stage wants a group of matrices. It is told whether they may stay
         divided, and may answer "shards" only then.
-      takes_shards: whether `update` works on parts of matrices, with `MatrixStack.sum_over` for every sum
-        and `MatrixStack.sides` for every size. A stage that does not say so never sees any: not alone,
-        and not behind a stage that does.
+      takes_shards: whether `update` works on parts of matrices, with `MatrixStack.sum_over` for every
+        sum and `MatrixStack.sides` for every size. A stage that does not say so never sees any: not
+        alone, and not behind a stage that does.
     """
 
     init: Callable[[MatrixStack], Any]

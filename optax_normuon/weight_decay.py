@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from normuon_core.hyperparameters import check_rate
 from optax_normuon.injection import refuse_injection_of_static_arguments
 from optax_normuon.layout import LayoutTree, Views, resolve_layouts
 from optax_normuon.multipliers import MultiplierTree, resolve_multipliers
@@ -44,8 +45,9 @@ def add_cautious_weight_decay(
       A transformation of any tree: float32 arithmetic, or the update's dtype where that is wider.
 
     Raises:
-      ValueError: `update` is called without parameters, or `wd_mul` does not fit.
+      ValueError: a negative `weight_decay`, `update` without parameters, or `wd_mul` does not fit.
     """
+    check_rate("weight_decay", weight_decay)
     schedule = as_schedule(weight_decay)
 
     def init(params):

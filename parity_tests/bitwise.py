@@ -14,6 +14,7 @@ from normuon_core import MatrixLayout
 from optax_normuon.launcher import Backend as JaxBackend
 from torch_ref import NorMuon
 from torch_ref.launcher import Backend as TorchBackend
+from torch_ref.matrix_state import second_moments
 
 Shapes = Mapping[str, tuple[tuple[int, ...], MatrixLayout]]
 
@@ -98,8 +99,8 @@ def train_torch(training: Training, *, backend: TorchBackend, device: str) -> di
     for name, param in params.items():
         state = optimizer.state[param]
         kept = {"parameter": param.detach(), "momentum": state["momentum"]}
-        if "second_moment" in state:
-            kept["second moment"] = state["second_moment"]
+        if moments := second_moments(state):
+            kept["second moment"] = moments
         if "remainder" in state:
             kept["remainder"] = state["remainder"]
         result[name] = Outcome({key: _flat(value) for key, value in kept.items()})

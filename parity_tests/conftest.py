@@ -6,8 +6,9 @@ import jax
 import pytest
 import torch
 
-# Triton has builds for Linux alone; elsewhere these two have nothing to test.
-collect_ignore = [] if importlib.util.find_spec("triton") else ["test_kernels.py", "test_gpu.py"]
+# Triton has builds for Linux alone; elsewhere these have nothing to test.
+_OF_KERNELS = ["test_kernels.py", "test_kernel_hyperparameters.py", "test_gpu.py"]
+collect_ignore = [] if importlib.util.find_spec("triton") else _OF_KERNELS
 
 # The test runner starts one process a core; torch's own threads would only compete with them.
 torch.set_num_threads(1)

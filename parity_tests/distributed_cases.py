@@ -5,6 +5,7 @@ divided among the ranks.
 """
 
 import copy
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager
@@ -31,6 +32,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from normuon_core import MatrixLayout
 from parity_tests.spectra import SPECTRA
 from torch_ref import NorMuon, join_remainder
+from torch_ref.data_parallel import ReplicatedStack
 from torch_ref.placement import sharding_of
 
 OUT_IN, IN_OUT = MatrixLayout(-1, -2), MatrixLayout(-2, -1)
@@ -185,9 +187,8 @@ def outcome(weights: Weights, optimizer: NorMuon) -> dict[str, list[torch.Tensor
         found.append(("weights", number, weight))
         state = {} if number == NO_GRADIENT else optimizer.state.get(weight, {})
         for key, value in state.items():
-            found += [
-                (key, number, each) for each in (value if isinstance(value, list) else [value])
-            ]
+            # A split weight has a second moment for each of its blocks.
+            found.append((key.partition(".")[0], number, value))
     result: dict[str, dict[int, list[torch.Tensor]]] = defaultdict(lambda: defaultdict(list))
     for (key, number, _), array in zip(found, whole([array for *_, array in found]), strict=True):
         result[key][number].append(array)
@@ -275,6 +276,39 @@ def collectives_of_one_stack(place, *, shape: tuple[int, ...] = (12, 8), **keywo
         with counted_collectives() as counter:
             optimizer.step()
     return dict(counter)
+
+
+def most_live_buffers() -> dict[str, int]:
+    """How many stacks a step has, and the largest number whose whole buffers are in memory at once.
+
+    Whole: with a share for every rank. A tensor that an unfinished collective holds is alive.
+    """
+    params = [nn.Parameter(torch.ones(12, 8)) for _ in range(dist.get_world_size() * 6)]
+    optimizer = NorMuon(params, lr=0.1, process_group=dist.group.WORLD, max_stack_bytes=1)
+    for param in params:
+        param.grad = torch.eye(12, 8)
+    made, counts = [], []
+    buffer, reduce = ReplicatedStack._buffer, ReplicatedStack.reduce
+    stacks = 0
+
+    def counted(stack, like, ranks, **keywords):
+        result = buffer(stack, like, ranks, **keywords)
+        if ranks > 1:
+            made.append(weakref.ref(result))
+            counts.append(sum(each() is not None for each in made))
+        return result
+
+    def counted_reduce(stack):
+        nonlocal stacks
+        stacks += 1
+        reduce(stack)
+
+    with (
+        mock.patch.object(ReplicatedStack, "_buffer", counted),
+        mock.patch.object(ReplicatedStack, "reduce", counted_reduce),
+    ):
+        optimizer.step()
+    return {"stacks": stacks, "most": max(counts, default=0)}
 
 
 def kept_entries(place, **keywords) -> int:
@@ -425,6 +459,7 @@ def all_cases(folder: Path, checkpoints: Path, saving: bool) -> dict[Any, Any]:
         "shards": kept_entries(columns),
         "replicas": kept_entries(alone, process_group=dist.group.WORLD),
     }
+    result["buffers"] = most_live_buffers()
     if ranks == 4:
         result["errors"] = errors(ranks)
     return result

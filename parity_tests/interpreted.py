@@ -25,7 +25,7 @@ def interpreted_kernels() -> Iterator[None]:
     """
     replaced = {
         "launch": _launch,
-        "describe_device": lambda: Device("sm90", 4),
+        "describe_device": lambda: Device("sm90", 4, interpreted=True),
         "_missing": lambda: None,
     }
     with mock.patch.multiple(launcher, **replaced):

@@ -1,5 +1,7 @@
 """What only a GPU can show of the kernels, beside the bits that `test_bitwise.py` compares."""
 
+import io
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +53,59 @@ def test_a_captured_step_replays_to_the_bits_of_steps():
         graph.replay()
     for _ in range(3):
         plain.step()
+    for ours, theirs in zip(captured, stepped, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+@pytest.mark.parametrize("recipe", ["normuon", "optax_muon"])
+def test_a_resumed_step_is_captured_at_once_and_replays_to_the_bits_of_steps(backend, recipe):
+    """No step warms it up, as it would change the weights: what is compiled is compiled already."""
+    params, first = torch_training(backend=backend, recipe=recipe)
+    for _ in range(2):
+        first.step()
+    file = io.BytesIO()
+    torch.save([first.state_dict(), [param.detach() for param in params]], file)
+    runs = []
+    for _ in range(2):
+        others, resumed = torch_training(backend=backend, recipe=recipe)
+        file.seek(0)
+        state, saved = torch.load(file, weights_only=True, map_location="cpu")
+        resumed.load_state_dict(state)
+        with torch.no_grad():
+            for param, value in zip(others, saved, strict=True):
+                param.copy_(value)
+        runs.append((others, resumed))
+    (captured, in_graph), (stepped, plain) = runs
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        in_graph.step()
+    for _ in range(3):
+        graph.replay()
+        plain.step()
+    for ours, theirs in zip(captured, stepped, strict=True):
+        assert torch.equal(ours, theirs)
+        for key, value in in_graph.state[ours].items():
+            assert torch.equal(value, plain.state[theirs][key]), key
+    assert all(state["step"] == 5 for state in in_graph.state.values())
+
+
+def test_a_multiplier_changes_where_a_graph_has_captured_it():
+    captured, in_graph = torch_training()
+    stepped, plain = torch_training()
+    in_graph.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        in_graph.step()
+    graph.replay()
+    for _ in range(2):
+        plain.step()
+    for optimizer in (in_graph, plain):
+        optimizer.param_groups[0]["lr_mul"] = 0.5
+        optimizer.step()
+    # What the graph reads has not been freed: its next replay takes the new number.
+    graph.replay()
+    plain.step()
     for ours, theirs in zip(captured, stepped, strict=True):
         assert torch.equal(ours, theirs)
 

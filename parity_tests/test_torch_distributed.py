@@ -186,6 +186,12 @@ def test_each_rank_keeps_its_share_of_the_state(on_ranks, ranks):
         assert max(kept) == min(kept)
 
 
+@pytest.mark.parametrize("ranks", [4, 2])
+def test_data_parallel_keeps_the_buffers_of_two_stacks_at_most(on_ranks, ranks):
+    for each in on_ranks[ranks]:
+        assert each["buffers"] == {"stacks": 6, "most": 2}
+
+
 @pytest.mark.parametrize(
     ("attempt", "message"),
     [

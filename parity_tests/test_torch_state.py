@@ -40,8 +40,7 @@ def train(params, optimizer, steps):
 def tensors(optimizer):
     for number, state in sorted(optimizer.state_dict()["state"].items()):
         for key, value in sorted(state.items()):
-            for part in value if isinstance(value, list) else [value]:
-                yield number, key, part
+            yield number, key.partition(".")[0], value
 
 
 def assert_same(optimizer, other):
@@ -142,7 +141,7 @@ def test_orthogonalizer_is_not_saved_and_survives_loading():
 
     _, optimizer = build(torch.float32, orthogonalizer=orthogonalizer)
     saved = optimizer.state_dict()
-    assert all("orthogonalizer" not in group for group in saved["param_groups"])
+    assert all(group["orthogonalizer"] is None for group in saved["param_groups"])
     optimizer.load_state_dict(through_file(saved))
     assert optimizer.param_groups[0]["orthogonalizer"] is orthogonalizer
 

@@ -6,6 +6,7 @@ import torch
 from parity_tests.traces import Trace
 from parity_tests.trajectory import Trajectory
 from torch_ref import NorMuon
+from torch_ref.matrix_state import second_moments
 
 
 def run_torch(
@@ -40,19 +41,14 @@ def run_torch(
         optimizer.step()
         for param, steps, moment in zip(params, history, moments, strict=True):
             steps.append(_array(param))
-            if "second_moment" in optimizer.state[param]:
-                moment[t + 1] = _flat(optimizer.state[param]["second_moment"])
+            if blocks := second_moments(optimizer.state[param]):
+                moment[t + 1] = np.concatenate([_array(block).ravel() for block in blocks])
     return {
         weight.name: Trajectory(np.stack(steps), _array(optimizer.state[param]["momentum"]), moment)
         for weight, param, steps, moment in zip(
             trace.weights, params, history, moments, strict=True
         )
     }
-
-
-def _flat(second_moment: torch.Tensor | list[torch.Tensor]) -> np.ndarray:
-    blocks = second_moment if isinstance(second_moment, list) else [second_moment]
-    return np.concatenate([_array(block).ravel() for block in blocks])
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

@@ -1,22 +1,25 @@
 """What bad input gets: an error at the door that names the leaf, the value and the remedy."""
 
-import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from normuon_core.recipes import RECIPES
 from optax_normuon import (
     MatrixLayout,
     add_cautious_weight_decay,
+    bias_corrected_momentum,
+    heavy_ball_momentum,
     layout_by_path,
+    lerp_momentum,
     muon,
     normalize_neurons,
     normuon,
     orthogonalize,
     polar_factor,
+    scale_by_normuon,
     scale_by_shape,
 )
 
@@ -162,12 +165,63 @@ def test_a_vector_has_no_polar_factor():
 
 
 def test_an_unknown_neuron_axis():
-    with pytest.raises(ValueError, match="axis='rows' is unknown"):
+    with pytest.raises(ValueError, match="unknown axis 'rows'; did you mean"):
         normalize_neurons(axis="rows")
-    recipe = RECIPES["normuon"]
-    stage = dataclasses.replace(recipe.neuron_norm, axis="rows")
-    with pytest.raises(ValueError, match="axis='rows' is unknown"):
-        normuon(0.1, recipe=dataclasses.replace(recipe, neuron_norm=stage))
+
+
+@pytest.mark.parametrize("make", [normuon, muon], ids=["normuon", "muon"])
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"learning_rate": -0.1},
+        {"learning_rate": np.float32(np.inf)},
+        {"weight_decay": -1},
+        {"momentum": 1.5},
+        {"momentum": float("nan")},
+        {"adam_learning_rate": -1.0},
+        {"adam_weight_decay": -1.0},
+        {"adam_b1": 1.0},
+        {"adam_b2": -0.1},
+        {"adam_eps": -1e-8},
+    ],
+    ids=str,
+)
+def test_a_number_out_of_its_range_is_named(make, keywords):
+    ((name, value),) = keywords.items()
+    message = re.escape(f"{name}={value}; use a ")
+    with pytest.raises(ValueError, match=message):
+        make(**{"learning_rate": 0.1, **keywords})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: scale_by_normuon(momentum=-0.1), r"momentum=-0.1; use a number in \[0, 1\)"),
+        (lambda: scale_by_normuon(beta2=1), r"beta2=1; use a number in \[0, 1\)"),
+        (lambda: lerp_momentum(1.0), r"momentum=1.0; use a number in \[0, 1\)"),
+        (lambda: heavy_ball_momentum(1.5), r"momentum=1.5; use a number in \[0, 1\)"),
+        (lambda: bias_corrected_momentum(-1), r"momentum=-1; use a number in \[0, 1\)"),
+        (lambda: normalize_neurons(beta2=2.0), r"beta2=2.0; use a number in \[0, 1\)"),
+        (lambda: normalize_neurons(rescale="maxx"), "unknown rescale 'maxx'; did you mean 'max'"),
+        (lambda: orthogonalize(eps_rule="ad"), "unknown eps_rule 'ad'; did you mean 'add'"),
+        (lambda: polar_factor(jnp.ones((2, 2)), eps_rule="min"), "unknown eps_rule 'min'"),
+        (lambda: add_cautious_weight_decay(-0.1), "weight_decay=-0.1; use a finite number"),
+    ],
+)
+def test_the_single_stages_check_their_numbers_and_rules(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_schedule_of_beta2_is_sent_to_injection():
+    with pytest.raises(TypeError, match=r"inject_hyperparams\(normuon, static_args=STATIC_ARGS\)"):
+        normuon(0.1, beta2=lambda count: 0.9)
+
+
+def test_arrays_tracers_and_schedules_are_not_read():
+    """What they hold is not known when they are given: the range is the caller's to keep."""
+    normuon(jnp.float32(-1), momentum=lambda count: 2.0, weight_decay=np.asarray(-1.0))
+    jax.jit(lambda mu: normuon(mu, momentum=mu, beta2=mu, adam_weight_decay=mu).init(KERNEL))(-1.0)
 
 
 def test_an_orthogonalizer_that_changes_the_shape():

@@ -6,13 +6,13 @@ float32 momentum and the 16 remainder bits of a bfloat16 parameter into bfloat16
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
 
 from torch_ref.local import is_dtensor
+from torch_ref.matrix_state import with_moments_apart
 
 
 def restore_state(
@@ -25,24 +25,19 @@ def restore_state(
     Args:
       optimizer: has just loaded `saved`.
       saved: a state dict; its tensors are copied, onto each parameter's device, the step counters
-        onto the CPU.
+        too: a step that counts on the CPU could not be captured in a CUDA graph.
       shard: of (a parameter, a whole array of its state): the array as this rank keeps it.
     """
     numbers = chain.from_iterable(group["params"] for group in saved["param_groups"])
     params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     for number, param in zip(numbers, params, strict=True):
-        for key, value in saved["state"].get(number, {}).items():
-            device = torch.device("cpu") if key == "step" else param.device
-            value = _copied(value, device)
-            if key != "step":
-                value = _sharded(value, partial(shard, param))
-            optimizer.state[param][key] = value
-
-
-def _sharded(value: Any, shard: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_sharded(each, shard) for each in value]
-    return value if is_dtensor(value) else shard(value)
+        if number not in saved["state"]:
+            continue
+        state = optimizer.state[param] = {}
+        for key, value in with_moments_apart(saved["state"][number]).items():
+            state[key] = _copied(value, param.device)
+            if key != "step" and isinstance(value, torch.Tensor) and not is_dtensor(value):
+                state[key] = shard(param, state[key])
 
 
 def picklable(state: Mapping[torch.Tensor, dict[str, Any]]) -> dict[torch.Tensor, dict[str, Any]]:
@@ -75,6 +70,4 @@ def _seen_as(value: Any, old: torch.dtype, new: torch.dtype) -> Any:
 def _copied(value: Any, device: torch.device) -> Any:
     if isinstance(value, torch.Tensor):
         return value.detach().to(device, copy=True)
-    if isinstance(value, list | tuple):
-        return [_copied(item, device) for item in value]
     return value

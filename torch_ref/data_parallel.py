@@ -8,6 +8,7 @@ whole step, and one all-gather brings the new parameters to all. As modded-nanog
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -142,12 +143,14 @@ class Ownership:
     sharding: Sharding
     regions: dict[int, Region]
 
-    def part(self, place: int) -> Part | None:
-        return Part(self.view, self.regions[place]) if place in self.regions else None
+    @cached_property
+    def parts(self) -> dict[int, Part]:
+        """By place in the group, as the regions."""
+        return {place: Part(self.view, region) for place, region in self.regions.items()}
 
     def counts(self, ranks: int) -> list[int]:
         """How many matrices each rank of the group owns."""
-        parts = [self.part(place) for place in range(ranks)]
+        parts = [self.parts.get(place) for place in range(ranks)]
         return [0 if part is None else part.local.stack_shape[0] for part in parts]
 
 
@@ -216,6 +219,8 @@ class ReplicatedStack:
     def _wait(self) -> None:
         if self.pending is not None:
             self.pending.wait()
+            # It holds what it has sent.
+            self.pending = None
 
     def _buffer(self, like: torch.Tensor, ranks: int, *, zero: bool = True) -> torch.Tensor:
         make = like.new_zeros if zero else like.new_empty
@@ -226,9 +231,7 @@ class ReplicatedStack:
         done = [0] * len(self.parallel.ranks)
         for param in self.params:
             owned = self.parallel.owned[param]
-            for place in owned.regions:
-                part = owned.part(place)
-                assert part is not None
+            for place, part in owned.parts.items():
                 start = done[place]
                 done[place] += part.local.stack_shape[0]
                 yield place, param, part, slice(start, done[place])

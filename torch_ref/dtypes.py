@@ -5,6 +5,7 @@ wider. Every scalar hyperparameter is rounded to W before it is used, and what i
 derived in W, so that a float32 run multiplies by exactly the same numbers in every framework.
 """
 
+import numpy as np
 import torch
 
 
@@ -21,14 +22,18 @@ def rounded(value: Scalar, dtype: torch.dtype) -> Scalar:
     """The scalar nearest to `value` in `dtype`."""
     if isinstance(value, torch.Tensor):
         return value.to(dtype)
-    return torch.tensor(value, dtype=dtype).item()
+    if dtype in _NUMPY:
+        return float(_NUMPY[dtype](value))
+    return torch.tensor(value, dtype=dtype, device="cpu").item()
+
+
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
+"""The working dtypes. A tensor would be made on the user's default device, and read back from there."""
 
 
 def complement(value: Scalar, dtype: torch.dtype) -> Scalar:
     """1 - value, the value rounded to `dtype` first and the difference computed in it."""
-    if isinstance(value, torch.Tensor):
-        return 1 - value.to(dtype)
-    return (1 - torch.tensor(value, dtype=dtype)).item()
+    return rounded(1 - rounded(value, dtype), dtype)
 
 
 def rounded_product(a: Scalar, b: Scalar, dtype: torch.dtype) -> Scalar:
@@ -38,7 +43,8 @@ def rounded_product(a: Scalar, b: Scalar, dtype: torch.dtype) -> Scalar:
 
 def bias_correction(decay: Scalar, step: int | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """1 - decay^step, computed in `dtype`: what an average that starts at zero is divided by."""
-    step = torch.as_tensor(step)
+    if not isinstance(step, torch.Tensor):
+        step = torch.tensor(step, device="cpu")
     decay = rounded(decay, dtype)
     if not isinstance(decay, torch.Tensor):
         decay = torch.full((), decay, dtype=dtype, device=step.device)

@@ -47,14 +47,18 @@ class Tile(NamedTuple):
         if isinstance(rows, slice) and isinstance(columns, slice):
             matrix[rows, columns].copy_(values)
         else:
-            matrix[torch.tensor(self.rows)[:, None], torch.tensor(self.columns)] = values
+            matrix[_numbers(self.rows)[:, None], _numbers(self.columns)] = values
 
 
 def _index(indices: Indices) -> slice | torch.Tensor:
     first, last = indices[0], indices[-1]
     if last - first + 1 == len(indices):
         return slice(first, last + 1)
-    return torch.tensor(indices)
+    return _numbers(indices)
+
+
+def _numbers(indices: Indices) -> torch.Tensor:
+    return torch.tensor(indices, device="cpu")
 
 
 @lru_cache(maxsize=1024)

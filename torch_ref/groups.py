@@ -1,12 +1,12 @@
 """What a parameter group may say, checked when the group is added."""
 
-import math
 from typing import Any
 
 import numpy as np
 import torch
 
 from normuon_core import MatrixLayout, MatrixView, Recipe, find_recipe
+from normuon_core.hyperparameters import check_decay, check_rate
 from normuon_core.polar_iteration import check_algorithm
 from torch_ref.launcher import check_backend
 from torch_ref.local import is_dtensor
@@ -80,20 +80,17 @@ def settle_group(group: Group, index: int) -> None:
             f"group {index}: unknown optimizer {group['optimizer']!r}; use {MATRIX!r} or {ADAMW!r}."
         )
     for key in ("lr", "weight_decay", "adam_weight_decay", "adam_eps"):
-        if not 0 <= float(group[key]) < math.inf:
-            raise ValueError(
-                f"group {index}: {key}={group[key]}; use a finite number of at least 0."
-            )
+        check_rate(f"group {index}: {key}", float(group[key]))
     for key in ("momentum", "beta2", "adam_b1", "adam_b2"):
-        if group[key] is not None and not 0 <= float(group[key]) < 1:
-            raise ValueError(f"group {index}: {key}={group[key]}; use a number in [0, 1).")
+        if group[key] is not None:
+            check_decay(f"group {index}: {key}", float(group[key]))
     if group["max_stack_bytes"] is not None and group["max_stack_bytes"] <= 0:
         raise ValueError(
             f"group {index}: max_stack_bytes={group['max_stack_bytes']}; use a positive number."
         )
     for key in ("lr_mul", "wd_mul"):
         many = np.ndim(group[key]) > 0
-        group[key] = torch.as_tensor(group[key]).double() if many else float(group[key])
+        group[key] = _array(group[key]) if many else float(group[key])
     if group["optimizer"] == MATRIX:
         group["momentum"] = group_recipe(group).momentum.momentum
         check_algorithm(group["algorithm"])
@@ -105,6 +102,13 @@ def settle_group(group: Group, index: int) -> None:
             )
     for position, param in enumerate(group["params"]):
         _check_parameter(param, group, parameter_name(group, index, position))
+
+
+def _array(values: Any) -> torch.Tensor:
+    """float64, where it is or on the CPU: the user's default device may be one that holds no numbers."""
+    if not isinstance(values, torch.Tensor):
+        values = torch.as_tensor(values, device="cpu")
+    return values.double()
 
 
 def _check_parameter(param: torch.Tensor, group: Group, name: str) -> None:
@@ -129,6 +133,10 @@ def _check_parameter(param: torch.Tensor, group: Group, name: str) -> None:
                 f" {tuple(param.placements)} on {param.device_mesh}; use backend='auto', or replicated"
                 " parameters with NorMuon(..., process_group=...)."
             )
+    if matrix and group["backend"] == "triton":
+        from torch_ref.kernel_step import check_kernels
+
+        check_kernels(param, group, name)
     batch_shape = parameter_view(group, param, name).batch_shape if matrix else ()
     for key in ("lr_mul", "wd_mul"):
         shape = tuple(np.shape(group[key]))

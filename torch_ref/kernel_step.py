@@ -6,8 +6,10 @@ laid out for them, and what comes back is added. Nothing waits for the GPU.
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from normuon_core import MatrixLayout, MatrixView, Polar, Recipe, shape_factor
 from normuon_core.fused_step import Block, Leaf, Piece, form_of, polar_factors_of_pieces, step_stack
@@ -16,6 +18,7 @@ from normuon_core.launches import Output, block_geometries, bytes_a_matrix
 from normuon_core.polar_iteration import Algorithm
 from normuon_core.stacks import even_stacks
 from torch_ref.dtypes import Scalar, rounded_product
+from torch_ref.groups import Group, group_recipe, parameter_view
 from torch_ref.launcher import describe_device, launch, on_device
 from torch_ref.matrix_weight import DEFAULT_STACK_BYTES, MatrixWeight
 from torch_ref.orthogonalization import dtype_name
@@ -44,6 +47,23 @@ def polar_factors(
         )
     v = v[..., : geometry.long]
     return v.mT if stack.shape[-2] > stack.shape[-1] else v
+
+
+def check_kernels(param: torch.Tensor, group: Group, name: str) -> None:
+    """Raises a ValueError that names the parameter if the kernels cannot multiply its matrices here."""
+    view, recipe = parameter_view(group, param, name), group_recipe(group)
+    for size in view.output_sizes:
+        _, *sides = view.block_stack_shape(size)
+        try:
+            form_of(
+                (sides[0], sides[1]),
+                recipe.polar,
+                compute_dtype=dtype_name(group["compute_dtype"]),
+                algorithm=group["algorithm"],
+                device=describe_device(param.device),
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 def step_matrices_with_kernels(weights: Iterable[MatrixWeight]) -> None:
@@ -76,12 +96,15 @@ def _step_blocks(
     max_bytes: int | None,
 ) -> None:
     geometry, name = blocks[0][1].geometry, dtype_name(compute_dtype)
-    _, chosen = form_of(geometry, recipe.polar, compute_dtype=name, algorithm=algorithm)
+    known = describe_device(device)
+    _, chosen = form_of(
+        geometry.whole, recipe.polar, compute_dtype=name, algorithm=algorithm, device=known
+    )
     limit = (max_bytes or DEFAULT_STACK_BYTES) // bytes_a_matrix(geometry, chosen)
     for cuts in even_stacks([block.batch for _, block in blocks], max(1, limit)):
         step_stack(
             launch,
-            describe_device(device),
+            known,
             [Piece(blocks[i][1], start, stop - start) for i, start, stop in cuts],
             recipe,
             compute_dtype=name,
@@ -126,10 +149,12 @@ class _LaidOut:
                 geometry,
                 weight.matrices,
                 None if moment is None else self._stacked(moment).contiguous(),
-                _scale(weight, size),
-                _each(weight.wd_mul, weight),
+                _scale(weight, number, size),
+                _each(weight.wd_mul, weight, ("decay", number)),
             )
-            for geometry, moment, size in zip(geometries, moments, view.output_sizes, strict=True)
+            for number, (geometry, moment, size) in enumerate(
+                zip(geometries, moments, view.output_sizes, strict=True)
+            )
         ]
 
     def receive(self, matrices: int) -> None:
@@ -193,32 +218,47 @@ def _rates(weight: MatrixWeight) -> torch.Tensor:
 
 
 def _fill(place: torch.Tensor, value: Scalar) -> None:
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and value.device == place.device:
         place.copy_(value.reshape(()))
     else:
+        # A number, or a tensor on the CPU: passed to the fill, where a copy would wait for the GPU.
         place.fill_(value)
 
 
-def _scale(weight: MatrixWeight, outputs: int) -> torch.Tensor:
+def _scale(weight: MatrixWeight, block: int, outputs: int) -> torch.Tensor:
     """k lr_mul for each matrix of a block, rounded once."""
     factor = shape_factor(weight.recipe.shape_scale, outputs, weight.view.inputs)
-    return _each(weight.lr_mul * factor, weight)
+    return _each(weight.lr_mul * factor, weight, ("scale", block))
 
 
-def _each(value: float | torch.Tensor, weight: MatrixWeight) -> torch.Tensor:
-    """A multiplier as (batch,) float32."""
-    shape, device = weight.view.batch_shape, weight.param.device
+def _each(value: float | torch.Tensor, weight: MatrixWeight, name: tuple[str, int]) -> torch.Tensor:
+    """A multiplier as (batch,) float32; `name`: which of the weight's it is."""
+    device = weight.param.device
+    if isinstance(value, torch.Tensor) and value.device == device:
+        value = value.to(torch.float32).broadcast_to(weight.view.batch_shape)
+        return value.reshape(-1).contiguous()
     if isinstance(value, torch.Tensor):
-        return value.to(device, torch.float32).broadcast_to(shape).reshape(-1).contiguous()
-    key = (value, weight.matrices, device)
-    constant = _CONSTANTS.get(key)
-    if constant is None:
-        constant = torch.full((weight.matrices,), value, dtype=torch.float32, device=device)
-        # What a graph captures holds no number before the graph has run.
-        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-            _CONSTANTS[key] = constant
+        value = tuple(value.broadcast_to(weight.view.batch_shape).reshape(-1).tolist())
+    known = _CONSTANTS.setdefault(weight.state["momentum"], {})
+    if name in known and known[name][0] == value:
+        return known[name][1]
+    make = partial(torch.full, dtype=torch.float32, device=device)
+    # Not from a list of numbers: that would be copied from the CPU, which waits and cannot be captured.
+    constant = (
+        torch.stack([make((), each) for each in value])
+        if isinstance(value, tuple)
+        else make((weight.matrices,), value)
+    )
+    # What a graph captures holds no number before the graph has run.
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return constant
+    if name in known:
+        # In its place: a graph may have captured where it lies.
+        constant = known[name][1].copy_(constant)
+    known[name] = value, constant
     return constant
 
 
-_CONSTANTS: dict[tuple[float, int, torch.device], torch.Tensor] = {}
-"""Scales and decays that are numbers, kept from step to step: (matrices,) float32."""
+_CONSTANTS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Scales and decays of a weight that are not on its device, kept there from step to step: by its
+momentum, with which they go, and by name, as (the numbers, (matrices,) float32)."""

@@ -3,7 +3,8 @@
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -46,7 +47,8 @@ def takes_kernels(backend: Backend, device: torch.device, dtypes: Sequence[torch
         if device.type != "cuda" and not _interpreted():
             raise ValueError(
                 f"backend='triton' needs a CUDA device, not {device}; use backend='auto', or set"
-                " TRITON_INTERPRET=1 before importing Triton to try the kernels on a CPU."
+                " TRITON_INTERPRET=1 before importing Triton to try the kernels on a CPU, with a"
+                " compute_dtype of float32 or float16."
             )
         return True
     return backend == "auto" and device.type == "cuda" and fits and _has_triton()
@@ -71,9 +73,13 @@ def describe_device(device: torch.device) -> "Device":
     from normuon_core.fused_step import Device
 
     if device.type != "cuda":
-        return Device("sm90", 4)
+        return Device("sm90", 4, interpreted=True)
     properties = torch.cuda.get_device_properties(device)
-    return Device(f"sm{properties.major}{properties.minor}", properties.multi_processor_count)
+    return Device(
+        f"sm{properties.major}{properties.minor}",
+        properties.multi_processor_count,
+        interpreted=_interpreted(),
+    )
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager:
@@ -90,43 +96,57 @@ def launch(launch: "Launch", inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
             outputs.append(inputs[launch.aliases[index]])
         else:
             outputs.append(torch.empty(shape, dtype=getattr(torch, dtype), device=device))
-    if launch.uses_descriptors and device.type == "cuda":
-        _provide_scratch(device)
-    key = None
-    if device.type == "cuda":
-        dtypes = (x.dtype for x in (*inputs, *outputs) if isinstance(x, torch.Tensor))
-        key = (launch, device, *dtypes)
-    if key in _COMPILED and all(_is_aligned(x) for x in (*inputs, *outputs)):
-        _COMPILED[key][launch.grid, 1, 1](*inputs, *outputs, *launch.constants.values())
-        return tuple(outputs)
-    compiled = launch.kernel[(launch.grid,)](
-        *inputs,
-        *outputs,
-        **launch.constants,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-        enable_fp_fusion=False,
-    )
-    if key is not None and all(_is_aligned(x) for x in (*inputs, *outputs)):
-        _COMPILED[key] = compiled
+    dtypes = tuple(x.dtype for x in (*inputs, *outputs) if isinstance(x, torch.Tensor))
+    compiled = _COMPILED.setdefault(launch, {}) if device.type == "cuda" else {}
+    aligned = all(_is_aligned(x) for x in (*inputs, *outputs))
+    with _scratch_on(device) if launch.uses_descriptors else contextlib.nullcontext():
+        if aligned and (device, dtypes) in compiled:
+            kernel = compiled[device, dtypes]
+            kernel[launch.grid, 1, 1](*inputs, *outputs, *launch.constants.values())
+            return tuple(outputs)
+        kernel = launch.kernel[(launch.grid,)](
+            *inputs,
+            *outputs,
+            **launch.constants,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+            enable_fp_fusion=False,
+        )
+    # The interpreter makes no kernel to keep.
+    if aligned and kernel is not None:
+        compiled[device, dtypes] = kernel
     return tuple(outputs)
 
 
-_COMPILED: dict[tuple | None, Any] = {}
-"""Compiled kernels by launch, device and dtypes. Triton's own look-up takes longer than a small kernel
-runs; the kernels' integers are not specialized, so that these and the alignment suffice."""
+_COMPILED: weakref.WeakKeyDictionary["Launch", dict[tuple, Any]] = weakref.WeakKeyDictionary()
+"""Compiled kernels by launch, device and dtypes, for as long as the launch is remembered. Triton's own
+look-up takes longer than a small kernel runs; the kernels' integers are not specialized, so that these
+and the alignment suffice."""
 
 
 def _is_aligned(value: Any) -> bool:
     return not isinstance(value, torch.Tensor) or value.data_ptr() % 16 == 0
 
 
-def _provide_scratch(device: torch.device) -> None:
-    """Memory for the descriptors that a kernel sets up: from PyTorch, so that a graph keeps it."""
+@contextlib.contextmanager
+def _scratch_on(device: torch.device) -> Iterator[None]:
+    """Memory for the descriptors that a kernel sets up: from PyTorch, so that a graph keeps it.
+
+    Afterwards Triton has the allocator that it had before, which may be the user's.
+    """
+    if device.type != "cuda":
+        yield
+        return
     import triton
+    from triton.runtime import _allocation
 
     def allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
         del alignment, stream
         return torch.empty(size, dtype=torch.int8, device=device)
 
+    before = _allocation._allocator.get()
     triton.set_allocator(allocate)
+    try:
+        yield
+    finally:
+        triton.set_allocator(before)

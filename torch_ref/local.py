@@ -15,12 +15,7 @@ def is_dtensor(value: object) -> TypeGuard[Any]:
 
 
 def local(value: Any) -> Any:
-    """The shard of a DTensor that this process holds, sharing its memory; others are left alone.
-
-    A list is taken entry by entry.
-    """
-    if isinstance(value, list):
-        return [local(each) for each in value]
+    """The shard of a DTensor that this process holds, sharing its memory; others are left alone."""
     return value.to_local() if is_dtensor(value) else value
 
 

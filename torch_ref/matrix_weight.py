@@ -19,6 +19,7 @@ from normuon_core.stacks import even_stacks
 from torch_ref.dtypes import rounded, rounded_product, working_dtype
 from torch_ref.groups import Group
 from torch_ref.launcher import takes_kernels
+from torch_ref.matrix_state import second_moments
 from torch_ref.momentum import bias_corrected_momentum, heavy_ball_momentum, lerp_momentum
 from torch_ref.part import Part
 from torch_ref.remainder import add_to_weight, read_weight
@@ -37,7 +38,7 @@ class MatrixWeight:
       param: the part, updated in place.
       gradient: of the part's shape, not modified.
       remainder: the lower half of the weight that a bfloat16 parameter stands for, or None.
-      state: the part's "momentum" and "second_moment", updated in place.
+      state: the part's "momentum" and second moments, see `matrix_state`; updated in place.
       part: which part of the weight it is.
       group: the parameter's group. recipe: the group's, with the group's keywords put in.
       step: counted from 1, an integer tensor without axes.
@@ -128,8 +129,7 @@ class MatrixWeight:
 
     def moment_state(self) -> list[torch.Tensor]:
         """The second moment of each output block, as it is kept."""
-        moments = self.state["second_moment"]
-        return moments if self.view.is_split else [moments]
+        return second_moments(self.state)
 
     def second_moment(self, block: int) -> torch.Tensor | None:
         """The block's second moment, (batch, rows, 1) or (batch, 1, columns)."""

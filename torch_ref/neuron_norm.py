@@ -2,7 +2,7 @@
 
 import torch
 
-from normuon_core.recipes import EpsRule, NeuronAxis
+from normuon_core.recipes import EpsRule, NeuronAxis, NeuronNorm
 from torch_ref.dtypes import complement, working_dtype
 
 
@@ -35,9 +35,13 @@ def normalize_neurons(
       rescale: "max" as above; "add" is v_hat = y |v| / (|y| + eps); None leaves y as it is.
       output_is_rows: which side of the stored matrix the output neurons are.
 
+    Raises:
+      ValueError: an unknown rule or axis, or a number out of its range.
+
     Returns:
       (v_hat in the dtype of v, rounded once from the working dtype; the new s).
     """
+    NeuronNorm(beta2, axis, eps, eps_rule, rescale)
     dtype = working_dtype(second_moment.dtype)
     side = neuron_side(axis, *v.shape[-2:], output_is_rows=output_is_rows)
     along = -1 if side == -2 else -2

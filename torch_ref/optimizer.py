@@ -191,6 +191,10 @@ class NorMuon(torch.optim.Optimizer):
             for param in group["params"]:
                 self._parallel.assign(param, parameter_view(group, param))
 
+    @torch.compiler.disable(
+        reason="torch_ref.NorMuon steps outside compiled graphs: its products are library calls or"
+        " kernels already"
+    )
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient.
@@ -223,10 +227,11 @@ class NorMuon(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """As in every optimizer, without the orthogonalizers, which are code and not state."""
+        """As in every optimizer, without the orthogonalizers, which are code and not state: None."""
         saved = super().state_dict()
         for group in saved["param_groups"]:
-            group.pop("orthogonalizer", None)
+            # Not left out: `torch.distributed.checkpoint` asks for every key of a group.
+            group["orthogonalizer"] = None
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -341,7 +346,7 @@ class NorMuon(torch.optim.Optimizer):
 
     def _step_replicated(self, groups: list[_Given], parallel: "DataParallel") -> None:
         """Matrices of plain data parallelism: while one stack is stepped, the next one's gradients are
-        on their way, and so are the parameters of the one before."""
+        on their way, and so are the parameters of the one before. No other stack has buffers then."""
         gradients: dict[torch.Tensor, torch.Tensor] = {}
         settings: dict[torch.Tensor, tuple[Group, Recipe]] = {}
         for group, given in groups:
@@ -350,8 +355,9 @@ class NorMuon(torch.optim.Optimizer):
                 gradients[param], settings[param] = gradient, (group, recipe)
                 self._create_matrix_state(param, parameter_view(group, param), group, recipe)
         stacks = parallel.stacks(gradients, lambda param: settings[param][0]["max_stack_bytes"])
-        for stack, following in zip(stacks, [*stacks[1:], None], strict=True):
-            if stack is stacks[0]:
+        neighbours = zip([None, *stacks[:-1]], stacks, [*stacks[1:], None], strict=True)
+        for before, stack, following in neighbours:
+            if before is None:
                 stack.reduce()
             if following is not None:
                 following.reduce()
@@ -363,9 +369,11 @@ class NorMuon(torch.optim.Optimizer):
                     for param, part, gradient in stack.own_gradients()
                 ]
             )
+            if before is not None:
+                before.finish()
             stack.gather()
-        for stack in stacks:
-            stack.finish()
+        if stacks:
+            stacks[-1].finish()
 
     def _create_matrix_state(
         self, param: torch.Tensor, view: MatrixView, group: Group, recipe: Recipe

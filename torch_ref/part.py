@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 
+import numpy as np
 import torch
 
 from normuon_core import MatrixView
@@ -45,7 +46,7 @@ def stack_indices(view: MatrixView, region: Region) -> tuple[list[int], list[int
 
 
 def _merged(sizes: Sequence[int], region: Sequence[tuple[int, int]]) -> list[int]:
-    everything = torch.arange(math.prod(sizes)).reshape(tuple(sizes))
+    everything = np.arange(math.prod(sizes)).reshape(tuple(sizes))
     return everything[tuple(slice(*bounds) for bounds in region)].reshape(-1).tolist()
 
 
@@ -67,6 +68,8 @@ class Part:
     @cached_property
     def local(self) -> MatrixView:
         """The part as a stack of parts of matrices. An output block may have no neurons here."""
+        if self.region == whole_region(self.view.shape):
+            return self.view
         _, rows, columns = stack_indices(self.view, self.region)
         outputs = rows if self.view.output_is_rows else columns
         starts = [bisect_left(outputs, start) for start in accumulate(self.view.output_sizes)]

@@ -1,0 +1,34 @@
+"""Which numbers and names the stages take: the checks that both frameworks and the recipes share.
+
+A number is checked where it is one. Schedules, arrays and tracers pass: what they hold is not known
+when they are given, and to read it would wait for a device.
+"""
+
+import difflib
+import math
+from numbers import Real
+from typing import Any, get_args
+
+
+def check_rate(name: str, value: Any) -> None:
+    """Raises a ValueError for a number that is negative or not finite."""
+    if isinstance(value, Real) and not 0 <= value < math.inf:
+        raise ValueError(f"{name}={value}; use a finite number of at least 0.")
+
+
+def check_decay(name: str, value: Any) -> None:
+    """Raises a ValueError for a number outside [0, 1): the decay of a running mean."""
+    if isinstance(value, Real) and not 0 <= value < 1:
+        raise ValueError(f"{name}={value}; use a number in [0, 1).")
+
+
+def check_choice(name: str, value: Any, literal: Any) -> None:
+    """Raises a ValueError with the nearest known one unless `value` is one of a `Literal`'s."""
+    known = get_args(literal)
+    if type(value) in map(type, known) and value in known:
+        return
+    near = difflib.get_close_matches(str(value), [str(each) for each in known], n=1, cutoff=0.0)
+    nearest = next((each for each in known if str(each) in near), known[0])
+    raise ValueError(
+        f"unknown {name} {value!r}; did you mean {nearest!r}? Known: {', '.join(map(str, known))}."
+    )
