@@ -12,13 +12,13 @@ from typing import Any, get_args
 
 def check_rate(name: str, value: Any) -> None:
     """Raises a ValueError for a number that is negative or not finite."""
-    if isinstance(value, Real) and not 0 <= value < math.inf:
+    if isinstance(value, Real) and not 0 <= float(value) < math.inf:
         raise ValueError(f"{name}={value}; use a finite number of at least 0.")
 
 
 def check_decay(name: str, value: Any) -> None:
     """Raises a ValueError for a number outside [0, 1): the decay of a running mean."""
-    if isinstance(value, Real) and not 0 <= value < 1:
+    if isinstance(value, Real) and not 0 <= float(value) < 1:
         raise ValueError(f"{name}={value}; use a number in [0, 1).")
 
 

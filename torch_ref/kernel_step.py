@@ -6,7 +6,6 @@ laid out for them, and what comes back is added. Nothing waits for the GPU.
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from functools import partial
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -233,30 +232,32 @@ def _scale(weight: MatrixWeight, block: int, outputs: int) -> torch.Tensor:
 
 def _each(value: float | torch.Tensor, weight: MatrixWeight, name: tuple[str, int]) -> torch.Tensor:
     """A multiplier as (batch,) float32; `name`: which of the weight's it is."""
+    device, shape = weight.param.device, weight.view.batch_shape
+    if not isinstance(value, torch.Tensor):
+        return _constant((value,), weight, name)
+    if value.device == device:
+        return value.to(torch.float32).broadcast_to(shape).reshape(-1).contiguous()
+    return _constant(tuple(value.broadcast_to(shape).reshape(-1).tolist()), weight, name)
+
+
+def _constant(
+    numbers: tuple[float, ...], weight: MatrixWeight, name: tuple[str, int]
+) -> torch.Tensor:
+    """(matrices,) float32 of one number, or of one for each matrix."""
+    kept: dict = _CONSTANTS.setdefault(weight.state["momentum"], {})  # pyright: ignore
+    known, constant = kept.get(name, (None, None))
+    if known == numbers:
+        return constant
     device = weight.param.device
-    if isinstance(value, torch.Tensor) and value.device == device:
-        value = value.to(torch.float32).broadcast_to(weight.view.batch_shape)
-        return value.reshape(-1).contiguous()
-    if isinstance(value, torch.Tensor):
-        value = tuple(value.broadcast_to(weight.view.batch_shape).reshape(-1).tolist())
-    known = _CONSTANTS.setdefault(weight.state["momentum"], {})
-    if name in known and known[name][0] == value:
-        return known[name][1]
-    make = partial(torch.full, dtype=torch.float32, device=device)
     # Not from a list of numbers: that would be copied from the CPU, which waits and cannot be captured.
-    constant = (
-        torch.stack([make((), each) for each in value])
-        if isinstance(value, tuple)
-        else make((weight.matrices,), value)
-    )
+    each = [torch.full((1,), one, dtype=torch.float32, device=device) for one in numbers]
+    made = torch.cat(each).expand(weight.matrices).contiguous()
     # What a graph captures holds no number before the graph has run.
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return constant
-    if name in known:
-        # In its place: a graph may have captured where it lies.
-        constant = known[name][1].copy_(constant)
-    known[name] = value, constant
-    return constant
+        return made
+    # In its place: a graph may have captured where it lies.
+    kept[name] = numbers, made if constant is None else constant.copy_(made)
+    return kept[name][1]
 
 
 _CONSTANTS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
