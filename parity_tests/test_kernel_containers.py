@@ -1,0 +1,59 @@
+"""The kernels step every container that people keep parameters in, with every tree of settings."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from parity_tests.interpreted import interpreted_kernels
+from tests.containers import draw
+from tests.test_containers import optimizer, step
+
+
+def run(container, **keywords):
+    params = draw(container, 0)
+    tx = optimizer(params, **keywords)
+    state = tx.init(params)
+    for seed in (1, 2):
+        params, state = step(tx, draw(container, seed), state, params)
+    return [np.asarray(leaf) for leaf in jax.tree.leaves((params, state))]
+
+
+@functools.cache
+def of_a_dict():
+    return run("dict", backend="triton")
+
+
+# Those whose nodes are not plain: the kernels' way takes trees apart on its own.
+@pytest.mark.parametrize(
+    "container", ["Equinox", "NNX with partitioning", "Linen with partitioning", "subtree None"]
+)
+def test_a_container_makes_the_bits_of_a_dict(container):
+    with interpreted_kernels():
+        chex.assert_trees_all_equal(run(container, backend="triton"), of_a_dict())
+
+
+def test_the_kernels_did_run():
+    """XLA's products are summed in another order."""
+    with interpreted_kernels():
+        pairs = zip(run("dict", backend="xla"), of_a_dict(), strict=True)
+    assert any(not np.array_equal(*pair) for pair in pairs)
+
+
+@pytest.mark.parametrize(
+    "mask", [{"up": True, "frozen": False}, {"up": True, "frozen": {"w": False}}]
+)
+def test_masked_leaves_are_not_asked_for(mask):
+    params = {"up": draw("dict", 0), "frozen": {"w": jnp.ones((4, 6))}}
+    gradients = {"up": draw("dict", 1), "frozen": {"w": jnp.ones((4, 6))}}
+    with interpreted_kernels():
+        tx = optax.masked(optimizer(params, backend="triton"), mask)
+        updates, _ = tx.update(gradients, tx.init(params), params)
+        alone = optimizer(params["up"], backend="triton")
+        expected, _ = alone.update(gradients["up"], alone.init(params["up"]), params["up"])
+    chex.assert_trees_all_equal(updates["up"], expected)
+    chex.assert_trees_all_equal(updates["frozen"], gradients["frozen"])
