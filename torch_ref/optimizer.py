@@ -65,8 +65,10 @@ class NorMuon(torch.optim.Optimizer):
     Every keyword may be set by group. `lr`, `momentum` and `weight_decay` are read from the group
     at every step. Gradients are left as they are; parameters without one are skipped.
 
-    A step never waits for a GPU, and can be captured in a CUDA graph once it has run; give `lr`,
-    `momentum` and `weight_decay` as tensors on the GPU to change them between replays.
+    A step never waits for a GPU, and can be captured in a CUDA graph once its kernels have run; give
+    `lr`, `momentum` and `weight_decay` as tensors on the GPU to change them between replays. Under
+    `torch.compile` it stays outside of the graph: nothing of it is compiled, nothing differs, and
+    `fullgraph=True` is refused with the reason.
 
     The increment leaves the arithmetic in the parameter's dtype and is then added, as Optax does
     it; to train bfloat16 parameters without losing small increments, set `bf16_remainder`.
