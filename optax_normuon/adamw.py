@@ -58,7 +58,8 @@ def check_others(others: Any, given: Iterable[str]) -> None:
       given: the names of all arguments that the caller gave.
 
     Raises:
-      TypeError: `others` is no `optax.GradientTransformation`. ValueError: there is a keyword of AdamW's.
+      TypeError: `others` is no `optax.GradientTransformation`.
+      ValueError: there is a keyword of AdamW's.
     """
     if others is None:
         return

@@ -93,9 +93,9 @@ def normuon(
       adam_b1, adam_b2, adam_eps, adam_weight_decay, adam_nesterov, adam_eps_root: see `optax.adamw`.
       adam_moment_dtype: dtype in which AdamW's first moment is kept (Optax's `mu_dtype`); None is
         float32, or the parameter's dtype where that is wider. The second moment is always that.
-      others: in AdamW's place for the leaves that are no matrices, a transformation with its own learning
-        rate inside, such as `optax.lion(1e-4)`. It is given these leaves as `optax.partition` would give
-        them, in their own dtypes; `lr_mul` and `wd_mul` are then for matrices only.
+      others: a transformation in AdamW's place for the leaves that are no matrices, with its own
+        learning rate inside, such as `optax.lion(1e-4)`. It is given these leaves as `optax.partition`
+        would give them, in their own dtypes; `lr_mul` and `wd_mul` are then for matrices only.
       momentum_dtype: None is float32, or the parameter's dtype where that is wider.
       compute_dtype, algorithm, backend: see `polar_factor`.
       param_specs: over which mesh axes each leaf is divided: a PartitionSpec, a tree or prefix tree of
@@ -111,9 +111,9 @@ def normuon(
     Raises:
       ValueError: here: an unknown recipe (with the nearest name), rule, algorithm or backend, "triton"
         where it cannot run or beside an `orthogonalizer`, `beta2` for a recipe without neuron
-        normalization, or AdamW's keywords beside `others`; in `init` and `update`: a layout or a multiplier that does not fit its leaf or
-        the tree, a leaf that can be read in two ways, a dtype that "triton" does not take, or
-        missing parameters.
+        normalization, or AdamW's keywords beside `others`; in `init` and `update`: a layout or a
+        multiplier that does not fit its leaf or the tree, or is for a leaf of `others`, a leaf that can
+        be read in two ways, a dtype that "triton" does not take, or missing parameters.
       TypeError: a complex or integer leaf, or `others` that is no transformation.
 
     References:

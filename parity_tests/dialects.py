@@ -1,4 +1,4 @@
-"""What an original calls its hyperparameters, and what they are here: every one, or the trace is refused.
+"""What an original's hyperparameters are here: every one of them, or the trace is refused.
 
 A trace's metadata has the hyperparameters under the original's own names. Passing over one that is not
 known would reproduce another optimizer: six steps in place of five change an update by tens of percent.
@@ -152,7 +152,7 @@ def _flatten(settings: Settings, value: bool) -> Settings:
 def _optax_coefficients(settings: Settings, value: Any) -> Settings:
     """A preset's name, too."""
     if isinstance(value, str):
-        presets = {"muon": "newton_schulz", "dion": "you"}
+        presets = {"standard": "newton_schulz", "dion": "you"}
         if value not in presets:
             raise ValueError(f"the presets are {', '.join(presets)}")
         value = POLYNOMIALS[presets[value]]

@@ -129,10 +129,10 @@ def _weight(name, spec, settings: Settings, dialect, arrays, last) -> Weight:
         lr_mul = lr_mul * math.sqrt(max(1.0, rows / columns))
     if label == "attn_gate" and dialect == "normuon_2025_12":
         recipe = _with_axis(recipe, "output")
-    if label == "mlp_bank" and dialect == "normuon_2026_08":
-        # A trace may also spell out what the label stands for.
-        if np.ndim(spec.get("lr_mul", 1.0)) == 0:
-            lr_mul = lr_mul * np.where(np.arange(target[0]) % 2 == 1, 2.0, 1.0)
+    # A trace may also spell out what the label stands for.
+    spelt_out = np.ndim(spec.get("lr_mul", 1.0)) > 0
+    if label == "mlp_bank" and dialect == "normuon_2026_08" and not spelt_out:
+        lr_mul = lr_mul * np.where(np.arange(target[0]) % 2 == 1, 2.0, 1.0)
     lr_mul = lr_mul * _multiplier(spec.get("lr_mul", 1.0), target)
     wd_mul = _multiplier(spec.get("wd_mul", 1.0), target)
     momentum = arrays.get(f"momentum/{name}/{last}")
