@@ -64,8 +64,7 @@ def labels(params: Any) -> Any:
 ADAMW: dict[str, dict[str, Any]] = {
     "nesterov": dict(nesterov=True),
     "eps_root": dict(eps_root=0.3),
-    "mu_dtype": dict(mu_dtype=jnp.bfloat16),
-    "all": dict(nesterov=True, eps_root=0.3, mu_dtype=jnp.bfloat16, weight_decay=0.2),
+    "all": dict(nesterov=True, eps_root=0.3, mu_dtype=jnp.float32, weight_decay=0.2),
 }
 
 
