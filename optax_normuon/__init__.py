@@ -8,6 +8,7 @@ from optax_normuon.momentum import (
     heavy_ball_momentum,
     lerp_momentum,
 )
+from optax_normuon.multipliers import multipliers_by_path
 from optax_normuon.neuron_norm import normalize_neurons
 from optax_normuon.optimizer import muon, normuon, scale_by_normuon
 from optax_normuon.orthogonalization import orthogonalize, polar_factor
@@ -30,6 +31,7 @@ __all__ = [
     "inject_hyperparams",
     "layout_by_path",
     "lerp_momentum",
+    "multipliers_by_path",
     "muon",
     "normalize_neurons",
     "normuon",

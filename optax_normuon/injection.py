@@ -7,6 +7,7 @@ it returned would be taken for the setting.
 
 import functools
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -14,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
+
+from optax_normuon.adamw import check_others
 
 STATIC_ARGS = (
     "recipe",
@@ -23,6 +26,9 @@ STATIC_ARGS = (
     "wd_mul",
     "shape_scale",
     "orthogonalizer",
+    "adam_nesterov",
+    "adam_moment_dtype",
+    "others",
     "momentum_dtype",
     "compute_dtype",
     "algorithm",
@@ -84,6 +90,7 @@ def refuse_injection_of_static_arguments(
             # A multiplier is a number, too, and may be injected.
             elif isinstance(value, jax.Array) and name not in ("lr_mul", "wd_mul"):
                 raise TypeError(_refusal(name))
+        check_others(keywords.get("others"), keywords)
         return factory(*arguments, **keywords)
 
     signature = inspect.signature(factory)
@@ -99,7 +106,12 @@ class _Signature(inspect.Signature):
         for name, value in bound.arguments.items():
             if name in STATIC_ARGS and callable(value) and not isinstance(value, _NoSchedule):
                 bound.arguments[name] = _NoSchedule(name, value)
-        return bound
+        if bound.arguments.get("others") is None:
+            return bound
+        # Without AdamW its defaults are no hyperparameters.
+        kept = [each for each in self.parameters.values() if not each.name.startswith("adam_")]
+        check_others(bound.arguments["others"], bound.arguments)
+        return inspect.BoundArguments(inspect.Signature(kept), OrderedDict(bound.arguments))
 
 
 class _NoSchedule:

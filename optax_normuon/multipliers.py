@@ -1,13 +1,16 @@
 """`lr_mul` and `wd_mul`: one factor a leaf, or one a matrix."""
 
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from normuon_core.layout import MatrixView
 from optax_normuon.layout import Views
-from optax_normuon.paths import KeyPath, named_leaves
+from optax_normuon.paths import KeyPath, named_leaves, path_name, unmet_pattern
 from optax_normuon.prefixes import broadcast_prefix, called_on
 
 MultiplierTree = Any
@@ -63,3 +66,43 @@ def _on_batch_axes(factor, shape, view: MatrixView | None, name: str, what: str)
         )
     ones = [size if axis in view.batch_axes else 1 for axis, size in enumerate(shape)]
     return factor.reshape(ones)
+
+
+def multipliers_by_path(
+    factors: Mapping[str, ArrayLike], *, default: ArrayLike = 1.0
+) -> Callable[[Any], Any]:
+    """Multipliers for the leaves whose paths fit a pattern: for `lr_mul` and `wd_mul`.
+
+    Args:
+      factors: from path patterns (`fnmatch` style, `*` crosses `/`) to a number, or an array over a
+        leaf's batch axes. The first pattern that fits counts.
+      default: for the leaves that fit none.
+
+    Returns:
+      A callable from the parameters to a tree of factors. Under `optax.masked` and `optax.partition` a
+      pattern may be about leaves that are masked away.
+
+    Raises:
+      ValueError: in `init` and `update`, a pattern that meets no leaf.
+
+    Example: `normuon(0.02, adam_learning_rate=3e-3, lr_mul=multipliers_by_path({"*embed*": 0.1}))`.
+    """
+    factors = dict(factors)
+
+    def multipliers(params):
+        unmet = unmet_pattern(factors, params)
+        if unmet is not None:
+            names = ", ".join(name for _, name, _ in named_leaves(params))
+            raise ValueError(
+                f"multipliers_by_path: the pattern {unmet!r} meets no leaf; the leaves are {names}."
+            )
+
+        def factor(path, _):
+            name = path_name(path)
+            return next(
+                (v for pattern, v in factors.items() if fnmatchcase(name, pattern)), default
+            )
+
+        return jax.tree_util.tree_map_with_path(factor, params)
+
+    return multipliers

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from normuon_core.hyperparameters import check_decay, check_rate
 from normuon_core.polar_iteration import Algorithm
 from normuon_core.recipes import Recipe, find_recipe
 from normuon_core.shape_rules import ShapeRule
+from optax_normuon.adamw import check_no_multipliers, scale_by_adam
 from optax_normuon.injection import refuse_injection_of_static_arguments
 from optax_normuon.launcher import Backend, takes_kernels
 from optax_normuon.layout import LayoutTree, Views, resolve_layouts
@@ -22,7 +23,7 @@ from optax_normuon.neuron_norm import neuron_norm_stage
 from optax_normuon.orthogonalization import orthogonalization_stage
 from optax_normuon.parameters import check_leaves, require_params
 from optax_normuon.paths import named_leaves
-from optax_normuon.precision import as_schedule, in_working_precision, map_updates
+from optax_normuon.precision import as_schedule, in_working_precision
 from optax_normuon.shape_scaling import scale_by_shape, scale_factor
 from optax_normuon.specs import Specs, SpecTree, resolve_specs
 from optax_normuon.stacking import MatrixStage, chain_stages, on_matrices
@@ -54,6 +55,10 @@ def normuon(
     adam_b2: float = 0.95,
     adam_eps: float = 1e-10,
     adam_weight_decay: optax.ScalarOrSchedule = 0.0,
+    adam_nesterov: bool = False,
+    adam_eps_root: float = 0.0,
+    adam_moment_dtype: DTypeLike | None = None,
+    others: optax.GradientTransformation | None = None,
     momentum_dtype: DTypeLike | None = None,
     compute_dtype: DTypeLike | None = None,
     algorithm: Algorithm = "auto",
@@ -63,10 +68,11 @@ def normuon(
 ) -> optax.GradientTransformationExtraArgs:
     """NorMuon for the matrices of a model, AdamW for everything else.
 
-    The default for training a Flax model: `optax.chain(optax.clip_by_global_norm(1.0),
-    normuon(0.02))`. Print `describe(params)` once to see what becomes of each leaf. A matrix's update
-    is momentum, polar factor, neuron normalization, cautious weight decay, shape scale, learning rate;
-    `docs/stages.md` derives each.
+    The default for training a Flax model: `optax.chain(optax.clip_by_global_norm(1.0), normuon(0.02,
+    adam_learning_rate=3e-3))`. Print `describe(params)` once to see what becomes of each leaf. A
+    matrix's update is momentum, polar factor, neuron normalization, cautious weight decay, shape scale,
+    learning rate; `docs/stages.md` derives each. `docs/migration.md` has the calls that repeat other
+    optimizers.
 
     Args:
       learning_rate: eta, a number or a schedule.
@@ -79,11 +85,18 @@ def normuon(
         callable from the parameters to one; `layout_by_path` makes the latter. None at the root
         decides by path and shape.
       lr_mul, wd_mul: factors on learning rate and weight decay: a number, an array over a leaf's
-        batch axes (one number a matrix), a tree or prefix tree of these, or a callable.
+        batch axes (one number a matrix), a tree or prefix tree of these, or a callable;
+        `multipliers_by_path` makes the latter.
       orthogonalizer: replaces stage 2, a function (batch, rows, columns) -> the same; it is given
         the momentum in float32 and its result's dtype is kept.
-      adam_learning_rate: for the leaves that are no matrices; None is `learning_rate`.
-      adam_b1, adam_b2, adam_eps, adam_weight_decay: see `optax.adamw`.
+      adam_learning_rate: for the leaves that are no matrices. None is `learning_rate`, which for
+        embeddings is mostly far too high.
+      adam_b1, adam_b2, adam_eps, adam_weight_decay, adam_nesterov, adam_eps_root: see `optax.adamw`.
+      adam_moment_dtype: dtype in which AdamW's first moment is kept (Optax's `mu_dtype`); None is
+        float32, or the parameter's dtype where that is wider. The second moment is always that.
+      others: a transformation in AdamW's place for the leaves that are no matrices, with its own
+        learning rate inside, such as `optax.lion(1e-4)`. It is given these leaves as `optax.partition`
+        would give them, in their own dtypes; `lr_mul` and `wd_mul` are then for matrices only.
       momentum_dtype: None is float32, or the parameter's dtype where that is wider.
       compute_dtype, algorithm, backend: see `polar_factor`.
       param_specs: over which mesh axes each leaf is divided: a PartitionSpec, a tree or prefix tree of
@@ -99,10 +112,12 @@ def normuon(
     Raises:
       ValueError: here: an unknown recipe (with the nearest name), rule, algorithm or backend, a number
         out of its range (a negative rate, a momentum or beta outside [0, 1)), "triton" where it cannot
-        run or beside an `orthogonalizer`, or `beta2` for a recipe without neuron normalization; in
-        `init` and `update`: a layout or a multiplier that does not fit its leaf or the tree, a leaf
-        that can be read in two ways, a dtype that "triton" does not take, or missing parameters.
-      TypeError: a complex or integer leaf, or a schedule of `beta2`.
+        run or beside an `orthogonalizer`, `beta2` for a recipe without neuron normalization, or AdamW's
+        keywords beside `others`; in `init` and `update`: a layout or a multiplier that does not fit its
+        leaf or the tree, or is for a leaf of `others`, a leaf that can be read in two ways, a dtype that
+        "triton" does not take, or missing parameters.
+      TypeError: a complex or integer leaf, a leaf that is no array, a schedule of `beta2`, or `others`
+        that is no transformation.
 
     References:
       NorMuon, arXiv 2510.05491; Muon, https://kellerjordan.github.io/posts/muon; Polar Express, arXiv
@@ -168,11 +183,15 @@ def normuon(
             wd_factors=wd_factors,
         )
 
-    def others(lr_factors: Multipliers, wd_factors: Multipliers):
+    def adamw(lr_factors: Multipliers, wd_factors: Multipliers):
         rate = learning_rate if adam_learning_rate is None else adam_learning_rate
         return in_working_precision(
             optax.chain(
-                _scale_by_adam(adam_b1, adam_b2, adam_eps),
+                scale_by_adam(
+                    *(adam_b1, adam_b2, adam_eps, adam_eps_root),
+                    nesterov=adam_nesterov,
+                    moment_dtype=adam_moment_dtype,
+                ),
                 add_cautious_weight_decay(
                     adam_weight_decay, cautious=False, wd_mul=wd_factors, layout=Views()
                 ),
@@ -190,11 +209,15 @@ def normuon(
         by_kernels = orthogonalizer is None and takes_kernels(
             backend, [*given, *_matrix_dtypes(views, *trees)], placed=specs is not None
         )
-        labels = _labels(params, views)
+        if others is not None:
+            check_no_multipliers(params, views, lr_factors, "lr_mul")
+            check_no_multipliers(params, views, wd_factors, "wd_mul")
+        rest = "adamw" if others is None else "others"
+        labels = _labels(params, views, rest)
         return optax.partition(
             {
                 "matrices": matrices(by_kernels, views, specs, lr_factors, wd_factors),
-                "adamw": others(lr_factors, wd_factors),
+                rest: adamw(lr_factors, wd_factors) if others is None else others,
             },
             # Optax calls labels that are callable, as a tree of the model's class may be.
             lambda _: labels,
@@ -366,30 +389,6 @@ def _decay_and_scale(
     return optax.GradientTransformation(init, update)
 
 
-def _scale_by_adam(b1, b2, eps) -> optax.GradientTransformation:
-    """`optax.scale_by_adam`, in which a parameter without gradient keeps its moments."""
-    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
-
-    def where_given(updates, new, old):
-        return jax.tree.map(
-            lambda g, new, old: old if g is None else new,
-            *(updates, new, old),
-            is_leaf=lambda leaf: leaf is None,
-        )
-
-    def update(updates, state: Any, params=None):
-        given = where_given(updates, updates, jax.tree.map(jnp.zeros_like, state.mu))
-        # Optax raises a float to its integer step count, which callers' strict promotion forbids.
-        with jax.numpy_dtype_promotion("standard"):
-            directions, new = cast(tuple[Any, Any], adam.update(given, state, params))
-        kept = new._replace(
-            mu=where_given(updates, new.mu, state.mu), nu=where_given(updates, new.nu, state.nu)
-        )
-        return map_updates(lambda _, direction: direction, updates, directions), kept
-
-    return optax.GradientTransformation(adam.init, update)
-
-
 def _scale_by_rate(learning_rate) -> optax.GradientTransformation:
     """Always the scheduled form, so that a constant rate and a schedule share one state structure."""
     return optax.scale_by_learning_rate(as_schedule(learning_rate))
@@ -404,7 +403,7 @@ def _matrix_dtypes(views: Views, *trees) -> set[jnp.dtype]:
     return {leaf.dtype for path, _, leaf in leaves if path in views}
 
 
-def _labels(params, views: Views):
+def _labels(params, views: Views, rest: str):
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: "matrices" if path in views else "adamw", params
+        lambda path, _: "matrices" if path in views else rest, params
     )

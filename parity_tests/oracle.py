@@ -115,6 +115,30 @@ def step(
 
 
 @dataclass
+class AdamState:
+    """What a weight that is no matrix carries from step to step; all of it starts at zero."""
+
+    step: int = 0
+    first: np.ndarray | float = 0.0
+    second: np.ndarray | float = 0.0
+
+
+def adamw(
+    p, g, state: AdamState, *, lr, b1, b2, eps, weight_decay=0.0, nesterov=False, eps_root=0.0
+):
+    """One step of AdamW, or of NAdam with plain decay: the new parameter; `state` changes in place."""
+    state.step += 1
+    t = state.step
+    state.first = b1 * state.first + (1 - b1) * g
+    state.second = b2 * state.second + (1 - b2) * g**2
+    mean = state.first / (1 - b1**t)
+    if nesterov:
+        mean = b1 * state.first / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1**t)
+    direction = mean / (np.sqrt(state.second / (1 - b2**t) + eps_root) + eps)
+    return p - lr * (direction + weight_decay * p)
+
+
+@dataclass
 class WeightState:
     """The states of all matrices of one weight, by (batch index, first output neuron)."""
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from normuon_core import POLYNOMIALS, RECIPES, MatrixLayout, Recipe
+from normuon_core import MatrixLayout, Recipe
+from parity_tests.dialects import Settings, read_hyperparameters
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -64,56 +65,48 @@ def load_trace(path: Path) -> Trace:
     """Reads one trace.
 
     Raises:
-      KeyError: the trace's dialect is not a recipe.
+      ValueError: the trace's dialect is not a recipe, or its metadata say something that has no
+        translation, of the optimizer or of a weight; the message names file and key.
     """
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files}
     meta = json.loads(str(arrays.pop("meta")))
     steps = range(1, meta["T"] + 1)
-    hyper = meta["hyperparameters"]
-    recipe = _recipe(meta["dialect"], hyper)
-    weights = tuple(
-        _weight(name, spec, recipe, meta["dialect"], arrays, meta["T"])
-        for name, spec in meta["weights"].items()
-    )
+    try:
+        settings = read_hyperparameters(meta["dialect"], meta["hyperparameters"])
+        weights = tuple(
+            _weight(name, spec, settings, meta["dialect"], arrays, meta["T"])
+            for name, spec in meta["weights"].items()
+        )
+    except ValueError as error:
+        raise ValueError(f"{Path(path).name}: {error}") from None
     return Trace(
         name=Path(path).stem,
         weights=weights,
         lr=np.array([float(arrays[f"lr/{t}"]) for t in steps]),
         mu=np.array([float(arrays[f"mu/{t}"]) for t in steps]),
-        weight_decay=float(hyper.get("weight_decay", hyper.get("wd", 0.0))),
+        weight_decay=settings.weight_decay,
     )
 
 
-def _recipe(dialect: str, hyper: dict) -> Recipe:
-    recipe = RECIPES[dialect].override(
-        nesterov=hyper.get("nesterov"), beta2=hyper.get("muon_beta2", hyper.get("beta2"))
-    )
-    scale = recipe.shape_scale
-    if dialect.startswith("dion"):
-        scale = {"spectral_norm": "spectral", "rms_norm": "match_rms_adamw"}[hyper["adjust_lr"]]
-        decay = dataclasses.replace(recipe.decay, cautious=hyper["cautious_wd"])
-        recipe = dataclasses.replace(recipe, decay=decay)
-        if not hyper["use_polar_express"]:
-            polar = dataclasses.replace(
-                recipe.polar, coefficients=POLYNOMIALS["you"], norm_scale=1.0
-            )
-            recipe = dataclasses.replace(recipe, polar=polar)
-    if dialect == "torch_muon":
-        scale = hyper["adjust_lr_fn"]
-    if dialect == "optax_muon" and hyper["consistent_rms"] is not None:
-        if hyper["consistent_rms"] != 0.2:
-            raise ValueError(f"no shape rule for consistent_rms={hyper['consistent_rms']}")
-        scale = "match_rms_adamw"
-    return recipe.override(shape_scale=scale)
+_OF_A_WEIGHT = {"shape", "label", "reshape", "split_sizes", "num_heads", "lr_mul", "wd_mul"}
 
 
-def _weight(name, spec, recipe, dialect, arrays, last) -> Weight:
+def _weight(name, spec, settings: Settings, dialect, arrays, last) -> Weight:
+    unknown = sorted(set(spec) - _OF_A_WEIGHT)
+    if unknown:
+        raise ValueError(
+            f"{dialect}: no translation for {unknown[0]!r}, with the value {spec[unknown[0]]!r}, of the"
+            f" weight {name!r}."
+        )
+    recipe = settings.recipe
     shape = tuple(spec["shape"])
     layout = MatrixLayout(reduction_axis=-1, output_axis=-2)
-    lr_mul: float | np.ndarray = 1.0
+    lr_mul: float | np.ndarray = settings.lr_mul
     label = spec.get("label")
     target = tuple(spec.get("reshape", shape))
+    if settings.flatten:
+        target = (target[0], math.prod(target[1:]))
     bound, compared = 1e-11, True
     if dialect == "optax_muon":
         layout = MatrixLayout(reduction_axis=0, output_axis=1)
@@ -133,13 +126,13 @@ def _weight(name, spec, recipe, dialect, arrays, last) -> Weight:
         target = (4 * n, rows // 4, columns) if split_rows else (4 * n, rows, columns // 4)
         recipe = _with_axis(recipe, "output" if rows >= columns else "input")
         recipe = recipe.override(shape_scale="none")
-        lr_mul = math.sqrt(max(1.0, rows / columns))
+        lr_mul = lr_mul * math.sqrt(max(1.0, rows / columns))
     if label == "attn_gate" and dialect == "normuon_2025_12":
         recipe = _with_axis(recipe, "output")
-    if label == "mlp_bank" and dialect == "normuon_2026_08":
-        lr_mul = np.where(np.arange(target[0]) % 2 == 1, 2.0, 1.0)
-    if np.ndim(spec.get("lr_mul", 1.0)) > 0 and label == "mlp_bank":
-        lr_mul = 1.0  # the trace spells out what the label stands for
+    # A trace may also spell out what the label stands for.
+    spelt_out = np.ndim(spec.get("lr_mul", 1.0)) > 0
+    if label == "mlp_bank" and dialect == "normuon_2026_08" and not spelt_out:
+        lr_mul = lr_mul * np.where(np.arange(target[0]) % 2 == 1, 2.0, 1.0)
     lr_mul = lr_mul * _multiplier(spec.get("lr_mul", 1.0), target)
     wd_mul = _multiplier(spec.get("wd_mul", 1.0), target)
     momentum = arrays.get(f"momentum/{name}/{last}")

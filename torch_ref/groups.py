@@ -79,7 +79,7 @@ def settle_group(group: Group, index: int) -> None:
         raise ValueError(
             f"group {index}: unknown optimizer {group['optimizer']!r}; use {MATRIX!r} or {ADAMW!r}."
         )
-    for key in ("lr", "weight_decay", "adam_weight_decay", "adam_eps"):
+    for key in ("lr", "weight_decay", "adam_weight_decay", "adam_eps", "adam_eps_root"):
         check_rate(f"group {index}: {key}", float(group[key]))
     for key in ("momentum", "beta2", "adam_b1", "adam_b2"):
         if group[key] is not None:
@@ -87,6 +87,12 @@ def settle_group(group: Group, index: int) -> None:
     if group["max_stack_bytes"] is not None and group["max_stack_bytes"] <= 0:
         raise ValueError(
             f"group {index}: max_stack_bytes={group['max_stack_bytes']}; use a positive number."
+        )
+    moment = group["adam_moment_dtype"]
+    if moment is not None and not moment.is_floating_point:
+        raise ValueError(
+            f"group {index}: adam_moment_dtype={moment} cannot hold a mean of gradients; use a floating"
+            " dtype, such as torch.bfloat16, or None."
         )
     for key in ("lr_mul", "wd_mul"):
         many = np.ndim(group[key]) > 0

@@ -98,7 +98,10 @@ class NorMuon(torch.optim.Optimizer):
       orthogonalizer: takes the place of the polynomial iteration: a function of a stack
         (batch, rows, columns) in the working dtype to one of the same shape. Not saved in state
         dicts.
-      adam_b1, adam_b2, adam_eps, adam_weight_decay: of AdamW groups.
+      adam_b1, adam_b2, adam_eps, adam_weight_decay: of AdamW groups. adam_nesterov, adam_eps_root: as
+        in `optax.adamw`, see `torch_ref.adamw.adamw`.
+      adam_moment_dtype: of AdamW's first moment, a floating dtype; None is float32, or the
+        parameter's where that is wider.
       momentum_dtype: of the momentum buffer; None is float32, or the parameter's where that is
         wider.
       compute_dtype: of the orthogonalization; None is bfloat16, and float16 where the Gram form
@@ -140,6 +143,9 @@ class NorMuon(torch.optim.Optimizer):
         adam_b2: float = 0.95,
         adam_eps: float = 1e-10,
         adam_weight_decay: float = 0.0,
+        adam_nesterov: bool = False,
+        adam_eps_root: float = 0.0,
+        adam_moment_dtype: torch.dtype | None = None,
         momentum_dtype: torch.dtype | None = None,
         compute_dtype: torch.dtype | None = None,
         algorithm: Algorithm = "auto",
@@ -166,6 +172,9 @@ class NorMuon(torch.optim.Optimizer):
             "adam_b2": adam_b2,
             "adam_eps": adam_eps,
             "adam_weight_decay": adam_weight_decay,
+            "adam_nesterov": adam_nesterov,
+            "adam_eps_root": adam_eps_root,
+            "adam_moment_dtype": adam_moment_dtype,
             "momentum_dtype": momentum_dtype,
             "compute_dtype": compute_dtype,
             "algorithm": algorithm,
@@ -437,7 +446,7 @@ class NorMuon(torch.optim.Optimizer):
     def _step_adamw(self, param: torch.Tensor, gradient: torch.Tensor, group: Group) -> None:
         state, sharding = self.state[param], self._sharding(param)
         dtype = working_dtype(param.dtype)
-        kept = {"exp_avg": dtype, "exp_avg_sq": dtype}
+        kept = {"exp_avg": group["adam_moment_dtype"] or dtype, "exp_avg_sq": dtype}
         if _has_remainder(param, group):
             kept["remainder"] = torch.uint16
         for key, own in kept.items():
@@ -459,6 +468,8 @@ class NorMuon(torch.optim.Optimizer):
             b2=group["adam_b2"],
             eps=group["adam_eps"],
             weight_decay=rounded_product(group["adam_weight_decay"], group["wd_mul"], dtype),
+            nesterov=group["adam_nesterov"],
+            eps_root=group["adam_eps_root"],
             step=state["step"],
         )
         state["exp_avg"].copy_(exp_avg)
