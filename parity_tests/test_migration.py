@@ -188,7 +188,7 @@ OF_TRACES = [
 @pytest.mark.parametrize(("name", "trace"), OF_TRACES)
 @pytest.mark.usefixtures("x64")
 def test_the_new_call_repeats_the_original_s_trace_and_its_adamw(name, trace):
-    """Largest distance: MEASURED_TRACES."""
+    """Largest distance: 9.7e-16."""
     start, grads, expected = both_halves(trace)
     actual = new(name, start, grads)
     origin = name.split(": ")[0]
@@ -203,7 +203,7 @@ def test_the_new_call_repeats_the_original_s_trace_and_its_adamw(name, trace):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("origin", ["optax.contrib.muon", "MaxText (matrices)"])
 def test_the_new_call_repeats_optax(origin):
-    """Largest distance: MEASURED_OPTAX."""
+    """Largest distance: 2.8e-16."""
     if origin == "optax.contrib.muon":
         start, grads, _ = both_halves("muon_keller")
         trees = as_tree(start), [as_tree({k: g[t] for k, g in grads.items()}) for t in range(STEPS)]
@@ -238,7 +238,7 @@ def scanned_layers(seed: int) -> Any:
 @pytest.mark.parametrize("kind", ["new, PyTorch", "new, JAX"])
 @pytest.mark.usefixtures("x64")
 def test_the_new_call_repeats_torch(monkeypatch, kind):
-    """Largest distance: MEASURED_TORCH."""
+    """Largest distance: 4.6e-16."""
     start, grads, _ = both_halves("muon_keller")
     origin, model = "torch.optim.Muon and torch.optim.AdamW", TorchModel(start)
     made = run_snippet(f"{origin}: old", **model.given)
