@@ -45,20 +45,24 @@ def fold(rows: Sequence[Row]) -> list[tuple[list[str], int]]:
     Args:
       rows: without header; the first cell is the path.
     """
+    return [(row, len(members)) for row, members in fold_members(rows)]
+
+
+def fold_members(rows: Sequence[Row]) -> list[tuple[list[str], list[int]]]:
+    """As `fold`, with the places in `rows` of those that a folded row stands for."""
     alike: dict[tuple[str, ...], list[tuple[int, str]]] = {}
     for position, (path, *cells) in enumerate(rows):
         alike.setdefault((_INDEX.sub("{}", path), *cells), []).append((position, path))
-    found: list[tuple[int, list[str], int]] = []
+    found: list[tuple[list[str], list[int]]] = []
     for (_, *cells), places in alike.items():
         positions = {tuple(_INDEX.findall(path)): position for position, path in places}
         between = _INDEX.split(places[0][1])
         for sets in _products(list(positions)):
-            first = min(positions[indices] for indices in itertools.product(*sets))
+            members = sorted(positions[indices] for indices in itertools.product(*sets))
             braced = [_braced(values) for values in sets]
             path = "".join(map("".join, itertools.zip_longest(between, braced, fillvalue="")))
-            count = len(list(itertools.product(*sets)))
-            found.append((first, [path, *cells], count))
-    return [(row, count) for _, row, count in sorted(found, key=lambda entry: entry[0])]
+            found.append(([path, *cells], members))
+    return sorted(found, key=lambda entry: entry[1][0])
 
 
 def _products(indices: list[tuple[str, ...]]) -> list[tuple[tuple[str, ...], ...]]:
