@@ -1,0 +1,3 @@
+"""Models in Equinox."""
+
+MODELS = []

@@ -1,0 +1,3 @@
+"""Models in Haiku."""
+
+MODELS = []
