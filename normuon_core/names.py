@@ -44,6 +44,7 @@ _TABLE = {
     *("latents", "registers", "codebook", "prompt", "prototypes", "centroids", "queries", "slots"),
 }
 _HEAD = {"head", "heads", "classifier", "readout", "logits", "unembed", "logit"}
+_HEAD_LIKE = {"output", "outputs", "decoder", "score", "pred", "prediction", "predictions"}
 _HEAD_AROUND = {*_HEAD, "cls", "predictions", "prediction"}
 _NORM = {"ln", "bn", "gn", "rms"}
 _VECTOR = {
@@ -186,6 +187,11 @@ class Name:
     def is_linear(self) -> bool:
         """Whether the owner's name is one of a linear layer, a head's possible name or not."""
         return self.role is Role.LINEAR or bool(set(self.owner) & _LINEAR)
+
+    @property
+    def is_head_like(self) -> bool:
+        """Whether a layer is called what heads are, and layers within too."""
+        return bool(set(self.owner) & _HEAD_LIKE)
 
     @property
     def is_in_head(self) -> bool:

@@ -37,6 +37,7 @@ class Reading(NamedTuple):
       bias_shape: the bias that such a layer would have beside it.
       layer_axes: the axes that count layers.
       form: None where the leaf is no matrix.
+      has_more_layers_than_sides: whether it counts as many layers as a matrix has rows or columns.
     """
 
     meaning: str
@@ -44,6 +45,7 @@ class Reading(NamedTuple):
     bias_shape: Shape = ()
     layer_axes: tuple[int, ...] = ()
     form: Form | None = None
+    has_more_layers_than_sides: bool = False
 
 
 def linear(rank: int, *, out_in: bool = False) -> Form:
@@ -126,6 +128,7 @@ def read(shape: Shape, form: Form, layer_axes: tuple[int, ...] = ()) -> Reading:
         tuple(bias),
         layer_axes,
         form,
+        math.prod(layers) >= min(inputs, math.prod(sizes[axis] for axis in form.output)),
     )
 
 

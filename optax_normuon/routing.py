@@ -121,6 +121,8 @@ def _route_leaf(leaf: Leaf, neighbours: Neighbours) -> Route:
 
 
 def _asked(readings: Sequence[Reading]) -> Route:
+    # More layers than a matrix has rows or columns are the less likely reading.
+    readings = sorted(readings, key=lambda r: bool(r.layer_axes) and r.has_more_layers_than_sides)
     return Route(None, " | ".join(reading.meaning for reading in readings), tuple(readings))
 
 
@@ -155,10 +157,10 @@ def _at_the_outside(leaf: Leaf, reading: Reading, neighbours: Neighbours) -> Rou
     outermost = neighbours.is_outermost(leaf)
     if any(outputs == words for words, _ in vocabulary) and (outermost or not taken):
         return Route(None, f"output head: {outputs} out, as many as the embedding has rows")
-    if outermost and leaf.name.parts[-1] in ("weight", "kernel", "w") and _is_named_head(leaf):
+    if outermost and leaf.name.owner == ["output"] and not leaf.name.is_listed:
         return Route(None, "output head")
     if neighbours.matrices < 2:
-        return linear_layer if role is not Role.PLAIN or _is_layer(leaf) else _head_or(reading)
+        return _head_or(reading) if leaf.name.is_head_like else linear_layer
     plain = role in (Role.PLAIN, Role.ATTENTION_OUT)
     chained = neighbours.follows(leaf, inputs)
     if not taken and neighbours.is_last(leaf):
@@ -181,15 +183,6 @@ def _sides(shape: Shape, reading: Reading) -> tuple[int, int]:
     assert layout is not None
     view = layout.on(shape)
     return view.inputs, view.output_sizes[0]
-
-
-def _is_named_head(leaf: Leaf) -> bool:
-    return leaf.name.owner in (["output"], ["outputs"], ["readout"])
-
-
-def _is_layer(leaf: Leaf) -> bool:
-    """Whether a layer alone in its tree is called a linear layer, and not a decoder or a score."""
-    return leaf.name.is_linear or leaf.name.is_listed or not leaf.name.owner
 
 
 def _head_or(reading: Reading) -> Route:
@@ -315,16 +308,11 @@ def _settled(leaf: Leaf, neighbours: Neighbours, readings: list[Reading], *, wit
     if len(readings) > 1 and role is not Role.TRANSPOSED_CONVOLUTION:
         readings = _of_the_width(leaf, neighbours, readings)
     if len(readings) > 1:
-        readings = [r for r in readings if not _unlikely(leaf, r)] or readings
+        # Layers along the middle axis, of which there is no sign but the shape, and not even that.
+        readings = [
+            r for r in readings if r.layer_axes != (1,) or not r.has_more_layers_than_sides
+        ] or readings
     return readings
-
-
-def _unlikely(leaf: Leaf, reading: Reading) -> bool:
-    """A stack along the middle axis of which there is no sign but the shape, and not even that."""
-    if reading.layer_axes != (1,) or reading.layout is None:
-        return False
-    _, rows, columns = reading.layout.on(leaf.shape).stack_shape
-    return leaf.shape[1] >= min(rows, columns)
 
 
 def _of_the_width(leaf: Leaf, neighbours: Neighbours, readings: list[Reading]) -> list[Reading]:
@@ -348,8 +336,7 @@ def _fitting_attention(leaf: Leaf, neighbours: Neighbours, readings: list[Readin
     """With heads as axes, out is (heads, head_dim, d) where query is (d, heads, head_dim); a plain
     linear layer has query (d, k) and out (k, d)."""
     query, out = (neighbours.beside(leaf, names) for names in (QUERIES, OUTPUTS))
-    role_is_out = leaf.name.role is Role.ATTENTION_OUT
-    if role_is_out:
+    if leaf.name.role is Role.ATTENTION_OUT:
         out = leaf
     if query is None or out is None or len(query.shape) != len(out.shape):
         return readings
@@ -365,9 +352,10 @@ def _fitting_attention(leaf: Leaf, neighbours: Neighbours, readings: list[Readin
             return q[:-2] == o[:-2] and q[-1] == o[-2]
         if len(q) < 3:
             return False
-        heads_stand_first = form.output[0] < form.reduction[0] < form.output[-1]
-        heads = (q[-3], q[-1]) if heads_stand_first else q[-2:]
-        return heads == o[-3:-1] or (role_is_out and (q[-3], q[-1]) == o[-3:-1])
+        stands_first = form.output[0] < form.reduction[0] < form.output[-1]
+        if form.output == (len(o) - 1,):
+            stands_first = query.name.is_einsum and q[-2:] != o[-3:-1]
+        return ((q[-3], q[-1]) if stands_first else q[-2:]) == o[-3:-1]
 
     return [reading for reading in readings if agrees(reading)] or readings
 

@@ -10,6 +10,7 @@ from jax.tree_util import GetAttrKey
 
 from normuon_core.table import Total
 from optax_normuon.paths import KeyPath, named_leaves
+from optax_normuon.question import DOUBT
 
 _KINDS = {"mu": "first moment", "nu": "second moment"}
 
@@ -20,7 +21,7 @@ def totals(
     """For each optimizer its leaves, parameters and bytes of state, over all devices.
 
     The bytes are those of the state that `tx.init` makes, leaf by leaf: what it keeps beside the
-    parameters, as step counters, is not counted.
+    parameters, as step counters, is not counted, nor is that of leaves in doubt.
 
     Args:
       params: arrays or abstract arrays.
@@ -32,6 +33,8 @@ def totals(
         leaves[optimizers[path]].append(math.prod(np.shape(leaf)))
     state: dict[str, dict[str, int]] = {optimizer: {} for optimizer in leaves}
     for path, kind, size in _states(params, optimizers, tx):
+        if optimizers[path] == DOUBT:
+            continue
         kinds = state[optimizers[path]]
         kinds[kind] = kinds.get(kind, 0) + size
     return [

@@ -1,24 +1,9 @@
 """Tables for people: leaves that are alike take one line, and nothing is lost by that."""
 
-import itertools
-import re
-
 import pytest
+from tables import unfolded
 
 from normuon_core.table import Total, fold, leaf_table, table, totals_table
-
-
-def unfolded(path):
-    """Every path that a folded one stands for."""
-    pieces = re.split(r"\{([^}]*)\}", path)
-    choices = []
-    for inside, piece in zip(itertools.cycle([False, True]), pieces, strict=False):
-        if not inside:
-            choices.append([piece])
-            continue
-        runs = [run.split("..") for run in piece.split(",")]
-        choices.append([str(n) for run in runs for n in range(int(run[0]), int(run[-1]) + 1)])
-    return ["".join(combination) for combination in itertools.product(*choices)]
 
 
 PATHS = {
