@@ -83,7 +83,7 @@ MODELS = [
         {
             "vit/embeddings/cls_token": TABLE,
             "vit/embeddings/position_embeddings": TABLE,
-            "vit/embeddings/patch_embeddings/projection/kernel": FLAX_CONV_2D,
+            "vit/embeddings/patch_embeddings/projection/kernel": EMBEDDING,
             "vit/embeddings/patch_embeddings/projection/bias": BIAS,
             "*/attention/attention/*/kernel": FLAX_LINEAR,
             "*/attention/attention/*/bias": BIAS,

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from optax_normuon.paths import named_leaves
-from optax_normuon.routing import Route, _route_leaf, _Tree
+from optax_normuon.routing import Route, route
 
 from .fixtures import Fixture
 from .roles import Role
@@ -23,17 +23,15 @@ class Verdict(NamedTuple):
 
 def judge(fixture: Fixture) -> list[Verdict]:
     """One verdict a leaf, in the leaves' order."""
-    tree = _Tree(fixture.params)
     verdicts = []
-    for (_, name, leaf), role in zip(named_leaves(fixture.params), fixture.roles, strict=True):
-        shape = np.shape(leaf)
-        try:
-            route = _route_leaf(name, tree)
-        except ValueError:
-            verdicts.append(Verdict(name, shape, "asked", role, "?"))
+    routes = route(fixture.params)
+    for (path, name, leaf), role in zip(named_leaves(fixture.params), fixture.roles, strict=True):
+        shape, found = np.shape(leaf), routes[path]
+        if found.in_doubt:
+            verdicts.append(Verdict(name, shape, "asked", role, f"?: {found.why}"))
             continue
-        outcome = "right" if _agrees(route, role, shape) else "wrong"
-        verdicts.append(Verdict(name, shape, outcome, role, f"{route.layout}: {route.why}"))
+        outcome = "right" if _agrees(found, role, shape) else "wrong"
+        verdicts.append(Verdict(name, shape, outcome, role, f"{found.layout}: {found.why}"))
     return verdicts
 
 
