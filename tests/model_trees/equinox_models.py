@@ -164,9 +164,7 @@ MODELS = [
             "layers/attn/*/bias": BIAS,
             "layers/linear?/bias": BIAS,
             "*layer_norm*/*": NORM,
-            "logit_head/linear1/weight": adamw(
-                "head", "the head's hidden layer, by its outer name"
-            ),
+            "logit_head/linear1/weight": TORCH_LINEAR,
             "logit_head/linear2/weight": HEAD,
             "logit_head/linear?/bias": BIAS,
         },
@@ -179,7 +177,7 @@ MODELS = [
         "Equinox, fused qkv, layer scales ls1 and ls2, register and mask tokens",
         dinov2,
         {
-            "patch_embed/proj/weight": TORCH_CONV_2D,
+            "patch_embed/proj/weight": EMBEDDING,
             "*_pos_embed/weight": TABLE,
             "*_token*": TABLE,
             "*/qkv/weight": TORCH_LINEAR,
