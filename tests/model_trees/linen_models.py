@@ -1,6 +1,8 @@
 """Models in Flax Linen: nested dicts, kernels stored (in, out)."""
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from .roles import (
     BIAS,
@@ -14,7 +16,8 @@ from .roles import (
     matrices,
 )
 
-TRANSFORMERS = "https://github.com/huggingface/transformers/blob/v4.55.4/src/transformers/models"
+DIFFUSERS = "https://github.com/huggingface/diffusers/blob/v0.33.1/src/diffusers"
+TRANSFORMERS = "https://github.com/huggingface/transformers/blob/v4.57.6/src/transformers/models"
 
 
 def _transformers(cls: str, config: str, **changes):
@@ -50,6 +53,57 @@ def resnet():
     return _transformers(
         "FlaxResNetForImageClassification", "ResNetConfig", depths=[2, 1, 1, 2], num_labels=1000
     )
+
+
+def diffusion_unet():
+    """Two levels of Stable Diffusion's network, which resizes before it convolves."""
+    from diffusers import FlaxUNet2DConditionModel
+
+    model = FlaxUNet2DConditionModel(
+        block_out_channels=(320, 640),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+    )
+    return jax.eval_shape(model.init_weights, jax.random.key(0))
+
+
+def mixture():
+    import nano_moe
+
+    model = nano_moe.NanoMoE(nano_moe.NanoMoEConfig(n_layers=2))
+    return jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 16), jnp.int32))[
+        "params"
+    ]
+
+
+class UNet(nn.Module):
+    """The network of Ronneberger, Fischer and Brox (2015), two of its levels, unnamed layers."""
+
+    widths: tuple[int, ...] = (64, 128, 256)
+    classes: int = 21
+
+    @nn.compact
+    def __call__(self, x):
+        def twice(x, width):
+            for _ in range(2):
+                x = nn.relu(nn.BatchNorm(use_running_average=True)(nn.Conv(width, (3, 3))(x)))
+            return x
+
+        skipped = []
+        for width in self.widths[:-1]:
+            skipped.append(twice(x, width))
+            x = nn.max_pool(skipped[-1], (2, 2), (2, 2))
+        x = twice(x, self.widths[-1])
+        for width, skip in zip(self.widths[-2::-1], skipped[::-1], strict=True):
+            up = nn.ConvTranspose(width, (2, 2), (2, 2))(x)
+            x = twice(jnp.concatenate([skip, up], axis=-1), width)
+        return nn.Conv(self.classes, (1, 1))(x)
+
+
+def unet():
+    images = jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32)
+    return jax.eval_shape(UNet().init, jax.random.key(0), images)["params"]
 
 
 OUT_IN = "a square kernel stored (out, in), as FlaxConv1D's: only other layers' shapes tell"
@@ -138,6 +192,55 @@ MODELS = [
             "*/normalization/*": NORM,
             "classifier/1/kernel": HEAD,
             "classifier/1/bias": BIAS,
+        },
+    ),
+    Model(
+        "linen_diffusion_unet",
+        "diffusers",
+        "FlaxUNet2DConditionModel",
+        f"{DIFFUSERS}/models/unets/unet_2d_condition_flax.py",
+        "Linen, diffusers' names: to_q, to_out_0, net_0, 1 x 1 convolutions around attention",
+        diffusion_unet,
+        {
+            "*conv*/kernel": FLAX_CONV_2D,
+            "*/attentions_?/proj_*/kernel": FLAX_CONV_2D,
+            "*/attn?/to_*/kernel": FLAX_LINEAR,
+            "*/ff/net_*/kernel": FLAX_LINEAR,
+            "*time_emb*/kernel": FLAX_LINEAR,
+            "*norm*/scale": NORM,
+            "*/bias": BIAS,
+        },
+    ),
+    Model(
+        "linen_moe",
+        "nano-moe-jax",
+        "nano_moe.NanoMoE",
+        "https://pypi.org/project/nano-moe-jax/0.1.0/",
+        "Linen, counted names for everything: Dense_0 is an expert's, a router, attention or the head",
+        mixture,
+        {
+            "Embed_0/embedding": EMBEDDING,
+            "pos_emb": TABLE,
+            "*LayerNorm_?/*": NORM,
+            "block_?/*/Dense_?/kernel": FLAX_LINEAR,
+            "*Dense_?/bias": BIAS,
+            "Dense_0/kernel": HEAD,
+        },
+    ),
+    Model(
+        "linen_unet",
+        "flax",
+        "nn.Conv, nn.ConvTranspose and nn.BatchNorm as arXiv:1505.04597 puts them together",
+        "https://github.com/google/flax/blob/v0.12.12/flax/linen/linear.py",
+        "Linen, transposed convolutions (height, width, in, out) beside others, 21 classes of pixels",
+        unet,
+        {
+            "Conv_*/kernel": FLAX_CONV_2D,
+            "ConvTranspose_?/kernel": matrices(
+                (0, 1, 2), 3, "stored (in, out), or (out, in) under transpose_kernel"
+            ),
+            "Conv*/bias": BIAS,
+            "BatchNorm_*/*": NORM,
         },
     ),
 ]
