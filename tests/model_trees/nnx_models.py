@@ -69,6 +69,22 @@ def mamba2():
     return _parameters(lambda: mamba2_jax.Mamba2ForCausalLM(config, rngs=nnx.Rngs(0)))
 
 
+def lora():
+    """Adapters on every projection, as tunix's examples put them; the base model is frozen."""
+    import qwix
+
+    module = _tunix("llama3")
+    config = dataclasses.replace(module.ModelConfig.llama3p2_1b(), num_layers=2)
+    projections = ".*q_proj|.*k_proj|.*v_proj|.*o_proj|.*gate_proj|.*down_proj|.*up_proj"
+
+    def adapted():
+        base = module.Llama3(config, rngs=nnx.Rngs(0))
+        provider = qwix.LoraProvider(module_path=projections, rank=16, alpha=32.0)
+        return qwix.apply_lora_to_model(base, provider, **base.get_model_input(), rngs=nnx.Rngs(1))
+
+    return nnx.state(nnx.eval_shape(adapted), nnx.LoRAParam)
+
+
 TO_HEADS, FROM_HEADS = matrices(0, (1, 2)), matrices((0, 1), 2)
 """(d, heads, size) of queries, keys, values; (heads, size, d) of the output."""
 
@@ -138,6 +154,21 @@ MODELS = [
         "NNX in bfloat16, Gemma's einsums, norms of queries and keys",
         gemma3,
         GEMMA,
+    ),
+    Model(
+        "nnx_lora",
+        "qwix",
+        "qwix.apply_lora_to_model on tunix's Llama3, llama3p2_1b",
+        "https://github.com/google/qwix/blob/v0.1.8/qwix/_src/providers/lora.py",
+        "NNX, LoRA alone: w_lora_a and w_lora_b beside axes of heads, kernel_lora_a and kernel_lora_b",
+        lora,
+        {
+            "*/attn/[qkv]_proj/w_lora_a/value": FLAX_LINEAR,
+            "*/attn/[qkv]_proj/w_lora_b/value": TO_HEADS,
+            "*/attn/o_proj/w_lora_a/value": FROM_HEADS,
+            "*/attn/o_proj/w_lora_b/value": FLAX_LINEAR,
+            "*/mlp/*_proj/kernel_lora_[ab]/value": FLAX_LINEAR,
+        },
     ),
     Model(
         "nnx_mamba2",

@@ -129,9 +129,9 @@ def write(recorded: dict, path: Path) -> None:
 
 
 def main(names: list[str]) -> None:
-    from . import equinox_models, haiku_models, linen_models, nnx_models
+    from . import equinox_models, haiku_models, linen_models, maxtext_models, nnx_models
 
-    modules = (linen_models, nnx_models, equinox_models, haiku_models)
+    modules = (linen_models, nnx_models, maxtext_models, equinox_models, haiku_models)
     models = {model.name: model for module in modules for model in module.MODELS}
     failed = False
     for name in names or models:
