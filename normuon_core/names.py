@@ -45,7 +45,7 @@ _TABLE = {
 }
 _HEAD = {"head", "heads", "classifier", "readout", "logits", "unembed", "logit"}
 _HEAD_LIKE = {"output", "outputs", "decoder", "score", "pred", "prediction", "predictions"}
-_HEAD_AROUND = {*_HEAD, "cls", "predictions", "prediction"}
+_HEAD_AROUND = {*_HEAD, "cls", "predictions", "prediction", "final"}
 _NORM = {"ln", "bn", "gn", "rms"}
 _VECTOR = {
     "bias",

@@ -123,7 +123,8 @@ class Neighbours:
             vectors = self._norms[scope]
             if not vectors:
                 continue
-            ranks = {len(other.shape) for other in vectors}
+            # Haiku's have ones for the axes that they are broadcast over.
+            ranks = {max(sum(size > 1 for size in other.shape), 1) for other in vectors}
             if ranks == {1}:
                 outside = scope == self.root and len(leaf.parts) - len(scope) > 3
                 return self._unknown(leaf) if outside else ((),)
@@ -260,26 +261,42 @@ class Neighbours:
 
     def taken(self, leaf: Leaf, size: int) -> str:
         """Whether other layers take `size` numbers: "whole", "in parts", or "" for no."""
-        sizes = set()
+        wholes, flattened = set(), set()
         for other in self.leaves:
-            if other is leaf or other.parts[:-1] == leaf.parts[:-1] or not other.shape:
+            if other is leaf or not other.shape or self._is_twin(leaf, other):
                 continue
-            if (other.pattern, other.shape) == (leaf.pattern, leaf.shape):
-                continue
+            role = other.name.role
             if len(other.shape) == 1:
-                sizes |= set(other.shape) if other.name.role is Role.NORM else set()
-            elif other.name.role is Role.EMBEDDING:
-                sizes.add(other.shape[-1])
-            elif len(other.shape) == 2 and other.name.role not in VECTORS:
-                sizes.add(other.shape[1 if self.stored_out_in(other) else 0])
-            elif other.name.role not in VECTORS:
-                sizes |= set(other.shape[:-1]) | {
+                wholes |= set(other.shape) if role is Role.NORM else set()
+            elif role is Role.EMBEDDING:
+                wholes.add(other.shape[-1])
+            elif len(other.shape) == 2 and role not in VECTORS:
+                wholes.add(other.shape[1 if self.stored_out_in(other) else 0])
+            elif role in (Role.CONVOLUTION, Role.TRANSPOSED_CONVOLUTION):
+                flattened.add(other.shape[1 if self.stored_out_in(other) else -2])
+            elif role not in VECTORS:
+                flattened |= set(other.shape[:-1]) | {
                     math.prod(other.shape[start : start + 2]) for start in range(len(other.shape))
                 }
-        if size in sizes:
+        if size in wholes | flattened:
             return "whole"
         fused = range(2, _MOST_FUSED + 1)
-        return "in parts" if any(size == times * own for own in sizes for times in fused) else ""
+        return "in parts" if any(size == times * own for own in wholes for times in fused) else ""
+
+    def _is_twin(self, leaf: Leaf, other: Leaf) -> bool:
+        """Whether two leaves are one in another block, or an embedding and a head by unknown names."""
+        if other.pattern == leaf.pattern and other.shape == leaf.shape:
+            return True
+        unknown = {leaf.name.role, other.name.role} <= {Role.UNKNOWN}
+        return unknown and other.shape == leaf.shape[::-1] and self.is_outermost(other)
+
+    def makes(self, leaf: Leaf, size: int) -> bool:
+        """Whether another layer, or an embedding, hands out `size` numbers."""
+        return any(
+            size in other.shape
+            for other in self.leaves
+            if other is not leaf and len(other.shape) >= 2 and not self._is_twin(leaf, other)
+        )
 
     @cached_property
     def matrices(self) -> int:

@@ -97,8 +97,11 @@ def convolutions(rank: int, *, out_in: bool = False) -> list[Form]:
 
 def all_forms(rank: int, *, out_in: bool = False) -> list[Form]:
     """Every form that an array of this rank may have, whatever it is called."""
-    forms = [linear(rank, out_in=out_in), *convolutions(rank, out_in=out_in)]
-    return [*forms, heads_out(rank, GENERAL)] if rank >= 3 and not out_in else forms
+    flat = linear(rank, out_in=out_in)
+    if out_in and rank > 3:
+        return convolutions(rank, out_in=True)[:1]
+    heads = [heads_out(rank, GENERAL)] if rank >= 3 and not out_in else []
+    return [flat, *convolutions(rank, out_in=out_in), *heads]
 
 
 def read(shape: Shape, form: Form, layer_axes: tuple[int, ...] = ()) -> Reading:

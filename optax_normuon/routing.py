@@ -49,7 +49,7 @@ class Route(NamedTuple):
 
 
 NO_ENTRIES = Route(None, "no entries")
-_WHOLE_TABLE = "a table of vectors, or an embedding"
+_TABLE = "an embedding, or another table of vectors"
 # A window over time that each channel has to itself is short: Mamba's and RecurrentGemma's have 4.
 _LONGEST_WINDOW = 16
 
@@ -171,10 +171,8 @@ def _at_the_outside(leaf: Leaf, reading: Reading, neighbours: Neighbours) -> Rou
     if taken == "in parts" and outermost and plain and neighbours.is_last(leaf) and chained:
         return _head_or(reading)
     if outermost and leaf.name.is_raw and role is Role.UNKNOWN:
-        made = {other.shape[-1] for other in neighbours.leaves if other is not leaf and other.shape}
-        if inputs not in made and inputs > outputs:
-            table = Reading(_WHOLE_TABLE, None)
-            return _asked([reading, table])
+        if inputs > outputs and not neighbours.makes(leaf, inputs):
+            return _asked([Reading(_TABLE, None), reading])
     return linear_layer
 
 
@@ -186,7 +184,7 @@ def _sides(shape: Shape, reading: Reading) -> tuple[int, int]:
 
 
 def _head_or(reading: Reading) -> Route:
-    return _asked([reading, Reading("an output head", None)])
+    return _asked([Reading("an output head", None), reading])
 
 
 # How a leaf can be read

@@ -5,7 +5,6 @@ from tables import unfolded
 
 from normuon_core.table import Total, fold, leaf_table, table, totals_table
 
-
 PATHS = {
     "layers": ([f"layers/{i}/up" for i in range(12)], ["layers/{0..11}/up"]),
     "names with an index": ([f"Dense_{i}/kernel" for i in (0, 1, 4)], ["Dense_{0,1,4}/kernel"]),
