@@ -6,6 +6,8 @@ Run from the repository's root with a Python 3.12 of its own, as no model is a d
     /tmp/models/bin/pip install --no-deps -r tests/model_trees/requirements-no-deps.txt
     /tmp/models/bin/python -m tests.model_trees.record [NAME ...]
 
+`torch_llama` needs torch==2.13.0, transformers==4.57.6 and jax alone, in any environment.
+
 Models are made abstractly: nothing is computed, no weight is downloaded. Depth and sometimes stages
 are cut; widths, heads, vocabularies and labels are the published configuration's. One JSON file a model
 holds its source, and for each leaf the keys of its path with their kind, shape, dtype and role. Complex
@@ -18,15 +20,14 @@ no pattern or two, or where a pattern fits no leaf.
 
 What the default convention makes of each kind:
 
-- AdamW: token, position and type embeddings (tied heads with them), class and mask tokens, relative
-  position biases (`table`), output heads (the layer that gives labels or tokens; a U-Net's or a
+- AdamW: token, patch, position and type embeddings (tied heads with them), class and mask tokens,
+  relative position biases (`table`), output heads (the layer that gives labels or tokens; a U-Net's or a
   generator's last convolution is a convolution), norms, biases, vectors (also stacked over layers or
   experts, and kernels with one side of 1), depthwise convolutions, the per-channel tables of
   state-space models (A_log, D, step sizes).
 - Matrices: everything that multiplies features by features: linear layers; each expert's; routers;
-  LoRA's A and B; patch embeddings and other convolutions with the spatial and input axes merged into
-  the inputs, transposed ones too; the dense layers of time embeddings and poolers; recurrent weights,
-  gates merged into the outputs.
+  LoRA's A and B; convolutions with the spatial and input axes merged into the inputs, transposed ones
+  too; the dense layers of time embeddings and poolers; recurrent weights, gates merged into the outputs.
 - Attention kernels with axes of heads: heads merged into the side on which they stand, outputs for
   queries, keys and values, inputs for the output projection. An axis that separates keys from values,
   layers or experts is a batch axis.
@@ -36,6 +37,7 @@ asking about them is right, guessing wrong is not.
 """
 
 import fnmatch
+import importlib
 import importlib.metadata
 import json
 import sys
@@ -128,11 +130,24 @@ def write(recorded: dict, path: Path) -> None:
     path.write_text(f'{opened},\n "leaves": [\n{leaves}\n ]\n}}\n')
 
 
-def main(names: list[str]) -> None:
-    from . import equinox_models, haiku_models, linen_models, maxtext_models, nnx_models
+MODULES = ("linen", "nnx", "maxtext", "equinox", "haiku", "torch")
 
-    modules = (linen_models, nnx_models, maxtext_models, equinox_models, haiku_models)
-    models = {model.name: model for module in modules for model in module.MODELS}
+
+def find_models() -> dict[str, Model]:
+    """By name; a module whose framework is not installed is left out, and said so."""
+    models = {}
+    for framework in MODULES:
+        try:
+            module = importlib.import_module(f".{framework}_models", __package__)
+        except ModuleNotFoundError as error:
+            print(f"{framework}_models: left out, {error}")
+            continue
+        models.update({model.name: model for model in module.MODELS})
+    return models
+
+
+def main(names: list[str]) -> None:
+    models = find_models()
     failed = False
     for name in names or models:
         try:
