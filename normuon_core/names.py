@@ -168,7 +168,7 @@ class Name:
             return Role.ATTENTION_OUT
         if owner & (_LINEAR - _PLAIN) or (self.is_raw and re.fullmatch(r"w\d+", self.kind)):
             return Role.LINEAR
-        if any({"experts", "expert", "moe"} & set(part) for part in self.around[:2]):
+        if any({"experts", "expert", "moe"} & set(part) for part in self.around[:1]):
             return Role.LINEAR
         if (owner & _PLAIN and named <= _PLAIN) or (self.is_listed and not owner):
             return Role.PLAIN
@@ -178,6 +178,11 @@ class Name:
     def is_query(self) -> bool:
         named = set(self.owner) - _BESIDE
         return bool(named) and named <= _QUERY
+
+    @property
+    def is_part_of_complex(self) -> bool:
+        """Whether the leaf is an array kept by hand, the real or imaginary part of a complex one."""
+        return self.is_raw and words(self.parts[-1])[-1:] in (["re"], ["im"], ["real"], ["imag"])
 
     @property
     def is_einsum(self) -> bool:
@@ -207,7 +212,7 @@ class Name:
         return (
             bool(set(last[-1:]) & _VECTOR)
             or bool({"bias", "biases"} & set(last))
-            or (len(last) > 1 and "b" in (last[0], last[-1]))
+            or re.match(r"b_|.*_b$", self.parts[-1]) is not None
             or re.fullmatch(r"b([qkvoig]|qkv)?_?\d*|g", whole) is not None
         )
 

@@ -135,9 +135,7 @@ class Neighbours:
         return self._unknown(leaf)
 
     def _counting(self, leaf: Leaf, scope, vectors: list[Leaf], depth: int):
-        choices = [tuple(range(depth))]
-        if depth == 1:
-            choices.append((1,))
+        choices = [tuple(range(depth)), tuple(range(1, depth + 1))]
 
         def common(choice, leaves):
             return len({tuple(other.shape[axis] for axis in choice) for other in leaves}) == 1
@@ -148,7 +146,7 @@ class Neighbours:
         fitting = self._common[scope]
         if not fitting:
             fitting = [choice for choice in choices if common(choice, [*vectors, leaf])]
-        if len(fitting) == 2:
+        if len(fitting) == 2 and depth == 1:
             front, middle = (vectors[0].shape[axis] for axis in (0, 1))
             if front * _CLEARLY_LONGER <= middle:
                 fitting = fitting[:1]

@@ -166,13 +166,13 @@ def _at_the_outside(leaf: Leaf, reading: Reading, neighbours: Neighbours) -> Rou
     if not taken and neighbours.is_last(leaf):
         if leaf.name.is_in_head or (plain and (outermost or chained)):
             return Route(None, f"output head: no layer takes its {outputs} outputs")
-        if outermost:
+        if outermost or plain:
             return _head_or(reading)
     if taken == "in parts" and outermost and plain and neighbours.is_last(leaf) and chained:
         return _head_or(reading)
-    if outermost and leaf.name.is_raw and role is Role.UNKNOWN:
-        if inputs > outputs and not neighbours.makes(leaf, inputs):
-            return _asked([Reading(_TABLE, None), reading])
+    bare = outermost and leaf.name.is_raw and role is Role.UNKNOWN
+    if bare and inputs > outputs and not neighbours.makes(leaf, inputs):
+        return _asked([Reading(_TABLE, None), reading])
     return linear_layer
 
 
@@ -231,6 +231,9 @@ def _flat(leaf: Leaf, neighbours: Neighbours, choices) -> list[Reading]:
     if bias is not None and len(bias) == 1 and leaf.shape[0] != leaf.shape[1]:
         out_in = bias[0] == leaf.shape[0] if bias[0] in leaf.shape else out_in
     reading = read(leaf.shape, linear(2, out_in=out_in))
+    if leaf.name.is_part_of_complex:
+        # State-space models keep their matrices by hand, in either order.
+        return [read(leaf.shape, linear(2, out_in=True)), reading]
     stacked = [
         other
         for other in neighbours.within(leaf.parts[:-1])
