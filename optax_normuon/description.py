@@ -1,18 +1,24 @@
 """What would become of every leaf, as a table to be read before training."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
-import numpy as np
 
-from normuon_core.recipes import find_recipe
-from normuon_core.shape_rules import check_shape_rule, shape_factor
-from optax_normuon.layout import LayoutTree, find_routes, resolve_layouts
+from normuon_core.layout import MatrixView
+from normuon_core.recipes import Recipe, find_recipe
+from normuon_core.shape_rules import ShapeRule, shape_factor
+from normuon_core.table import leaf_table, table, totals_table
+from optax_normuon.layout import LayoutTree, Views, find_routes, overrides_of, views_of
+from optax_normuon.optimizer import normuon
 from optax_normuon.orthogonalization import orthogonalization_stage
 from optax_normuon.paths import named_leaves
+from optax_normuon.question import ADAMW, DOUBT, MATRICES, leaf_rows, printed_matrices, question
+from optax_normuon.routing import Route
 from optax_normuon.sharding import Cut, Factor
 from optax_normuon.specs import Specs, SpecTree, own_shardings, resolve_specs
 from optax_normuon.stacking import place_groups, place_leaf, stack_ceiling
+from optax_normuon.totals import totals
 
 
 def describe(
@@ -21,67 +27,92 @@ def describe(
     *,
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
     param_specs: SpecTree = None,
-    shape_scale: str = "original",
+    recipe: str | Recipe = "normuon",
+    shape_scale: ShapeRule | None = None,
+    **keywords,
 ) -> str:
     """A table of what `normuon` would do with each leaf, to be printed and read before training.
 
-    On a mesh a second table says where the matrices are orthogonalized, by groups that are alike in
-    shape and in how they are divided: "whole" where they lie whole, "owners" one device for each,
-    "shards" divided in the Gram form. FLOPs are one device's in the iteration, bytes what it sends of
-    matrices and Gram matrices, both a step; padding is matrices of zeros among those of all owners.
+    Layers that are alike take one line. A leaf that can be read in two ways has a "?", and below the
+    table stand its readings with a dictionary to paste: `normuon(...).init` would raise. Then come
+    totals: for each optimizer its parameters and the bytes of its state over all devices.
+
+    On a mesh a last table says where the matrices are orthogonalized, by groups that are alike in shape
+    and in how they are divided: "whole" where they lie whole, "owners" one device for each, "shards"
+    divided in the Gram form. FLOPs are one device's in the iteration, bytes what it sends of matrices
+    and Gram matrices, both a step; padding is matrices of zeros among those of all owners.
 
     Args:
       params: arrays or abstract arrays.
       layout: as for `normuon`.
       mesh: the mesh; None is the one that is set, or the parameters' own.
       param_specs: as for `normuon`; None reads the parameters' shardings.
-      shape_scale: the rule whose factors the `scale` column shows.
+      recipe, shape_scale: as for `normuon`; the `scale` column shows the rule's factors.
+      **keywords: what else `normuon` is given, so that one set of keywords serves both.
 
     Returns:
-      One line a leaf: path, shape, matrices x (out, in), optimizer, scale, and why; on a mesh one line a
-      group as well.
+      The tables.
 
     Raises:
-      ValueError, TypeError: as `normuon(...).init` would.
+      ValueError, TypeError: as `normuon(...).init` would, save for leaves in doubt.
     """
-    rule = check_shape_rule(shape_scale)
-    rows = [["path", "shape", "matrices x (out, in)", "optimizer", "scale", "why"]]
+    chosen = find_recipe(recipe).override(shape_scale=shape_scale)
+    name = "Muon" if chosen.neuron_norm is None else "NorMuon"
     routes = find_routes(layout, params)
-    for path, name, leaf in named_leaves(params):
-        shape = np.shape(leaf)
-        printed = "x".join(map(str, shape)) or "()"
-        found = routes[path]
-        if found.layout is None:
-            rows.append([name, printed, "", "AdamW", "", found.why])
-            continue
-        view = found.layout.on(shape, name)
-        sizes, inputs = view.output_sizes, view.inputs
-        matrices = " + ".join(f"{view.stack_shape[0]} x ({size}, {inputs})" for size in sizes)
-        factors = ", ".join(f"{shape_factor(rule, size, inputs):.4g}" for size in sizes)
-        scale = "rms" if rule == "rms" else factors
-        rows.append([name, printed, matrices, "NorMuon", scale, found.why])
+    views = views_of(routes, params)
+
+    def cells(view: MatrixView) -> list[str]:
+        factors = (
+            f"{shape_factor(chosen.shape_scale, size, view.inputs):.4g}"
+            for size in view.output_sizes
+        )
+        scale = "rms" if chosen.shape_scale == "rms" else ", ".join(factors)
+        return [printed_matrices(view), name, scale]
+
+    header = ["path", "shape", MATRICES, "optimizer", "scale", "why"]
+    rows = leaf_rows(params, routes, cells)
+    # Without a single matrix the scale has no cells.
+    rows = [[*row[:-1], *[""] * (len(header) - len(row)), row[-1]] for row in rows]
+    sections = [leaf_table(header, rows)]
+    if any(found.in_doubt for found in routes.values()):
+        sections.append(question(params, routes, overrides_of(layout)))
+    # The kernels change nothing in the state, and need not be there to describe it.
+    made = {"learning_rate": 1.0, **keywords, "backend": "xla"}
+    tx = normuon(recipe=recipe, shape_scale=shape_scale, layout=views, **made)
+    optimizers = {path: _optimizer(found, name) for path, found in routes.items()}
+    sections.append(totals_table(totals(params, optimizers, tx)))
     if param_specs is None:
         param_specs = own_shardings(params)
         if not jax.tree.leaves(param_specs):
             param_specs = None
     specs = resolve_specs(param_specs, params, mesh=mesh)
-    if specs is None:
-        return _table(rows)
-    return f"{_table(rows)}\n\n{_table(_groups(params, layout, specs))}"
+    if specs is not None:
+        sections.append(table(_groups(params, views, specs, chosen, keywords)))
+    return "\n\n".join(sections)
 
 
-def _groups(params, layout: LayoutTree, specs: Specs) -> list[list[str]]:
+def _optimizer(found: Route, name: str) -> str:
+    if found.layout is not None:
+        return name
+    return DOUBT if found.in_doubt else ADAMW
+
+
+def _groups(
+    params, views: Views, specs: Specs, recipe: Recipe, keywords: Mapping[str, Any]
+) -> list[list[str]]:
     stage = orthogonalization_stage(
-        **vars(find_recipe("normuon").polar), compute_dtype=None, algorithm="auto", backend="auto"
+        **vars(recipe.polar),
+        compute_dtype=keywords.get("compute_dtype"),
+        algorithm=keywords.get("algorithm", "auto"),
+        backend=keywords.get("backend", "auto"),
     )
-    views = resolve_layouts(layout, params)
     leaves = [(path, leaf) for path, _, leaf in named_leaves(params) if path in views]
     groups = place_groups(
         stage,
         {i: place_leaf(views[path], path, specs) for i, (path, _) in enumerate(leaves)},
         {i: leaf.dtype for i, (_, leaf) in enumerate(leaves)},
         specs,
-        ceiling=stack_ceiling(None),
+        ceiling=stack_ceiling(keywords.get("max_stack_bytes")),
     )
     header = ["matrices x (rows, columns)", "divided over", "strategy", "owners", "a device's"]
     rows = [[*header, "padding", "FLOPs a device", "bytes sent"]]
@@ -111,12 +142,3 @@ def _divided(cut: Cut | None) -> str:
 
 def _side(side: Sequence[Factor]) -> str:
     return "+".join(axis for _, axes in side for axis in axes) or "-"
-
-
-def _table(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )

@@ -1,16 +1,19 @@
 """Which leaves of a tree are matrices, and how each holds them: the caller's layouts, resolved."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from optax.contrib import MuonDimensionNumbers
 
 from normuon_core.layout import MatrixLayout, MatrixView
+from optax_normuon.layout_by_path import LayoutByPath
 from optax_normuon.parameters import check_trainable
 from optax_normuon.paths import KeyPath, named_leaves
 from optax_normuon.prefixes import broadcast_prefix, called_on
-from optax_normuon.routing import NO_ENTRIES, LayoutByPath, Route, as_matrix_layout, route
+from optax_normuon.question import refuse_doubts
+from optax_normuon.routing import NO_ENTRIES, LeafLayout, Route, as_matrix_layout, route
 
 LayoutTree = Any
 """A `LeafLayout`, a tree or prefix tree of them, or a callable from the parameters to one."""
@@ -38,19 +41,29 @@ def resolve_layouts(layout: LayoutTree | Views, params) -> Views:
     """
     if isinstance(layout, Views):
         return layout
+    routes = find_routes(layout, params)
+    refuse_doubts(params, routes, overrides_of(layout))
+    return views_of(routes, params)
+
+
+def views_of(routes: Mapping[KeyPath, Route], params) -> Views:
+    """The matrices among the routed leaves; a leaf in doubt is none."""
     return Views(
         {
             path: found.layout.on(np.shape(leaf), name)
-            for (path, name, leaf), found in zip(
-                named_leaves(params), find_routes(layout, params).values(), strict=True
-            )
+            for (path, name, leaf), found in zip(named_leaves(params), routes.values(), strict=True)
             if found.layout is not None
         }
     )
 
 
+def overrides_of(layout: LayoutTree) -> Mapping[str, LeafLayout]:
+    """The patterns that a layout already answers for."""
+    return layout.overrides if isinstance(layout, LayoutByPath) else {}
+
+
 def find_routes(layout: LayoutTree, params) -> dict[KeyPath, Route]:
-    """In the leaves' order."""
+    """What becomes of every leaf, in the leaves' order; some may be in doubt."""
     leaves = named_leaves(params)
     if not leaves:
         return {}

@@ -2,11 +2,13 @@
 
 import fnmatch
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import optax
+
+from normuon_core.names import parts_of
 
 KeyPath = tuple[Any, ...]
 
@@ -15,7 +17,24 @@ def path_name(path: KeyPath) -> str:
     """`blocks/0/attention/query/kernel`; the `value` that Flax NNX appends is left out."""
     if len(path) > 1 and path[-1] in _NNX_VALUE:
         path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return "/".join(_key_names(path))
+
+
+def path_parts(path: KeyPath) -> tuple[str, ...]:
+    """The names along a path, with keys that hold many, as `layers.0.weight`, taken apart."""
+    if len(path) > 1 and path[-1] in _NNX_VALUE:
+        path = path[:-1]
+    return parts_of(_key_names(path))
+
+
+def _key_names(path: KeyPath) -> Iterator[str]:
+    """What the keys are called; a tuple that is a key counts as the path that it is."""
+    for key in path:
+        own = key.key if isinstance(key, jax.tree_util.DictKey) else None
+        if isinstance(own, tuple):
+            yield from map(str, own)
+        else:
+            yield jax.tree_util.keystr((key,), simple=True)
 
 
 _NNX_VALUE = (jax.tree_util.GetAttrKey("value"), jax.tree_util.GetAttrKey("raw_value"))

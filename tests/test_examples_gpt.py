@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tables import leaf_rows
 
 import optax_normuon
 from examples.gpt import GPT, GPTConfig, parameter_count, rotate
@@ -57,12 +58,12 @@ def test_a_width_that_the_heads_do_not_split_is_refused():
 
 
 def test_only_the_matrices_of_the_blocks_go_to_normuon(model):
-    table = optax_normuon.describe(nnx.state(model, nnx.Param)).splitlines()[2:]
-    matrices = {line.split()[0] for line in table if "NorMuon" in line}
+    table = leaf_rows(optax_normuon.describe(nnx.state(model, nnx.Param)))
+    matrices = {path for path, row in table.items() if row["optimizer"] == "NorMuon"}
     layers = ("attention/query", "attention/key", "attention/value", "attention/out")
     layers = (*layers, "mlp/up", "mlp/down")
     assert matrices == {f"blocks/{i}/{layer}/kernel" for i in range(2) for layer in layers}
-    others = {line.split()[0] for line in table if "AdamW" in line}
+    others = {path for path, row in table.items() if row["optimizer"] == "AdamW"}
     assert {"embed/embedding", "lm_head/kernel"} < others
 
 

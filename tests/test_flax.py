@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 from flax.training.train_state import TrainState
+from tables import leaf_rows
 
 from optax_normuon import MatrixLayout, describe, layout_by_path, normuon, with_bf16_remainder
 
@@ -83,8 +84,7 @@ def train(model, optimizer, steps) -> Any:
 
 def optimizers_by_leaf(params):
     """The table of `describe` as {path: optimizer}."""
-    lines = describe(params).splitlines()[2:]
-    return {line.split()[0]: "NorMuon" if "  NorMuon " in line else "AdamW" for line in lines}
+    return {path: row["optimizer"] for path, row in leaf_rows(describe(params)).items()}
 
 
 def test_an_nnx_model_learns():

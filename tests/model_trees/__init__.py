@@ -1,0 +1,1 @@
+"""Parameter trees of public models, and the role of every leaf: see `record.py`."""
