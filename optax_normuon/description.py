@@ -37,7 +37,7 @@ def describe(
     table stand its readings with a dictionary to paste: `normuon(...).init` would raise. Totals come
     last: for each optimizer its parameters and the bytes of its state over all devices.
 
-    On a mesh a second table says where the matrices are orthogonalized, by groups that are alike in shape
+    On a mesh a second table says where the matrices are orthogonalized, by groups alike in shape
     and in how they are divided: "whole" where they lie whole, "owners" one device for each, "shards"
     divided in the Gram form. FLOPs are one device's in the iteration, bytes what it sends of matrices
     and Gram matrices, both a step; padding is matrices of zeros among those of all owners.
