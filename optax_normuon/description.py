@@ -34,10 +34,10 @@ def describe(
     """A table of what `normuon` would do with each leaf, to be printed and read before training.
 
     Layers that are alike take one line. A leaf that can be read in two ways has a "?", and below the
-    table stand its readings with a dictionary to paste: `normuon(...).init` would raise. Then come
-    totals: for each optimizer its parameters and the bytes of its state over all devices.
+    table stand its readings with a dictionary to paste: `normuon(...).init` would raise. Totals come
+    last: for each optimizer its parameters and the bytes of its state over all devices.
 
-    On a mesh a last table says where the matrices are orthogonalized, by groups that are alike in shape
+    On a mesh a second table says where the matrices are orthogonalized, by groups alike in shape
     and in how they are divided: "whole" where they lie whole, "owners" one device for each, "shards"
     divided in the Gram form. FLOPs are one device's in the iteration, bytes what it sends of matrices
     and Gram matrices, both a step; padding is matrices of zeros among those of all owners.
@@ -74,13 +74,6 @@ def describe(
     # Without a single matrix the scale has no cells.
     rows = [[*row[:-1], *[""] * (len(header) - len(row)), row[-1]] for row in rows]
     sections = [leaf_table(header, rows)]
-    if any(found.in_doubt for found in routes.values()):
-        sections.append(question(params, routes, overrides_of(layout)))
-    # The kernels change nothing in the state, and need not be there to describe it.
-    made = {"learning_rate": 1.0, **keywords, "backend": "xla"}
-    tx = normuon(recipe=recipe, shape_scale=shape_scale, layout=views, **made)
-    optimizers = {path: _optimizer(found, name) for path, found in routes.items()}
-    sections.append(totals_table(totals(params, optimizers, tx)))
     if param_specs is None:
         param_specs = own_shardings(params)
         if not jax.tree.leaves(param_specs):
@@ -88,6 +81,13 @@ def describe(
     specs = resolve_specs(param_specs, params, mesh=mesh)
     if specs is not None:
         sections.append(table(_groups(params, views, specs, chosen, keywords)))
+    if any(found.in_doubt for found in routes.values()):
+        sections.append(question(params, routes, overrides_of(layout)))
+    # The kernels change nothing in the state, and need not be there to describe it.
+    made = {"learning_rate": 1.0, **keywords, "backend": "xla"}
+    tx = normuon(recipe=recipe, shape_scale=shape_scale, layout=views, **made)
+    optimizers = {path: _optimizer(found, name) for path, found in routes.items()}
+    sections.append(totals_table(totals(params, optimizers, tx)))
     return "\n\n".join(sections)
 
 

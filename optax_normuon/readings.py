@@ -112,14 +112,16 @@ def read(shape: Shape, form: Form, layer_axes: tuple[int, ...] = ()) -> Reading:
 
     def stored(axes: tuple[int, ...]) -> int | tuple[int, ...]:
         axes = tuple(own[axis] - (rank if in_front else 0) for axis in axes)
-        return axes if len(axes) > 1 else axes[0]
+        first, *rest = axes
+        return axes if rest else first
 
     sizes = [shape[axis] for axis in own]
     batch = [axis for axis in range(len(own)) if axis not in form.reduction + form.output]
     inputs = math.prod(sizes[axis] for axis in form.reduction)
     outputs = "x".join(str(sizes[axis]) for axis in form.output)
     layers = [shape[axis] for axis in layer_axes]
-    counted = _counted([*layers, *(sizes[axis] for axis in batch)], form.kind)
+    counted_by = [*layers, *(sizes[axis] for axis in batch)]
+    counted = _counted(counted_by, form.kind)
     if not in_front:
         counted += f" counted by axis {', '.join(map(str, layer_axes))}"
     bias = [sizes[axis] for axis in sorted((*batch, *form.output))]
@@ -131,7 +133,7 @@ def read(shape: Shape, form: Form, layer_axes: tuple[int, ...] = ()) -> Reading:
         tuple(bias),
         layer_axes,
         form,
-        math.prod(layers) >= min(inputs, math.prod(sizes[axis] for axis in form.output)),
+        math.prod(counted_by) >= min(inputs, math.prod(sizes[axis] for axis in form.output)),
     )
 
 

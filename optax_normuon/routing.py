@@ -121,7 +121,7 @@ def _route_leaf(leaf: Leaf, neighbours: Neighbours) -> Route:
 
 def _asked(readings: Sequence[Reading]) -> Route:
     # More layers than a matrix has rows or columns are the less likely reading.
-    readings = sorted(readings, key=lambda r: bool(r.layer_axes) and r.has_more_layers_than_sides)
+    readings = sorted(readings, key=lambda r: r.has_more_layers_than_sides)
     return Route(None, " | ".join(reading.meaning for reading in readings), tuple(readings))
 
 
@@ -149,6 +149,13 @@ def _at_the_outside(leaf: Leaf, reading: Reading, neighbours: Neighbours) -> Rou
     if role in (Role.ADAPTER, Role.LINEAR, Role.ATTENTION_IN) or neighbours.is_repeated(leaf):
         return linear_layer
     if role is Role.ATTENTION_OUT and neighbours.beside(leaf, QUERIES) is not None:
+        return linear_layer
+    if (
+        leaf.name.owner_place == len(leaf.parts) - 1
+        and not leaf.name.is_raw
+        and role is Role.UNKNOWN
+    ):
+        # One of the weights that a layer has by names of its own, as a recurrent cell.
         return linear_layer
     inputs, outputs = _sides(leaf.shape, reading)
     vocabulary = {table.shape for table in neighbours.tables if table is not leaf}
@@ -248,7 +255,9 @@ def _candidates(leaf: Leaf, neighbours: Neighbours, choices, forms) -> list[Read
     for axes in choices:
         own = without(leaf.shape, axes)
         if len(own) < 2:
-            reading = Reading(f"a stack of {math.prod(leaf.shape) // own[0]} vectors", None)
+            reading = Reading(
+                f"a stack of {math.prod(leaf.shape[axis] for axis in axes)} vectors", None
+            )
             found.setdefault(None, reading)
             continue
         for form in forms(leaf, neighbours, own):
