@@ -22,10 +22,15 @@ from normuon_core.polar_iteration import Algorithm
 from torch_ref.adamw import adamw
 from torch_ref.checkpoint import picklable, restore_state, unpickled
 from torch_ref.dtypes import rounded_product, working_dtype
-from torch_ref.groups import (
+from torch_ref.group_keys import (
     ADAMW,
     MATRIX,
     Group,
+    adamw_keywords,
+    read_group,
+    settle_adamw,
+)
+from torch_ref.groups import (
     group_recipe,
     parameter_name,
     parameter_view,
@@ -37,6 +42,7 @@ from torch_ref.matrix_state import create_matrix_state
 from torch_ref.matrix_weight import MatrixWeight, step_matrices
 from torch_ref.part import Part, cut, whole_region
 from torch_ref.remainder import add_to_weight, read_weight
+from torch_ref.saved_groups import read_state_dict
 from torch_ref.stack_stages import Orthogonalizer
 
 if TYPE_CHECKING:
@@ -179,10 +185,14 @@ class NorMuon(torch.optim.Optimizer):
         Raises:
           ValueError, TypeError: as the constructor; the group is then not added.
         """
+        index = len(self.param_groups)
+        if isinstance(param_group, dict):
+            param_group = read_group(param_group, self.defaults, index)
+        given = frozenset(param_group)
         super().add_param_group(param_group)
-        group, index = self.param_groups[-1], len(self.param_groups) - 1
+        group = self.param_groups[-1]
         try:
-            settle_group(group, index)
+            settle_group(group, index, given)
             self._check_process_group(group, index)
         except (TypeError, ValueError):
             self.param_groups.pop()
@@ -230,7 +240,15 @@ class NorMuon(torch.optim.Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in every optimizer, but each state keeps the dtype in which it was saved."""
+        """As in every optimizer, but each state keeps the dtype in which it was saved.
+
+        An older file's missing options are filled in. State dicts of `torch.optim.Muon`, of Keller
+        Jordan's Muon (with or without its auxiliary Adam) and of AdamW go into groups of the same
+        kind and recipe ("torch_muon", "muon_keller"), and the run goes on as it would have there.
+
+        Raises:
+          ValueError: groups, options or state that do not fit; nothing is then changed.
+        """
         orthogonalizers = [group["orthogonalizer"] for group in self.param_groups]
         groups = {param: group for group in self.param_groups for param in group["params"]}
         loaded: dict[str, Any] = {}
@@ -239,13 +257,17 @@ class NorMuon(torch.optim.Optimizer):
             sharding = self._placed(param, groups[param], tuple(whole.shape))
             return whole if sharding is None else sharding.shard_of(whole)
 
+        def read(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            loaded.update(read_state_dict(optimizer.param_groups, saved, optimizer.defaults))
+            return loaded
+
         def restore(optimizer: torch.optim.Optimizer) -> None:
             restore_state(optimizer, loaded, shard)
             for group, own in zip(optimizer.param_groups, orthogonalizers, strict=True):
                 group["orthogonalizer"] = own
 
         # Last of the hooks before loading and first of those after: they see what ours saw.
-        before = self.register_load_state_dict_pre_hook(lambda _, saved: loaded.update(saved))
+        before = self.register_load_state_dict_pre_hook(read)
         after = self.register_load_state_dict_post_hook(restore, prepend=True)
         try:
             super().load_state_dict(state_dict)
@@ -417,6 +439,8 @@ class NorMuon(torch.optim.Optimizer):
         )
 
     def _step_adamw_groups(self, groups: list[_Given]) -> None:
+        for group, _ in groups:
+            settle_adamw(group)
         given = [(param, gradient, group) for group, pairs in groups for param, gradient in pairs]
         gradients = [gradient for _, gradient, _ in given]
         if self._parallel is not None:
@@ -426,7 +450,7 @@ class NorMuon(torch.optim.Optimizer):
 
     def _step_adamw(self, param: torch.Tensor, gradient: torch.Tensor, group: Group) -> None:
         state, sharding = self.state[param], self._sharding(param)
-        dtype = working_dtype(param.dtype)
+        dtype, group = working_dtype(param.dtype), adamw_keywords(group)
         kept = {"exp_avg": dtype, "exp_avg_sq": dtype}
         if _has_remainder(param, group):
             kept["remainder"] = torch.uint16
