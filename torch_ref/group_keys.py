@@ -26,20 +26,20 @@ _ADAMW_KEYWORDS = {
     "weight_decay": ("adam_weight_decay",),
 }
 ADAMW_KEYS = frozenset(_ADAMW_KEYWORDS)
-_ADAMW_ALONE = ("betas",)
 
 
-def read_group(group: Mapping[str, Any], options: Collection[str], index: int) -> Group:
+def read_group(group: Mapping[str, Any], defaults: Mapping[str, Any], index: int) -> Group:
     """A copy of a group that is about to be added, with Keller Jordan's `use_muon` as `optimizer`.
 
     Args:
       group: as the user wrote it.
-      options: the names of the constructor's defaults.
+      defaults: the constructor's.
       index: of the group, for errors.
 
     Raises:
-      ValueError: a key that nothing reads, with the nearest one that something does; `use_muon` that
-        contradicts `optimizer`.
+      ValueError: a key that nothing reads, with the nearest one that something does; AdamW's keys in
+        a group of matrices, or `momentum` or `beta2` in one of AdamW; `use_muon` that contradicts
+        `optimizer`.
     """
     group = dict(group)
     if "use_muon" in group:
@@ -49,10 +49,20 @@ def read_group(group: Mapping[str, Any], options: Collection[str], index: int) -
                 f"group {index}: use_muon={chosen == MATRIX} and optimizer={group['optimizer']!r}"
                 " contradict each other; give one of them."
             )
-    known = {*options, *NOTES, *_ADAMW_KEYWORDS, "use_muon"}
-    for key in group:
+    is_adamw = group.get("optimizer", defaults["optimizer"]) == ADAMW
+    known = {*defaults, *NOTES, "use_muon", *(ADAMW_KEYS if is_adamw else ())}
+    for key, value in group.items():
+        if key in ADAMW_KEYS - known:
+            raise ValueError(
+                f"group {index}: {key}={value} is AdamW's, and this is a group of matrices; for AdamW"
+                " write optimizer='adamw' (or use_muon=False) into the group."
+            )
         if key not in known:
             raise ValueError(unknown_key(key, known, f"group {index}"))
+        if is_adamw and key in ("momentum", "beta2") and value is not None:
+            raise ValueError(
+                f"group {index}: {key}={value} is of matrices; a group of AdamW has betas=(b1, b2)."
+            )
     return group
 
 
@@ -65,30 +75,6 @@ def unknown_key(key: str, known: Collection[str], place: str) -> str:
         f" {', '.join(sorted({*known} - NOTES))}. A note of your own may be written into"
         " optimizer.param_groups once the optimizer is made."
     )
-
-
-def check_kind(group: Group, given: Collection[str], index: int) -> None:
-    """Refuses what a group was given that its kind of optimizer does not read.
-
-    Args:
-      given: the keys that the user wrote into the group.
-
-    Raises:
-      ValueError: `betas` in a group of matrices, or `momentum` or `beta2` in one of AdamW.
-    """
-    if group["optimizer"] == MATRIX:
-        for key in _ADAMW_ALONE:
-            if key in given:
-                raise ValueError(
-                    f"group {index}: {key}={group[key]} is AdamW's; matrices have momentum= and beta2=."
-                    " For AdamW write optimizer='adamw' (or use_muon=False) into the group."
-                )
-        return
-    for key in ("momentum", "beta2"):
-        if key in given and group[key] is not None:
-            raise ValueError(
-                f"group {index}: {key}={group[key]} is of matrices; a group of AdamW has betas=(b1, b2)."
-            )
 
 
 def read_adamw(group: Group, given: Collection[str], index: int) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from normuon_core import MatrixLayout, MatrixView, Recipe, find_recipe
 from normuon_core.polar_iteration import check_algorithm
-from torch_ref.group_keys import ADAMW, MATRIX, Group, check_kind, read_adamw, settle_adamw
+from torch_ref.group_keys import ADAMW, MATRIX, Group, read_adamw, settle_adamw
 from torch_ref.launcher import check_backend
 from torch_ref.local import is_dtensor
 
@@ -80,7 +80,6 @@ def settle_group(group: Group, index: int, given: Collection[str]) -> None:
         raise ValueError(
             f"group {index}: unknown optimizer {group['optimizer']!r}; use {MATRIX!r} or {ADAMW!r}."
         )
-    check_kind(group, given, index)
     if group["optimizer"] == ADAMW:
         read_adamw(group, given, index)
     for key in ("lr", "weight_decay", "adam_weight_decay", "adam_eps"):
