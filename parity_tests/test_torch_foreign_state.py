@@ -1,4 +1,4 @@
-"""State dicts of `torch.optim.Muon`, Keller Jordan's Muon, AdamW and older versions, loaded into ours."""
+"""State dicts of `torch.optim.Muon`, Keller Jordan's Muon, AdamW and older versions, loaded."""
 
 import copy
 import math
@@ -43,8 +43,8 @@ def assert_goes_on(params, optimizer, make):
     train(fresh, make(fresh), range(3, 7))
     train(params, optimizer, range(3, 7))
     for param, other, unloaded in zip(params, others, fresh, strict=True):
-        # Measured: at most 5e-16.
-        torch.testing.assert_close(other, param, rtol=0, atol=2e-15)
+        # Measured: at most 6.7e-16.
+        torch.testing.assert_close(other, param, rtol=0, atol=3e-15)
         assert not torch.allclose(unloaded, param, rtol=0, atol=1e-3)
 
 
@@ -211,7 +211,9 @@ def test_state_of_other_shapes_or_optimizers_is_refused_by_name():
     train(params, ours, range(1))
     state = ours.state_dict()
     swapped = NorMuon([("wk", params[1]), ("wq", params[0])], lr=0.1)
-    with pytest.raises(ValueError, match=r"parameter 0 .*shape \(7, 3\).*momentum has shape \(4, 6\)"):
+    with pytest.raises(
+        ValueError, match=r"parameter 0 .*shape \(7, 3\).*momentum has shape \(4, 6\)"
+    ):
         swapped.load_state_dict(state)
     adamw = saved(torch.optim.AdamW, parameters())
     with pytest.raises(ValueError, match=r"parameter 0 .*state has exp_avg, exp_avg_sq, step"):

@@ -27,7 +27,7 @@ _KELLER_ADAM = {"lr", "weight_decay", "betas", "eps"}
 def origin(saved: Mapping[str, Any]) -> str | None:
     """Whose group this is: "torch.optim.Muon", "Keller Jordan's Muon", "AdamW", or None."""
     keys = {*saved} - NOTES - {"use_muon"}
-    if _TORCH_MUON < keys:
+    if keys > _TORCH_MUON:
         return "torch.optim.Muon"
     if keys == _KELLER and saved.get("use_muon", True):
         return "Keller Jordan's Muon"
@@ -102,9 +102,7 @@ def _check_recipe(own: Recipe, of_file: Recipe, place: str, name: str) -> None:
         )
 
 
-def _check_matrix(
-    param: torch.Tensor, own: Group, rule: ShapeRule, name: str, whose: str
-) -> None:
+def _check_matrix(param: torch.Tensor, own: Group, rule: ShapeRule, name: str, whose: str) -> None:
     """Refuses matrices that are not the ones of the file's optimizer, or that it scaled otherwise."""
     convolution = param.ndim == 4
     layout = MatrixLayout((1, 2, 3), 0) if convolution else MatrixLayout(-1, -2)

@@ -71,9 +71,7 @@ def read_state_dict(
                 state = read["state"][number] = translated_state(state, param, options, name)
             _check_state(state, param, options["optimizer"], name)
         # The orthogonalizer is code: it is put back, not copied.
-        read["param_groups"].append(
-            {**options, "params": group["params"], "orthogonalizer": None}
-        )
+        read["param_groups"].append({**options, "params": group["params"], "orthogonalizer": None})
     return read
 
 
