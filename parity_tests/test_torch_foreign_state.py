@@ -152,6 +152,27 @@ def test_a_run_of_torch_adamw_goes_on_in_an_adamw_group():
     assert_goes_on(params, theirs, lambda others: NorMuon(others, lr=1.0, optimizer="adamw"))
 
 
+def test_translated_state_has_the_dtypes_of_our_own():
+    params = [torch.nn.Parameter(param.detach().bfloat16()) for param in parameters()]
+    theirs = torch.optim.Muon(params, lr=0.1)
+    train_bfloat16(params, theirs)
+    for dtype in (None, torch.float16):
+        ours = NorMuon(params, lr=0.1, recipe="torch_muon", momentum_dtype=dtype)
+        ours.load_state_dict(theirs.state_dict())
+        for param in params:
+            momentum = ours.state[param]["momentum"]
+            assert momentum.dtype == (dtype or torch.float32)
+            buffer = theirs.state[param]["momentum_buffer"]
+            torch.testing.assert_close(momentum.bfloat16(), buffer, rtol=0, atol=0)
+        train_bfloat16(params, ours)
+
+
+def train_bfloat16(params, optimizer):
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+
+
 def saved(optimizer_class, params, **keywords):
     optimizer = optimizer_class(params, **keywords)
     train(params, optimizer, range(2))

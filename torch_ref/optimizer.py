@@ -68,8 +68,11 @@ class NorMuon(torch.optim.Optimizer):
         NorMuon([{"params": matrices}, {"params": others, "optimizer": "adamw", "lr": 3e-4}],
         lr=0.02)
 
-    Every keyword may be set by group. `lr`, `momentum` and `weight_decay` are read from the group
-    at every step. Gradients are left as they are; parameters without one are skipped.
+    `param_groups(model, lr=0.02, adam_lr=3e-4)` makes such groups from the modules' types. Every keyword
+    may be set by group; a key that nothing reads is refused. A group of AdamW has `betas`, `eps` and
+    `weight_decay` as in `torch.optim.AdamW`, read at every step; `use_muon` is read as
+    `optimizer`. `lr`, `momentum` and `weight_decay` of matrices are read from the group at every step.
+    Gradients are left as they are; parameters without one are skipped.
 
     A step never waits for a GPU, and can be captured in a CUDA graph once it has run; give `lr`,
     `momentum` and `weight_decay` as tensors on the GPU to change them between replays.
@@ -94,8 +97,8 @@ class NorMuon(torch.optim.Optimizer):
       recipe: a name from `normuon_core.RECIPES`, or a `Recipe`.
       weight_decay: of the matrices, as the recipe's decay says.
       momentum, nesterov, beta2, shape_scale: in place of the recipe's own.
-      layout: which axes of the group's weights are the sides of their matrices. None is (out, in)
-        with at most one leading batch axis; more axes may be a convolution's and need a layout.
+      layout: which axes of the group's weights are the sides of their matrices. None is (out, in);
+        weights of more axes may be a stack or a convolution, and need a layout.
       lr_mul, wd_mul: multiply rate and decay; a number, or an array over a weight's batch axes
         (numbers only in AdamW groups).
       optimizer: "normuon" or "adamw".
