@@ -76,12 +76,12 @@ def settle_group(group: Group, index: int, given: Collection[str]) -> None:
         parameter.
       TypeError: a complex or integer parameter.
     """
+    if group["optimizer"] == ADAMW:
+        read_adamw(group, given, index)
     if group["optimizer"] not in (MATRIX, ADAMW):
         raise ValueError(
             f"group {index}: unknown optimizer {group['optimizer']!r}; use {MATRIX!r} or {ADAMW!r}."
         )
-    if group["optimizer"] == ADAMW:
-        read_adamw(group, given, index)
     for key in ("lr", "weight_decay", "adam_weight_decay", "adam_eps"):
         if not 0 <= float(group[key]) < math.inf:
             raise ValueError(

@@ -452,8 +452,9 @@ class NorMuon(torch.optim.Optimizer):
             self._step_adamw(param, gradient, group)
 
     def _step_adamw(self, param: torch.Tensor, gradient: torch.Tensor, group: Group) -> None:
+        group = adamw_keywords(group)
         state, sharding = self.state[param], self._sharding(param)
-        dtype, group = working_dtype(param.dtype), adamw_keywords(group)
+        dtype = working_dtype(param.dtype)
         kept = {"exp_avg": dtype, "exp_avg_sq": dtype}
         if _has_remainder(param, group):
             kept["remainder"] = torch.uint16

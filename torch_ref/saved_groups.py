@@ -15,7 +15,6 @@ from torch_ref.group_keys import (
     MATRIX,
     NOTES,
     Group,
-    adamw_keywords,
     settle_adamw,
     unknown_key,
 )
@@ -92,10 +91,9 @@ def _filled(saved: Group, own: Group, index: int, defaults: Mapping[str, Any]) -
     own = {**own}
     if own["optimizer"] == ADAMW:
         settle_adamw(own)
-        if "betas" not in saved:
-            own = {key: value for key, value in adamw_keywords(own).items() if key != "betas"}
     filled = {**own, **saved, "orthogonalizer": own["orthogonalizer"]}
     if own["optimizer"] == ADAMW:
+        # An older file has the constructor's keywords, which take the place of AdamW's own here.
         settle_adamw(filled)
     return filled
 
