@@ -45,7 +45,15 @@ GROUPS: list[tuple[list[tuple[int, ...]], dict[str, Any]]] = [
     ([(7, 12), (3, 5), (2, 6), (12, 7)], {"recipe": "normuon_2026_08", "lr": 0.3}),
     ([(8, 8), (5, 6)], {"recipe": "normuon_paper"}),
     ([(4, 6), (9, 2)], {"recipe": "optax_muon"}),
-    ([(3, 6, 9)], {"recipe": "dion_normuon", "lr_mul": [1.0, 2.0, 0.5], "wd_mul": [0.5, 1.0, 2.0]}),
+    (
+        [(3, 6, 9)],
+        {
+            "layout": MatrixLayout(-1, -2),
+            "recipe": "dion_normuon",
+            "lr_mul": [1.0, 2.0, 0.5],
+            "wd_mul": [0.5, 1.0, 2.0],
+        },
+    ),
     ([(12, 6)], {"layout": MatrixLayout(-1, -2, (6, 4, 2)), "lr_mul": 1.5}),
     ([(2, 6, 8)], {"layout": MatrixLayout(-2, -1, (5, 3)), "recipe": "normuon_2026_08"}),
     ([(6, 2, 4)], {"layout": MERGED, "recipe": "normuon_paper"}),
@@ -452,7 +460,9 @@ def all_cases(folder: Path, checkpoints: Path, saving: bool) -> dict[Any, Any]:
         "columns": collectives_of_one_stack(columns),
         "rms": collectives_of_one_stack(rows, recipe="normuon_paper"),
         "muon": collectives_of_one_stack(rows, recipe="muon"),
-        "whole matrices": collectives_of_one_stack(rows, shape=(4, 12, 8)),
+        "whole matrices": collectives_of_one_stack(
+            rows, shape=(4, 12, 8), layout=MatrixLayout(-1, -2)
+        ),
         "replicas": collectives_of_one_stack(alone, process_group=dist.group.WORLD),
     }
     result["kept"] = {

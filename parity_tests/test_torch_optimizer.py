@@ -10,6 +10,8 @@ from normuon_core import MatrixLayout
 from torch_ref import NorMuon
 from torch_ref.matrix_state import second_moments
 
+STACK = MatrixLayout(-1, -2)
+
 
 def parameter(*shape, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
@@ -107,8 +109,8 @@ def test_states_have_their_documented_shapes():
     layout = MatrixLayout(reduction_axis=0, output_axis=(1, 2), output_splits=(8, 4, 4))
     cases = [
         (parameter(4, 6), {}, [(4, 1)]),
-        (parameter(2, 6, 4), {"recipe": "normuon_2026_08"}, [(2, 6, 1)]),
-        (parameter(2, 4, 6), {"recipe": "normuon_2026_08"}, [(2, 1, 6)]),
+        (parameter(2, 6, 4), {"recipe": "normuon_2026_08", "layout": STACK}, [(2, 6, 1)]),
+        (parameter(2, 4, 6), {"recipe": "normuon_2026_08", "layout": STACK}, [(2, 1, 6)]),
         (parameter(5, 4, 3), {"layout": MatrixLayout((0, 2), 1)}, [(1, 4, 1)]),
         (parameter(5, 4, 4), {"layout": layout}, [(1, 8, 1), (1, 4, 1), (1, 4, 1)]),
     ]
@@ -136,7 +138,7 @@ def test_parameters_without_gradient_are_skipped():
 def test_parameters_without_entries_pass(shape):
     param = torch.nn.Parameter(torch.empty(shape))
     param.grad = torch.empty(shape)
-    NorMuon([param], lr=0.1).step()
+    NorMuon([param], lr=0.1, layout=STACK).step()
 
 
 def test_closure_is_evaluated_with_gradients_and_its_loss_returned():
@@ -176,8 +178,8 @@ def test_a_bad_gradient_reaches_its_own_matrix_only(recipe, bad):
         set_gradient(param)
         twin.grad = param.grad.clone()
     params[0].grad[1, 2, 3] = bad
-    NorMuon(params, lr=0.1, recipe=recipe, weight_decay=0.1).step()
-    NorMuon(twins, lr=0.1, recipe=recipe, weight_decay=0.1).step()
+    for weights in (params, twins):
+        NorMuon(weights, lr=0.1, recipe=recipe, weight_decay=0.1, layout=STACK).step()
     assert params[0][1].isnan().all()
     assert torch.equal(params[0][[0, 2]], twins[0][[0, 2]])
     assert all(torch.equal(p, q) for p, q in zip(params[1:], twins[1:], strict=True))
@@ -274,6 +276,12 @@ COMPLEX = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))
             {"params": [parameter(8, 4, 3, 3)]},
             ValueError,
             r"read in two ways; .*reduction_axis=\(1, 2, 3\), output_axis=0\) for a convolution",
+        ),
+        (
+            {"params": [("conv.weight", parameter(8, 4, 3))]},
+            ValueError,
+            r"parameter 0 \(conv.weight\), of shape \(8, 4, 3\): 3 axes can be read in two ways;"
+            r" .*=\(1, 2\), output_axis=0\) for a convolution, or .*=-1, output_axis=-2\) for a stack",
         ),
         (
             {"params": [("w", parameter(4, 6)), ("bias", parameter(5))]},

@@ -188,7 +188,7 @@ def test_splits_are_separate_parameters():
     assert [tuple(p.shape) for p in separate] == shapes
     keywords = {"lr": 0.1, "weight_decay": 0.2, "compute_dtype": torch.float64}
     split = NorMuon([fused], layout=MatrixLayout(-1, -2, (4, 2, 2)), **keywords)
-    apart = NorMuon(separate, **keywords)
+    apart = NorMuon(separate, layout=OUT_IN, **keywords)
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
         fused.grad = torch.randn(fused.shape, generator=generator)

@@ -10,6 +10,7 @@ import torch
 from normuon_core import RECIPES, MatrixLayout
 from torch_ref import NorMuon, join_remainder, split_remainder
 
+STACK = MatrixLayout(-1, -2)
 QKV = MatrixLayout(-1, -2, (4, 2, 2))
 
 
@@ -21,7 +22,7 @@ def build(dtype, **keywords):
         for shape in ((3, 4, 6), (8, 6), (5,))
     ]
     groups = [
-        {"params": params[:1], "lr_mul": [1.0, 2.0, 0.5]},
+        {"params": params[:1], "layout": STACK, "lr_mul": [1.0, 2.0, 0.5]},
         {"params": params[1:2], "layout": QKV, "recipe": RECIPES["normuon_2026_08"]},
         {"params": params[2:], "optimizer": "adamw", "adam_weight_decay": 0.1},
     ]

@@ -1,5 +1,6 @@
 """What a parameter group may say, checked when the group is added."""
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -8,12 +9,9 @@ import torch
 from normuon_core import MatrixLayout, MatrixView, Recipe, find_recipe
 from normuon_core.hyperparameters import check_decay, check_rate
 from normuon_core.polar_iteration import check_algorithm
+from torch_ref.group_keys import ADAMW, MATRIX, Group, read_adamw, settle_adamw
 from torch_ref.launcher import check_backend
 from torch_ref.local import is_dtensor
-
-Group = dict[str, Any]
-
-MATRIX, ADAMW = "normuon", "adamw"
 
 OUT_IN = MatrixLayout(reduction_axis=-1, output_axis=-2)
 """How `torch.nn.Linear` stores a weight, or a stack of them."""
@@ -53,21 +51,25 @@ def parameter_view(group: Group, param: torch.Tensor, name: str = "parameter") -
             f"{name}: a parameter of {param.ndim} axes is no matrix; put it in a group with"
             " optimizer='adamw'."
         )
-    if group["layout"] is None and param.ndim > 3:
+    if group["layout"] is None and param.ndim > 2:
         inputs = tuple(range(1, param.ndim))
         raise ValueError(
             f"{name}: {param.ndim} axes can be read in two ways; give the group"
             f" layout={MatrixLayout(inputs, 0)} for a convolution, or layout={OUT_IN} for a stack of"
-            " (out, in) matrices."
+            " (out, in) matrices. torch_ref.param_groups(model) makes groups with their layouts from"
+            " the modules' types."
         )
     return (group["layout"] or OUT_IN).on(tuple(param.shape), name)
 
 
-def settle_group(group: Group, index: int) -> None:
+def settle_group(group: Group, index: int, given: Collection[str]) -> None:
     """Checks a group and fills in what its recipe decides; `group` changes in place.
 
     `momentum=None` becomes the recipe's, so that a scheduler finds a number there. Multipliers
-    given as arrays become float64 tensors.
+    given as arrays become float64 tensors. A group of AdamW gets `torch.optim.AdamW`'s keys.
+
+    Args:
+      given: the keys that the user wrote into the group.
 
     Raises:
       ValueError: an unknown recipe, optimizer, algorithm or shape rule; a negative or non-finite
@@ -75,6 +77,8 @@ def settle_group(group: Group, index: int) -> None:
         parameter.
       TypeError: a complex or integer parameter.
     """
+    if group["optimizer"] == ADAMW:
+        read_adamw(group, given, index)
     if group["optimizer"] not in (MATRIX, ADAMW):
         raise ValueError(
             f"group {index}: unknown optimizer {group['optimizer']!r}; use {MATRIX!r} or {ADAMW!r}."
@@ -108,6 +112,8 @@ def settle_group(group: Group, index: int) -> None:
             )
     for position, param in enumerate(group["params"]):
         _check_parameter(param, group, parameter_name(group, index, position))
+    if group["optimizer"] == ADAMW:
+        settle_adamw(group)
 
 
 def _array(values: Any) -> torch.Tensor:

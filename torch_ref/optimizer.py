@@ -22,10 +22,15 @@ from normuon_core.polar_iteration import Algorithm
 from torch_ref.adamw import adamw
 from torch_ref.checkpoint import picklable, restore_state, unpickled
 from torch_ref.dtypes import rounded_product, working_dtype
-from torch_ref.groups import (
+from torch_ref.group_keys import (
     ADAMW,
     MATRIX,
     Group,
+    adamw_keywords,
+    read_group,
+    settle_adamw,
+)
+from torch_ref.groups import (
     group_recipe,
     parameter_name,
     parameter_view,
@@ -37,6 +42,7 @@ from torch_ref.matrix_state import create_matrix_state
 from torch_ref.matrix_weight import MatrixWeight, step_matrices
 from torch_ref.part import Part, cut, whole_region
 from torch_ref.remainder import add_to_weight, read_weight
+from torch_ref.saved_groups import read_state_dict
 from torch_ref.stack_stages import Orthogonalizer
 
 if TYPE_CHECKING:
@@ -62,8 +68,11 @@ class NorMuon(torch.optim.Optimizer):
         NorMuon([{"params": matrices}, {"params": others, "optimizer": "adamw", "lr": 3e-4}],
         lr=0.02)
 
-    Every keyword may be set by group. `lr`, `momentum` and `weight_decay` are read from the group
-    at every step. Gradients are left as they are; parameters without one are skipped.
+    `param_groups(model, lr=0.02, adam_lr=3e-4)` makes such groups from the modules' types. Every keyword
+    may be set by group; a key that nothing reads is refused. A group of AdamW has `betas`, `eps` and
+    `weight_decay` as in `torch.optim.AdamW`, read at every step; `use_muon` is read as
+    `optimizer`. `lr`, `momentum` and `weight_decay` of matrices are read from the group at every step.
+    Gradients are left as they are; parameters without one are skipped.
 
     A step never waits for a GPU, and can be captured in a CUDA graph once its kernels have run; give
     `lr`, `momentum` and `weight_decay` as tensors on the GPU to change them between replays. Under
@@ -90,8 +99,8 @@ class NorMuon(torch.optim.Optimizer):
       recipe: a name from `normuon_core.RECIPES`, or a `Recipe`.
       weight_decay: of the matrices, as the recipe's decay says.
       momentum, nesterov, beta2, shape_scale: in place of the recipe's own.
-      layout: which axes of the group's weights are the sides of their matrices. None is (out, in)
-        with at most one leading batch axis; more axes may be a convolution's and need a layout.
+      layout: which axes of the group's weights are the sides of their matrices. None is (out, in);
+        weights of more axes may be a stack or a convolution, and need a layout.
       lr_mul, wd_mul: multiply rate and decay; a number, or an array over a weight's batch axes
         (numbers only in AdamW groups).
       optimizer: "normuon" or "adamw".
@@ -190,10 +199,14 @@ class NorMuon(torch.optim.Optimizer):
         Raises:
           ValueError, TypeError: as the constructor; the group is then not added.
         """
+        index = len(self.param_groups)
+        if isinstance(param_group, dict):
+            param_group = read_group(param_group, self.defaults, index)
+        given = frozenset(param_group)
         super().add_param_group(param_group)
-        group, index = self.param_groups[-1], len(self.param_groups) - 1
+        group = self.param_groups[-1]
         try:
-            settle_group(group, index)
+            settle_group(group, index, given)
             self._check_process_group(group, index)
         except (TypeError, ValueError):
             self.param_groups.pop()
@@ -246,7 +259,15 @@ class NorMuon(torch.optim.Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in every optimizer, but each state keeps the dtype in which it was saved."""
+        """As in every optimizer, but each state keeps the dtype in which it was saved.
+
+        An older file's missing options are filled in. State dicts of `torch.optim.Muon`, of Keller
+        Jordan's Muon (with or without its auxiliary Adam) and of AdamW go into groups of the same
+        kind and recipe ("torch_muon", "muon_keller"), and the run goes on as it would have there.
+
+        Raises:
+          ValueError: groups, options or state that do not fit; nothing is then changed.
+        """
         orthogonalizers = [group["orthogonalizer"] for group in self.param_groups]
         groups = {param: group for group in self.param_groups for param in group["params"]}
         loaded: dict[str, Any] = {}
@@ -255,13 +276,17 @@ class NorMuon(torch.optim.Optimizer):
             sharding = self._placed(param, groups[param], tuple(whole.shape))
             return whole if sharding is None else sharding.shard_of(whole)
 
+        def read(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            loaded.update(read_state_dict(optimizer.param_groups, saved, optimizer.defaults))
+            return loaded
+
         def restore(optimizer: torch.optim.Optimizer) -> None:
             restore_state(optimizer, loaded, shard)
             for group, own in zip(optimizer.param_groups, orthogonalizers, strict=True):
                 group["orthogonalizer"] = own
 
         # Last of the hooks before loading and first of those after: they see what ours saw.
-        before = self.register_load_state_dict_pre_hook(lambda _, saved: loaded.update(saved))
+        before = self.register_load_state_dict_pre_hook(read)
         after = self.register_load_state_dict_post_hook(restore, prepend=True)
         try:
             super().load_state_dict(state_dict)
@@ -436,6 +461,8 @@ class NorMuon(torch.optim.Optimizer):
         )
 
     def _step_adamw_groups(self, groups: list[_Given]) -> None:
+        for group, _ in groups:
+            settle_adamw(group)
         given = [(param, gradient, group) for group, pairs in groups for param, gradient in pairs]
         gradients = [gradient for _, gradient, _ in given]
         if self._parallel is not None:
@@ -444,6 +471,7 @@ class NorMuon(torch.optim.Optimizer):
             self._step_adamw(param, gradient, group)
 
     def _step_adamw(self, param: torch.Tensor, gradient: torch.Tensor, group: Group) -> None:
+        group = adamw_keywords(group)
         state, sharding = self.state[param], self._sharding(param)
         dtype = working_dtype(param.dtype)
         kept = {"exp_avg": group["adam_moment_dtype"] or dtype, "exp_avg_sq": dtype}

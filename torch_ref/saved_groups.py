@@ -1,0 +1,114 @@
+"""A state dict is read before it is believed: options filled in, others' translated, misfits refused.
+
+`torch.optim.Optimizer.load_state_dict` takes whatever a file has for this optimizer's options and state.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from torch_ref.foreign_state import translated_group, translated_state
+from torch_ref.group_keys import (
+    ADAMW,
+    ADAMW_KEYS,
+    MATRIX,
+    NOTES,
+    Group,
+    settle_adamw,
+    unknown_key,
+)
+from torch_ref.groups import parameter_name, settle_group
+
+_KEPT = {
+    MATRIX: ("momentum", "second_moment", "remainder", "step"),
+    ADAMW: ("exp_avg", "exp_avg_sq", "remainder", "step"),
+}
+_SHAPED = ("momentum", "exp_avg", "exp_avg_sq", "remainder")
+
+
+def read_state_dict(
+    groups: list[Group], saved: dict[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A state dict as this version would have saved it, checked against the optimizer's groups.
+
+    Options that the file lacks are the group's own: it is an older version's. The files of
+    `torch.optim.Muon`, of Keller Jordan's Muon and of AdamW are translated, see `foreign_state`.
+
+    Args:
+      groups: the optimizer's.
+      saved: not modified.
+      defaults: the constructor's.
+
+    Raises:
+      ValueError: groups, options or state that do not fit, by name.
+    """
+    sizes, saved_sizes = (
+        [len(group["params"]) for group in each] for each in (groups, saved["param_groups"])
+    )
+    if sizes != saved_sizes:
+        raise ValueError(
+            f"the file has groups of {saved_sizes} parameters, the optimizer has groups of {sizes};"
+            " write the groups as the run that made the file did. If two optimizers made it (Muon and"
+            " AdamW, say), join their state dicts into one first: the groups of both, the second's"
+            " parameters numbered on, and the state of both."
+        )
+    read = {**saved, "param_groups": [], "state": dict(saved["state"])}
+    for index, (group, own) in enumerate(zip(saved["param_groups"], groups, strict=True)):
+        is_ours = "optimizer" in group
+        if is_ours:
+            options = _filled(group, own, index, defaults)
+        else:
+            options = translated_group(group, own, index)
+        options["params"] = own["params"]
+        given = ADAMW_KEYS if options["optimizer"] == ADAMW else ()
+        settle_group(options, index, given)
+        for position, number in enumerate(group["params"]):
+            param, name = own["params"][position], parameter_name(options, index, position)
+            state = saved["state"].get(number, {})
+            if state and not is_ours:
+                state = read["state"][number] = translated_state(state, param, options, name)
+            _check_state(state, param, options["optimizer"], name)
+        # The orthogonalizer is code: it is put back, not copied.
+        read["param_groups"].append({**options, "params": group["params"], "orthogonalizer": None})
+    return read
+
+
+def _filled(saved: Group, own: Group, index: int, defaults: Mapping[str, Any]) -> Group:
+    """The options of a file of this optimizer, of whichever version."""
+    known = {*own, *defaults, *NOTES}
+    for key in saved:
+        if key not in known:
+            raise ValueError(
+                unknown_key(key, known, f"group {index} of the file")
+                + " If a newer version made the file, load it there."
+            )
+    if saved["optimizer"] != own["optimizer"]:
+        raise ValueError(
+            f"group {index}: the file has optimizer={saved['optimizer']!r}, the optimizer has"
+            f" {own['optimizer']!r} there; write the groups as the run that made the file did."
+        )
+    own = {**own}
+    if own["optimizer"] == ADAMW:
+        settle_adamw(own)
+    filled = {**own, **saved, "orthogonalizer": own["orthogonalizer"]}
+    if own["optimizer"] == ADAMW:
+        # An older file has the constructor's keywords, which take the place of AdamW's own here.
+        settle_adamw(filled)
+    return filled
+
+
+def _check_state(state: Mapping[str, Any], param: torch.Tensor, optimizer: str, name: str) -> None:
+    kept = _KEPT[optimizer]
+    for key, value in state.items():
+        if key.partition(".")[0] not in kept:
+            raise ValueError(
+                f"{name}: the file's state has {', '.join(sorted(state))}, and"
+                f" optimizer={optimizer!r} keeps {', '.join(kept)}; write the groups as the run that"
+                " made the file did."
+            )
+        if key in _SHAPED and tuple(value.shape) != tuple(param.shape):
+            raise ValueError(
+                f"{name}: the file's {key} has shape {tuple(value.shape)}; write the groups, and the"
+                " parameters in them, in the order of the run that made the file."
+            )
