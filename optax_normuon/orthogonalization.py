@@ -10,6 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normuon_core.placement import place
 from normuon_core.polar_iteration import (
+    BEFORE_SQUARING,
     Algorithm,
     check_algorithm,
     choose_form,
@@ -30,8 +31,8 @@ def polar_factor(
     *,
     coefficients: Coefficients = POLAR_EXPRESS,
     norm_scale: float = 1.02,
-    eps: float = 1e-6,
-    eps_rule: EpsRule = "add",
+    eps: float = 1e-17,
+    eps_rule: EpsRule = "max",
     compute_dtype: DTypeLike | None = None,
     algorithm: Algorithm = "auto",
     backend: Backend = "auto",
@@ -89,8 +90,8 @@ def orthogonalize(
     *,
     coefficients: Coefficients = POLAR_EXPRESS,
     norm_scale: float = 1.02,
-    eps: float = 1e-6,
-    eps_rule: EpsRule = "add",
+    eps: float = 1e-17,
+    eps_rule: EpsRule = "max",
     compute_dtype: DTypeLike | None = None,
     algorithm: Algorithm = "auto",
     backend: Backend = "auto",
@@ -169,6 +170,7 @@ def orthogonalization_stage(
         if stays:
             form, chosen = "gram", dtype_on_shards(name)
         u = stack.values.astype(working_dtype(stack.values.dtype))
+        u = u * BEFORE_SQUARING
         squares = stack.sum_over(jnp.square(u), (-2, -1))
         scale, _ = range_scales(rows, columns, chosen)
         x = (_normalize(u, squares, norm_scale, eps, eps_rule) * scale).astype(chosen)
@@ -229,6 +231,8 @@ def dtype_on_shards(compute_dtype: str | None) -> str:
 
 
 def _normalize(u, squares, norm_scale: float, eps: float, eps_rule: EpsRule):
+    """Of `BEFORE_SQUARING` u and its squares' sum; eps is what it would be for u itself."""
+    eps = eps * BEFORE_SQUARING
     norm = norm_scale * jnp.sqrt(squares)
     # A finite matrix over an overflowed norm would be a silent zero.
     norm = jnp.where(jnp.isinf(norm), jnp.nan, norm)

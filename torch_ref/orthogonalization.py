@@ -7,11 +7,11 @@ from typing import Literal
 import torch
 
 from normuon_core import POLYNOMIALS, Coefficients, Polar
-from normuon_core.polar_iteration import Algorithm, choose_form, iterate, range_scales
+from normuon_core.polar_iteration import BEFORE_SQUARING, Algorithm, choose_form, iterate, range_scales
 from normuon_core.recipes import EpsRule
 from torch_ref.dtypes import working_dtype
 from torch_ref.launcher import Backend, takes_kernels
-from torch_ref.norms import frobenius_norm
+from torch_ref.norms import sum_of_squares
 from torch_ref.product import product
 
 
@@ -20,8 +20,8 @@ def polar_factor(
     *,
     coefficients: Coefficients = POLYNOMIALS["polar_express"],
     norm_scale: float = 1.02,
-    eps: float = 1e-6,
-    eps_rule: EpsRule = "add",
+    eps: float = 1e-17,
+    eps_rule: EpsRule = "max",
     compute_dtype: torch.dtype | None = None,
     algorithm: Algorithm = "auto",
     backend: Backend = "auto",
@@ -78,12 +78,18 @@ def polar_factor(
         symmetric=False,
     )
     stack = stack.to(working_dtype(x.dtype))
-    stack = normalized(stack, frobenius_norm(stack), polar, sides=(rows, columns), dtype=chosen)
+    stack = normalized(stack, scaled_squares(stack), polar, sides=(rows, columns), dtype=chosen)
     return polynomial(stack, coefficients, form=form).reshape(x.shape)
 
 
+def scaled_squares(u: torch.Tensor) -> torch.Tensor:
+    """|`BEFORE_SQUARING` u|_F^2 over the last two axes, kept as 1: the sum over the parts of a matrix is
+    what `normalized` takes."""
+    return sum_of_squares(u * BEFORE_SQUARING)
+
+
 def normalized(
-    u: torch.Tensor, norm: torch.Tensor, polar: Polar, *, sides: tuple[int, int], dtype: str
+    u: torch.Tensor, squares: torch.Tensor, polar: Polar, *, sides: tuple[int, int], dtype: str
 ) -> torch.Tensor:
     """X = u / (norm_scale |u| + eps) in the compute dtype, times the first of its `range_scales`.
 
@@ -91,16 +97,17 @@ def normalized(
 
     Args:
       u: (batch, rows, columns) in the working dtype: whole matrices or parts of them.
-      norm: |u|_F of each whole matrix, (batch, 1, 1).
+      squares: `scaled_squares` of each whole matrix, (batch, 1, 1).
       sides: (rows, columns) of the whole matrices.
       dtype: the compute dtype, as `choose_form` names it.
     """
-    norm = norm * polar.norm_scale
-    denominator = norm.clamp_min(polar.eps) if polar.eps_rule == "max" else norm + polar.eps
+    norm = squares.sqrt() * polar.norm_scale
+    eps = polar.eps * BEFORE_SQUARING
+    denominator = norm.clamp_min(eps) if polar.eps_rule == "max" else norm + eps
     # Dividing by an overflowed norm would hand on a silent zero.
     denominator = denominator.masked_fill(norm.isinf(), math.nan)
     scale, _ = range_scales(*sides, dtype)
-    return (u / (denominator / scale)).to(getattr(torch, dtype))
+    return (u * BEFORE_SQUARING / (denominator / scale)).to(getattr(torch, dtype))
 
 
 def polynomial(
