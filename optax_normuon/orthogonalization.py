@@ -39,7 +39,7 @@ def polar_factor(
 ) -> jax.Array:
     """Each matrix with its singular values driven towards 1: U p(S) V^T, an approximate U V^T.
 
-    X = x / (norm_scale |x|_F + eps), then per triple (a, b, c) of `coefficients`
+    X = x / max(norm_scale |x|_F, eps), then per triple (a, b, c) of `coefficients`
     X <- (a I + b A + c A^2) X with A = X X^T; on tall matrices mirrored, X <- X (a I + b A + c A^2) with
     A = X^T X, so that A has the shorter side's size and nothing is transposed.
 
@@ -48,7 +48,8 @@ def polar_factor(
         that overflows, makes its own matrix NaN and no other.
       coefficients: a set of `normuon_core.POLYNOMIALS`, or from `normuon_core.polar_express`.
       norm_scale: at least 1; keeps rounding in the norm from lifting a singular value above 1.
-      eps: added to the scaled norm (`eps_rule="add"`), or its floor (`"max"`).
+      eps: the floor of the scaled norm (`eps_rule="max"`), or added to it (`"add"`). Norms from 1e-15 to
+        1e16 give the same factor; below the floor it fades to zero.
       compute_dtype: dtype of the iterates; products accumulate and finish in float32 (float64 for
         float64). None is bfloat16, and float16 where the Gram form runs.
       algorithm: "gram" iterates on the Gram matrix alone (Dao-AILab/gram-newton-schulz), equal in

@@ -54,7 +54,7 @@ VARIANTS = {
     "polar.coefficients": NORMUON.polar.coefficients[:-1],
     "polar.norm_scale": 1.1,
     "polar.eps": 1e-2,
-    "polar.eps_rule": "max",
+    "polar.eps_rule": "add",
     "neuron_norm.beta2": 0.9,
     "neuron_norm.axis": "input",
     "neuron_norm.eps": 1e-2,

@@ -7,7 +7,13 @@ from typing import Literal
 import torch
 
 from normuon_core import POLYNOMIALS, Coefficients, Polar
-from normuon_core.polar_iteration import BEFORE_SQUARING, Algorithm, choose_form, iterate, range_scales
+from normuon_core.polar_iteration import (
+    BEFORE_SQUARING,
+    Algorithm,
+    choose_form,
+    iterate,
+    range_scales,
+)
 from normuon_core.recipes import EpsRule
 from torch_ref.dtypes import working_dtype
 from torch_ref.launcher import Backend, takes_kernels
@@ -28,7 +34,7 @@ def polar_factor(
 ) -> torch.Tensor:
     """The orthogonal factor U V^T of each matrix x = U S V^T, as far as the polynomials bring it.
 
-    X = x / (norm_scale |x| + eps), then for each (a, b, c): A = X X^T, X <- a X + (b A + c A^2) X,
+    X = x / max(norm_scale |x|, eps), then for each (a, b, c): A = X X^T, X <- a X + (b A + c A^2) X,
     on the shorter side of X (X^T X for tall matrices). Norm and scaling are done in the working
     dtype, then X is cast once.
 
@@ -39,8 +45,9 @@ def polar_factor(
     Args:
       x: (..., rows, columns), any floating dtype, not modified.
       coefficients: one (a, b, c) a step.
-      norm_scale, eps, eps_rule: how the norm is kept below 1; with `eps_rule="max"` the denominator
-        is max(norm_scale |x|, eps).
+      norm_scale, eps, eps_rule: how the norm is kept below 1; with `eps_rule="add"` the denominator
+        is norm_scale |x| + eps. Norms from 1e-15 to 1e16 give the same factor; below the floor it
+        fades to zero.
       compute_dtype: of the products; None is bfloat16, and float16 where the Gram form runs.
       algorithm: "standard", "gram", or "auto": the Gram form on CUDA devices where it takes fewer
         operations, unless `compute_dtype` is bfloat16 (`normuon_core.polar_iteration.choose_form`).
