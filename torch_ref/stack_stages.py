@@ -96,7 +96,8 @@ class StackStages:
         return self.finish(self.prepare(u, self.scaled_squares(u)), second_moment)
 
     def scaled_squares(self, u: torch.Tensor) -> torch.Tensor | None:
-        """As the function of that name, (batch, 1, 1), which the parts of a matrix add up; None where nothing needs it."""
+        """As the function of that name, (batch, 1, 1), which the parts of a matrix add up; None where
+        nothing needs it."""
         return None if self.orthogonalizer is not None else scaled_squares(u)
 
     def prepare(self, u: torch.Tensor, squares: torch.Tensor | None) -> torch.Tensor:
