@@ -43,7 +43,7 @@ def test_hard_gradients_agree_with_the_oracle(recipe, run):
 
 NORMUON = dataclasses.replace(
     RECIPES["normuon"],
-    polar=dataclasses.replace(RECIPES["normuon"].polar, eps=1e-3),
+    polar=dataclasses.replace(RECIPES["normuon"].polar, eps=1e-3, eps_rule="add"),
     neuron_norm=dataclasses.replace(RECIPES["normuon"].neuron_norm, eps=1e-3),
 )
 """With epsilons that are felt."""
@@ -54,7 +54,7 @@ VARIANTS = {
     "polar.coefficients": NORMUON.polar.coefficients[:-1],
     "polar.norm_scale": 1.1,
     "polar.eps": 1e-2,
-    "polar.eps_rule": "add",
+    "polar.eps_rule": "max",
     "neuron_norm.beta2": 0.9,
     "neuron_norm.axis": "input",
     "neuron_norm.eps": 1e-2,
