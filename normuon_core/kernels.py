@@ -19,6 +19,8 @@ arguments are in `launches.py`.
 import triton
 import triton.language as tl
 
+from normuon_core.polar_iteration import BEFORE_SQUARING
+
 TILE = 64
 """Side of the square tile that the elementwise kernels work on, so that a weight stored long side
 first is read and transposed in whole cache lines."""
@@ -28,6 +30,7 @@ RATES = 5
 
 _SIDE: tl.constexpr = tl.constexpr(TILE)
 _RATES: tl.constexpr = tl.constexpr(RATES)
+_BEFORE_SQUARING: tl.constexpr = tl.constexpr(BEFORE_SQUARING)
 
 
 @triton.jit
@@ -100,7 +103,8 @@ def squares(
     LONG_CELL: tl.constexpr,
     LONG_CUTS: tl.constexpr,
 ):
-    """partials[matrix, i, j] = the sum of u^2 over one rectangular part of the matrix.
+    """partials[matrix, i, j] = the sum of (BEFORE_SQUARING u)^2 over one rectangular part of the
+    matrix.
 
     A side is divided into equal cells, each of them into CUTS parts, the last one of which may be short.
     g, m: a weight's gradient and momentum. partials: (matrices of the launch, SHORT_PARTS, LONG_PARTS)
@@ -127,6 +131,7 @@ def squares(
             else:
                 momentum = tl.load(m + place, mask=inside, other=0.0).to(tl.float32)
             u, _ = _direction(gradient, momentum, rates, RULE, NESTEROV)
+            u *= _BEFORE_SQUARING
             total += u * u
     sum_of_part = tl.sum(tl.sum(total, axis=1), axis=0)
     tl.store(partials + matrix * (SHORT_PARTS * LONG_PARTS) + part, sum_of_part)
@@ -183,6 +188,8 @@ def feed(
     norm = norm_scale * tl.math.sqrt_rn(tl.sum(parts, axis=0))
     # A finite matrix over an overflowed norm would be a silent zero.
     norm = tl.where(norm == float("inf"), float("nan"), norm)
+    # As the partial sums, u and eps are `BEFORE_SQUARING` times what they stand for.
+    eps *= _BEFORE_SQUARING
     if EPS_RULE == "max":
         # Not tl.maximum, which drops a NaN.
         divisor = tl.where(norm < eps, eps, norm)
@@ -200,6 +207,7 @@ def feed(
     u, momentum = _direction(gradient, momentum, rates, RULE, NESTEROV)
     if RULE != "none":
         tl.store(m_out + place, momentum.to(m_out.dtype.element_ty), mask=inside)
+    u *= _BEFORE_SQUARING
     normalized = tl.math.div_rn(u, divisor + u * 0.0) * x_scale
     place = place_in_stack * (SHORT * PITCH) + i * PITCH + j
     tl.store(x + place, normalized.to(x.dtype.element_ty), mask=inside)

@@ -14,6 +14,14 @@ Algorithm = Literal["standard", "gram", "auto"]
 
 Array = TypeVar("Array")
 
+BEFORE_SQUARING = 2.0**9
+"""What u is multiplied by before its norm is taken: exact, and divided out again with the norm.
+
+float32 squares underflow below 1e-19 and their sum overflows above a norm of 1.8e19. Gradients of norm
+1e-15 to 1e15 make u of norm 5e-17 (the first step of lerp momentum) to 2e16 (20 g: heavy ball), and the
+entries of a matrix are a thousand times smaller than its norm, or more. This power of two brings that
+range into float32's."""
+
 FEW_ROWS = 512
 """Below this short side the Gram form restarts after two steps at the most, above after three.
 

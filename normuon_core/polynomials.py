@@ -103,13 +103,18 @@ def optimal_quintic(lower: float, upper: float) -> Triple:
     """
     if not 0 < lower <= upper:
         raise ValueError(f"optimal_quintic needs 0 < lower <= upper, got {lower} and {upper}")
-    if lower / upper > 1 - 5e-6:
-        # The four points coincide to rounding and the system is singular: its limit is Taylor's.
+    width = 1 - lower / upper
+    if width < 1e-3:
+        # The system loses width^3 to rounding. Its limit, Taylor's quintic about the middle, is as near
+        # as width^2, which meets that loss here.
+        middle = (lower + upper) / 2
         a, b, c = QUINTIC_TAYLOR[0]
-        return a / upper, b / upper**3, c / upper**5
+        return a / middle, b / middle**3, c / middle**5
     q, r = (3 * lower + upper) / 4, (lower + 3 * upper) / 4
     error, previous = math.inf, math.nan
-    while not abs(error - previous) <= 1e-15:
+    for _ in range(100):
+        if abs(error - previous) <= 1e-15:
+            break
         previous = error
         points = np.array([lower, q, r, upper])
         alternating = np.array([1.0, -1.0, 1.0, -1.0])
@@ -134,8 +139,19 @@ def polar_express(
       safety: `p(x / safety)` on every step but the last, before the interval is propagated.
       cushion: the optimisation's lower end is at least `cushion` times the upper one. Without it the
         first steps would lift the smallest values at the price of pushing larger ones towards zero.
+
+    Raises:
+      ValueError: a lower bound outside (0, 1), steps or safety below 1, or a cushion outside [0, 1].
     """
-    lower, upper = lower_bound, 1.0
+    if not 0 < lower_bound < 1:
+        raise ValueError(f"lower_bound={lower_bound}: use a number in (0, 1), such as 1e-3.")
+    if steps != int(steps) or steps < 1:
+        raise ValueError(f"steps={steps}: use a whole number of at least 1, such as 5.")
+    if not 1 <= safety < math.inf:
+        raise ValueError(f"safety={safety}: use a finite number of at least 1, such as 1.02.")
+    if not 0 <= cushion <= 1:
+        raise ValueError(f"cushion={cushion}: use a number in [0, 1], such as 0.02.")
+    lower, upper = float(lower_bound), 1.0
     result: list[Triple] = []
     for step in range(steps):
         a, b, c = optimal_quintic(max(lower, cushion * upper), upper)
@@ -145,6 +161,7 @@ def polar_express(
         if step < steps - 1:
             (triple,) = with_safety((triple,), safety)
         result.append(triple)
-        lower = evaluate((triple,), lower)
+        # Rounding may lift a converged lower end above 1, and so above the upper one.
+        lower = min(evaluate((triple,), lower), 1.0)
         upper = 2 - lower
     return tuple(result)

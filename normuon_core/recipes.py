@@ -40,13 +40,17 @@ class Momentum:
 
 @dataclass(frozen=True)
 class Polar:
-    """Stage 2. X = u / (norm_scale |u| + eps), or u / max(norm_scale |u|, eps) with `eps_rule="max"`;
-    then one odd quintic a step."""
+    """Stage 2. X = u / max(norm_scale |u|, eps), or u / (norm_scale |u| + eps) with `eps_rule="add"`;
+    then one odd quintic a step.
+
+    As a floor below any gradient that trains, the default eps only brings what is smaller to zero;
+    float32 squares that underflow are below it.
+    """
 
     coefficients: Coefficients = POLAR_EXPRESS
     norm_scale: float = 1.02
-    eps: float = 1e-6
-    eps_rule: EpsRule = "add"
+    eps: float = 1e-17
+    eps_rule: EpsRule = "max"
 
     def __post_init__(self):
         check_choice("eps_rule", self.eps_rule, EpsRule)
@@ -135,8 +139,9 @@ class Recipe:
         return recipe
 
 
-_NS5 = Polar(NEWTON_SCHULZ, norm_scale=1.0, eps=1e-7)
+_NS5 = Polar(NEWTON_SCHULZ, norm_scale=1.0, eps=1e-7, eps_rule="add")
 _POLAR_EXPRESS = Polar()
+_POLAR_EXPRESS_ADD = Polar(eps=1e-6, eps_rule="add")
 _PLAIN = Decay(cautious=False, inside_scale=False)
 _RATE_TWICE = Decay(cautious=True, inside_scale=True, rate_power=2)
 _HEAVY_BALL = Momentum("heavy_ball")
@@ -152,7 +157,7 @@ _NORMUON = Recipe(
 )
 _MODDED = Recipe(
     Momentum(),
-    _POLAR_EXPRESS,
+    _POLAR_EXPRESS_ADD,
     NeuronNorm(axis="longer"),
     _RATE_TWICE,
     "original",
@@ -160,7 +165,7 @@ _MODDED = Recipe(
 )
 _DION_NORMUON = Recipe(
     Momentum("heavy_ball", nesterov=False),
-    dataclasses.replace(_POLAR_EXPRESS, eps=1e-8),
+    dataclasses.replace(_POLAR_EXPRESS_ADD, eps=1e-8),
     NeuronNorm(eps=1e-8, eps_rule="add"),
     _PLAIN,
     "spectral",
@@ -252,7 +257,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "simple_muon": Recipe(
         Momentum("heavy_ball", nesterov=False),
-        Polar(CUBIC, norm_scale=1.0, eps=1e-7),
+        Polar(CUBIC, norm_scale=1.0, eps=1e-7, eps_rule="add"),
         None,
         _PLAIN,
         "none",

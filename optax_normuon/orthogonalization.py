@@ -10,6 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normuon_core.placement import place
 from normuon_core.polar_iteration import (
+    BEFORE_SQUARING,
     Algorithm,
     check_algorithm,
     choose_form,
@@ -31,15 +32,15 @@ def polar_factor(
     *,
     coefficients: Coefficients = POLAR_EXPRESS,
     norm_scale: float = 1.02,
-    eps: float = 1e-6,
-    eps_rule: EpsRule = "add",
+    eps: float = 1e-17,
+    eps_rule: EpsRule = "max",
     compute_dtype: DTypeLike | None = None,
     algorithm: Algorithm = "auto",
     backend: Backend = "auto",
 ) -> jax.Array:
     """Each matrix with its singular values driven towards 1: U p(S) V^T, an approximate U V^T.
 
-    X = x / (norm_scale |x|_F + eps), then per triple (a, b, c) of `coefficients`
+    X = x / max(norm_scale |x|_F, eps), then per triple (a, b, c) of `coefficients`
     X <- (a I + b A + c A^2) X with A = X X^T; on tall matrices mirrored, X <- X (a I + b A + c A^2) with
     A = X^T X, so that A has the shorter side's size and nothing is transposed.
 
@@ -48,7 +49,8 @@ def polar_factor(
         that overflows, makes its own matrix NaN and no other.
       coefficients: a set of `normuon_core.POLYNOMIALS`, or from `normuon_core.polar_express`.
       norm_scale: at least 1; keeps rounding in the norm from lifting a singular value above 1.
-      eps: added to the scaled norm (`eps_rule="add"`), or its floor (`"max"`).
+      eps: the floor of the scaled norm (`eps_rule="max"`), or added to it (`"add"`). Norms from 1e-15 to
+        1e16 give the same factor; below the floor it fades to zero.
       compute_dtype: dtype of the iterates; products accumulate and finish in float32 (float64 for
         float64). None is bfloat16, and float16 where the Gram form runs.
       algorithm: "gram" iterates on the Gram matrix alone (Dao-AILab/gram-newton-schulz), equal in
@@ -91,8 +93,8 @@ def orthogonalize(
     *,
     coefficients: Coefficients = POLAR_EXPRESS,
     norm_scale: float = 1.02,
-    eps: float = 1e-6,
-    eps_rule: EpsRule = "add",
+    eps: float = 1e-17,
+    eps_rule: EpsRule = "max",
     compute_dtype: DTypeLike | None = None,
     algorithm: Algorithm = "auto",
     backend: Backend = "auto",
@@ -172,6 +174,7 @@ def orthogonalization_stage(
         if stays:
             form, chosen = "gram", dtype_on_shards(name)
         u = stack.values.astype(working_dtype(stack.values.dtype))
+        u = u * BEFORE_SQUARING
         squares = stack.sum_over(jnp.square(u), (-2, -1))
         scale, _ = range_scales(rows, columns, chosen)
         x = (_normalize(u, squares, norm_scale, eps, eps_rule) * scale).astype(chosen)
@@ -232,6 +235,8 @@ def dtype_on_shards(compute_dtype: str | None) -> str:
 
 
 def _normalize(u, squares, norm_scale: float, eps: float, eps_rule: EpsRule):
+    """Of `BEFORE_SQUARING` u and its squares' sum; eps is what it would be for u itself."""
+    eps = eps * BEFORE_SQUARING
     norm = norm_scale * jnp.sqrt(squares)
     # A finite matrix over an overflowed norm would be a silent zero.
     norm = jnp.where(jnp.isinf(norm), jnp.nan, norm)

@@ -43,7 +43,7 @@ def test_hard_gradients_agree_with_the_oracle(recipe, run):
 
 NORMUON = dataclasses.replace(
     RECIPES["normuon"],
-    polar=dataclasses.replace(RECIPES["normuon"].polar, eps=1e-3),
+    polar=dataclasses.replace(RECIPES["normuon"].polar, eps=1e-3, eps_rule="add"),
     neuron_norm=dataclasses.replace(RECIPES["normuon"].neuron_norm, eps=1e-3),
 )
 """With epsilons that are felt."""

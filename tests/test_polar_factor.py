@@ -89,7 +89,7 @@ def test_a_zero_matrix_stays_zero(algorithm, dtype):
 def test_an_overflowed_norm_is_nan_and_not_a_silent_zero(algorithm):
     """Finite entries of 1e30 have a norm beyond float32."""
     assert np.isnan(polar_factor(1e30 * draw(0), algorithm=algorithm)).all()
-    assert np.isfinite(polar_factor(1e17 * draw(0), algorithm=algorithm)).all()
+    assert np.isfinite(polar_factor(1e15 * draw(0), algorithm=algorithm)).all()
 
 
 @pytest.mark.parametrize("algorithm", FORMS)

@@ -39,9 +39,47 @@ def test_the_optimal_quintic_equioscillates(lower):
 
 
 def test_near_one_the_optimal_quintic_is_taylors():
+    """About the middle of the interval, which is 5e-8 below 1: 2.5e-7 in the last coefficient."""
     chex.assert_trees_all_close(
-        optimal_quintic(1 - 1e-7, 1.0), POLYNOMIALS["quintic_taylor"][0], rtol=1e-12
+        optimal_quintic(1 - 1e-7, 1.0), POLYNOMIALS["quintic_taylor"][0], rtol=1e-6
     )
+
+
+def test_the_optimal_quintic_is_continuous_where_taylors_takes_over():
+    """Measured: 5.8e-7."""
+    below, above = optimal_quintic(1 - 1.0001e-3, 1.0), optimal_quintic(1 - 0.9999e-3, 1.0)
+    chex.assert_trees_all_close(below, above, rtol=2.4e-6)
+
+
+@pytest.mark.parametrize("safety", [1.0, 1.01, 2.0])
+@pytest.mark.parametrize("steps", [1, 16])
+def test_every_lower_bound_has_polynomials(steps, safety):
+    for lower in np.geomspace(1e-8, 0.999, 50):
+        found = np.array(polar_express(float(lower), steps=steps, safety=safety))
+        assert found.shape == (steps, 3)
+        assert np.isfinite(found).all()
+
+
+def test_converged_steps_are_taylors_quintic():
+    """0.003 needs eight steps; the ninth has nothing left to correct."""
+    for lower in (0.0029, 0.003, 0.0031):
+        last = polar_express(lower, steps=16)[-1]
+        chex.assert_trees_all_close(last, POLYNOMIALS["quintic_taylor"][0], rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lower_bound": 0.0}, "lower_bound=0.0: use a number in"),
+        ({"lower_bound": 1.0}, "lower_bound=1.0: use a number in"),
+        ({"steps": 0}, "steps=0: use a whole number"),
+        ({"safety": 0.9}, "safety=0.9: use a finite number of at least 1"),
+        ({"cushion": 1.5}, "cushion=1.5: use a number in"),
+    ],
+)
+def test_what_polar_express_cannot_use_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        polar_express(**{"lower_bound": 1e-3, "steps": 5, **given})
 
 
 @pytest.mark.parametrize(("lower", "upper"), [(0.0, 1.0), (-1.0, 1.0), (2.0, 1.0)])

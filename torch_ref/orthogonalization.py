@@ -7,11 +7,17 @@ from typing import Literal
 import torch
 
 from normuon_core import POLYNOMIALS, Coefficients, Polar
-from normuon_core.polar_iteration import Algorithm, choose_form, iterate, range_scales
+from normuon_core.polar_iteration import (
+    BEFORE_SQUARING,
+    Algorithm,
+    choose_form,
+    iterate,
+    range_scales,
+)
 from normuon_core.recipes import EpsRule
 from torch_ref.dtypes import working_dtype
 from torch_ref.launcher import Backend, takes_kernels
-from torch_ref.norms import frobenius_norm
+from torch_ref.norms import sum_of_squares
 from torch_ref.product import product
 
 
@@ -20,15 +26,15 @@ def polar_factor(
     *,
     coefficients: Coefficients = POLYNOMIALS["polar_express"],
     norm_scale: float = 1.02,
-    eps: float = 1e-6,
-    eps_rule: EpsRule = "add",
+    eps: float = 1e-17,
+    eps_rule: EpsRule = "max",
     compute_dtype: torch.dtype | None = None,
     algorithm: Algorithm = "auto",
     backend: Backend = "auto",
 ) -> torch.Tensor:
     """The orthogonal factor U V^T of each matrix x = U S V^T, as far as the polynomials bring it.
 
-    X = x / (norm_scale |x| + eps), then for each (a, b, c): A = X X^T, X <- a X + (b A + c A^2) X,
+    X = x / max(norm_scale |x|, eps), then for each (a, b, c): A = X X^T, X <- a X + (b A + c A^2) X,
     on the shorter side of X (X^T X for tall matrices). Norm and scaling are done in the working
     dtype, then X is cast once.
 
@@ -39,8 +45,9 @@ def polar_factor(
     Args:
       x: (..., rows, columns), any floating dtype, not modified.
       coefficients: one (a, b, c) a step.
-      norm_scale, eps, eps_rule: how the norm is kept below 1; with `eps_rule="max"` the denominator
-        is max(norm_scale |x|, eps).
+      norm_scale, eps, eps_rule: how the norm is kept below 1; with `eps_rule="add"` the denominator
+        is norm_scale |x| + eps. Norms from 1e-15 to 1e16 give the same factor; below the floor it
+        fades to zero.
       compute_dtype: of the products; None is bfloat16, and float16 where the Gram form runs.
       algorithm: "standard", "gram", or "auto": the Gram form on CUDA devices where it takes fewer
         operations, unless `compute_dtype` is bfloat16 (`normuon_core.polar_iteration.choose_form`).
@@ -78,12 +85,18 @@ def polar_factor(
         symmetric=False,
     )
     stack = stack.to(working_dtype(x.dtype))
-    stack = normalized(stack, frobenius_norm(stack), polar, sides=(rows, columns), dtype=chosen)
+    stack = normalized(stack, scaled_squares(stack), polar, sides=(rows, columns), dtype=chosen)
     return polynomial(stack, coefficients, form=form).reshape(x.shape)
 
 
+def scaled_squares(u: torch.Tensor) -> torch.Tensor:
+    """|`BEFORE_SQUARING` u|_F^2 over the last two axes, kept as 1: the sum over the parts of a matrix is
+    what `normalized` takes."""
+    return sum_of_squares(u * BEFORE_SQUARING)
+
+
 def normalized(
-    u: torch.Tensor, norm: torch.Tensor, polar: Polar, *, sides: tuple[int, int], dtype: str
+    u: torch.Tensor, squares: torch.Tensor, polar: Polar, *, sides: tuple[int, int], dtype: str
 ) -> torch.Tensor:
     """X = u / (norm_scale |u| + eps) in the compute dtype, times the first of its `range_scales`.
 
@@ -91,16 +104,17 @@ def normalized(
 
     Args:
       u: (batch, rows, columns) in the working dtype: whole matrices or parts of them.
-      norm: |u|_F of each whole matrix, (batch, 1, 1).
+      squares: `scaled_squares` of each whole matrix, (batch, 1, 1).
       sides: (rows, columns) of the whole matrices.
       dtype: the compute dtype, as `choose_form` names it.
     """
-    norm = norm * polar.norm_scale
-    denominator = norm.clamp_min(polar.eps) if polar.eps_rule == "max" else norm + polar.eps
+    norm = squares.sqrt() * polar.norm_scale
+    eps = polar.eps * BEFORE_SQUARING
+    denominator = norm.clamp_min(eps) if polar.eps_rule == "max" else norm + eps
     # Dividing by an overflowed norm would hand on a silent zero.
     denominator = denominator.masked_fill(norm.isinf(), math.nan)
     scale, _ = range_scales(*sides, dtype)
-    return (u / (denominator / scale)).to(getattr(torch, dtype))
+    return (u * BEFORE_SQUARING / (denominator / scale)).to(getattr(torch, dtype))
 
 
 def polynomial(

@@ -132,7 +132,7 @@ class _Exchange:
         zero = torch.zeros((), dtype=self.stages.dtype, device=self.stages.device)
         squares = [zero] * sum(slot.count for slot in self.stack.slots)
         for slot, u in zip(self.stack.slots, directions, strict=True):
-            own = self.stages.sum_of_squares(u)
+            own = self.stages.scaled_squares(u)
             assert own is not None
             for number, square in zip(slot.numbers, own.unbind(), strict=True):
                 if number in self.stack.counted or not self.stack.is_divided:

@@ -9,8 +9,7 @@ import torch
 from normuon_core import NeuronNorm, Polar
 from normuon_core.polar_iteration import Algorithm, choose_form
 from torch_ref.neuron_norm import neuron_side, normalize_neurons
-from torch_ref.norms import sum_of_squares
-from torch_ref.orthogonalization import dtype_name, normalized, polynomial
+from torch_ref.orthogonalization import dtype_name, normalized, polynomial, scaled_squares
 from torch_ref.stacking import bytes_per_matrix
 
 Orthogonalizer = Callable[[torch.Tensor], torch.Tensor]
@@ -94,23 +93,24 @@ class StackStages:
         Raises:
           ValueError: the orthogonalizer's result has another shape.
         """
-        return self.finish(self.prepare(u, self.sum_of_squares(u)), second_moment)
+        return self.finish(self.prepare(u, self.scaled_squares(u)), second_moment)
 
-    def sum_of_squares(self, u: torch.Tensor) -> torch.Tensor | None:
-        """|u|^2, (batch, 1, 1), which the parts of a matrix add up; None where nothing needs it."""
-        return None if self.orthogonalizer is not None else sum_of_squares(u)
+    def scaled_squares(self, u: torch.Tensor) -> torch.Tensor | None:
+        """As the function of that name, (batch, 1, 1), which the parts of a matrix add up; None where
+        nothing needs it."""
+        return None if self.orthogonalizer is not None else scaled_squares(u)
 
     def prepare(self, u: torch.Tensor, squares: torch.Tensor | None) -> torch.Tensor:
         """What `finish` takes, elementwise of u: whole matrices or parts of them.
 
         Args:
           u: (batch, rows, columns) in the working dtype.
-          squares: `sum_of_squares` of the whole matrices, (batch, 1, 1).
+          squares: `scaled_squares` of the whole matrices, (batch, 1, 1).
         """
         if squares is None:
             return u
         _, dtype = self.form
-        return normalized(u, squares.sqrt(), self.polar, sides=self.sides, dtype=dtype)
+        return normalized(u, squares, self.polar, sides=self.sides, dtype=dtype)
 
     def finish(
         self, x: torch.Tensor, second_moment: torch.Tensor | None
