@@ -6,7 +6,11 @@ step. The published sets stand here with their sources, beside the solver that d
 ones.
 """
 
+import difflib
+import functools
 import math
+from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 
@@ -81,6 +85,60 @@ POLYNOMIALS: dict[str, Coefficients] = {
     "cubic": CUBIC,
     "quintic_taylor": QUINTIC_TAYLOR,
 }
+
+
+def find_coefficients(coefficients: str | Sequence[Sequence[float]]) -> Coefficients:
+    """The set of that name in `POLYNOMIALS`, or the triples themselves.
+
+    Raises:
+      ValueError: an unknown name, with the nearest known one; no triple, or what is no (a, b, c) of
+        finite numbers.
+    """
+    if isinstance(coefficients, str):
+        if coefficients in POLYNOMIALS:
+            return POLYNOMIALS[coefficients]
+        near = difflib.get_close_matches(coefficients, POLYNOMIALS, n=1, cutoff=0.0)
+        raise ValueError(
+            f"unknown coefficients {coefficients!r}; did you mean {near[0]!r}? Known sets:"
+            f" {', '.join(POLYNOMIALS)}; or give one (a, b, c) a step."
+        )
+    triples = tuple(tuple(map(float, triple)) for triple in coefficients)
+    if not triples:
+        raise ValueError("coefficients is empty; give one (a, b, c) a step, as in POLYNOMIALS.")
+    for triple in triples:
+        if len(triple) != 3 or not all(map(math.isfinite, triple)):
+            raise ValueError(
+                f"coefficients has {triple}, which is no (a, b, c) of finite numbers; give one triple"
+                " a step, as in POLYNOMIALS."
+            )
+    return cast(Coefficients, triples)
+
+
+@functools.lru_cache(maxsize=64)
+def with_steps(coefficients: Coefficients, steps: int) -> Coefficients:
+    """A set made longer or shorter: as many triples as `steps`.
+
+    A set that repeats one triple repeats it `steps` times. `POLAR_EXPRESS` is derived anew, by
+    `polar_express(1e-3, steps=steps, safety=1.02, cushion=0.02)`. Of any other table the first triples
+    are taken.
+
+    Raises:
+      ValueError: `steps` is no whole number of at least 1, or more than such a table has.
+    """
+    if isinstance(steps, bool) or steps != int(steps) or steps < 1:
+        raise ValueError(f"steps={steps}; use a whole number of at least 1, such as 5.")
+    if len(coefficients) == steps:
+        return coefficients
+    if coefficients == POLAR_EXPRESS:
+        return polar_express(1e-3, steps=steps, safety=1.02, cushion=0.02)
+    if len(set(coefficients)) == 1:
+        return coefficients[:1] * steps
+    if steps < len(coefficients):
+        return coefficients[:steps]
+    raise ValueError(
+        f"steps={steps}, but these coefficients are a table of {len(coefficients)} different steps; give"
+        f" coefficients=polar_express(1e-3, steps={steps}), or a table of {steps}."
+    )
 
 
 def evaluate(coefficients: Coefficients, x):

@@ -15,6 +15,8 @@ from normuon_core.polynomials import (
     NEWTON_SCHULZ,
     POLAR_EXPRESS,
     Coefficients,
+    find_coefficients,
+    with_steps,
 )
 from normuon_core.shape_rules import ShapeRule, check_shape_rule
 
@@ -53,6 +55,8 @@ class Polar:
     eps_rule: EpsRule = "max"
 
     def __post_init__(self):
+        # A table read from a file may be a list, which no cache can be keyed by.
+        object.__setattr__(self, "coefficients", find_coefficients(self.coefficients))
         check_choice("eps_rule", self.eps_rule, EpsRule)
         check_rate("norm_scale", self.norm_scale)
         check_rate("eps", self.eps)
@@ -112,12 +116,26 @@ class Recipe:
     def __post_init__(self):
         check_shape_rule(self.shape_scale)
 
-    def override(self, *, momentum=None, nesterov=None, beta2=None, shape_scale=None) -> "Recipe":
+    def override(
+        self,
+        *,
+        momentum=None,
+        nesterov=None,
+        beta2=None,
+        shape_scale=None,
+        coefficients=None,
+        steps=None,
+        eps=None,
+    ) -> "Recipe":
         """The recipe with the fields that people tune replaced; None keeps the recipe's own.
 
+        Args:
+          coefficients: of the polar factor, see `find_coefficients`. steps: how many of them, see
+            `with_steps`. eps: the polar factor's, by the recipe's own rule.
+
         Raises:
-          ValueError: `beta2` for a recipe without neuron normalization, an unknown `shape_scale`, or a
-            number out of its range.
+          ValueError: `beta2` for a recipe without neuron normalization, an unknown `shape_scale` or set
+            of coefficients, more steps than it has, or a number out of its range.
         """
         recipe = self
         if momentum is not None:
@@ -136,7 +154,14 @@ class Recipe:
             recipe = dataclasses.replace(recipe, neuron_norm=stage)
         if shape_scale is not None:
             recipe = dataclasses.replace(recipe, shape_scale=shape_scale)
-        return recipe
+        polar = recipe.polar
+        if coefficients is not None:
+            polar = dataclasses.replace(polar, coefficients=find_coefficients(coefficients))
+        if steps is not None:
+            polar = dataclasses.replace(polar, coefficients=with_steps(polar.coefficients, steps))
+        if eps is not None:
+            polar = dataclasses.replace(polar, eps=eps)
+        return recipe if polar is recipe.polar else dataclasses.replace(recipe, polar=polar)
 
 
 _NS5 = Polar(NEWTON_SCHULZ, norm_scale=1.0, eps=1e-7, eps_rule="add")

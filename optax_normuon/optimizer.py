@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from normuon_core.hyperparameters import check_decay, check_rate
 from normuon_core.polar_iteration import Algorithm
+from normuon_core.polynomials import Coefficients
 from normuon_core.recipes import Recipe, find_recipe
 from normuon_core.shape_rules import ShapeRule
 from optax_normuon.adamw import check_no_multipliers, scale_by_adam
@@ -49,6 +50,9 @@ def normuon(
     lr_mul: MultiplierTree = None,
     wd_mul: MultiplierTree = None,
     shape_scale: ShapeRule | None = None,
+    coefficients: str | Coefficients | None = None,
+    steps: int | None = None,
+    eps: float | None = None,
     orthogonalizer: Orthogonalizer | None = None,
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
     adam_b1: float = 0.9,
@@ -80,6 +84,10 @@ def normuon(
       weight_decay: lambda, a number or a schedule. It enters as lr * weight_decay, as in AdamW (as
         lr^2 * weight_decay in modded-nanogpt's recipes).
       momentum, nesterov, beta2, shape_scale: None is the recipe's own; `momentum` may be a schedule.
+      coefficients, steps, eps: of the polar factor, in place of the recipe's own. `coefficients` is a
+        name of `POLYNOMIALS` ("newton_schulz") or one (a, b, c) a step; `steps` makes the set longer or
+        shorter (`normuon_core.polynomials.with_steps`: Polar Express is derived for any number); `eps`
+        follows the recipe's rule, an addend of the norm or its floor.
       layout: which axes of a leaf are the sides of its matrices. A `MatrixLayout` (or
         `optax.contrib.MuonDimensionNumbers`), None for AdamW, a tree or prefix tree of these, or a
         callable from the parameters to one; `layout_by_path` makes the latter. None at the root
@@ -134,7 +142,13 @@ def normuon(
     check_decay("adam_b1", adam_b1)
     check_decay("adam_b2", adam_b2)
     chosen = find_recipe(recipe).override(
-        momentum=momentum, nesterov=nesterov, beta2=beta2, shape_scale=shape_scale
+        momentum=momentum,
+        nesterov=nesterov,
+        beta2=beta2,
+        shape_scale=shape_scale,
+        coefficients=coefficients,
+        steps=steps,
+        eps=eps,
     )
     direction = _direction(
         chosen,
@@ -270,6 +284,9 @@ def scale_by_normuon(
     momentum: optax.ScalarOrSchedule | None = None,
     nesterov: bool | None = None,
     beta2: float | jax.Array | None = None,
+    coefficients: str | Coefficients | None = None,
+    steps: int | None = None,
+    eps: float | None = None,
     layout: LayoutTree = None,
     orthogonalizer: Orthogonalizer | None = None,
     momentum_dtype: DTypeLike | None = None,
@@ -285,7 +302,14 @@ def scale_by_normuon(
     give them to another transformation with `optax.partition`. Arguments and errors as `normuon`'s;
     updates keep the gradient's dtype, or the parameter's where parameters are passed.
     """
-    chosen = find_recipe(recipe).override(momentum=momentum, nesterov=nesterov, beta2=beta2)
+    chosen = find_recipe(recipe).override(
+        momentum=momentum,
+        nesterov=nesterov,
+        beta2=beta2,
+        coefficients=coefficients,
+        steps=steps,
+        eps=eps,
+    )
     direction = _direction(
         chosen,
         orthogonalizer=orthogonalizer,

@@ -17,7 +17,12 @@ from normuon_core.polar_iteration import (
     iterate,
     range_scales,
 )
-from normuon_core.polynomials import POLAR_EXPRESS, Coefficients
+from normuon_core.polynomials import (
+    POLAR_EXPRESS,
+    Coefficients,
+    find_coefficients,
+    with_steps,
+)
 from normuon_core.recipes import EpsRule, Polar
 from optax_normuon.injection import refuse_injection_of_static_arguments
 from optax_normuon.launcher import Backend, check_backend, takes_kernels
@@ -30,7 +35,8 @@ from optax_normuon.stacking import Fed, MatrixStack, MatrixStage, on_matrices
 def polar_factor(
     x: ArrayLike,
     *,
-    coefficients: Coefficients = POLAR_EXPRESS,
+    coefficients: str | Coefficients = POLAR_EXPRESS,
+    steps: int | None = None,
     norm_scale: float = 1.02,
     eps: float = 1e-17,
     eps_rule: EpsRule = "max",
@@ -47,7 +53,9 @@ def polar_factor(
     Args:
       x: (..., rows, columns), real floating point. Zero matrices stay zero; a NaN or Inf, or a norm
         that overflows, makes its own matrix NaN and no other.
-      coefficients: a set of `normuon_core.POLYNOMIALS`, or from `normuon_core.polar_express`.
+      coefficients: a name of `normuon_core.POLYNOMIALS`, or one (a, b, c) a step, as
+        `normuon_core.polar_express` makes them.
+      steps: how many of them, see `normuon_core.polynomials.with_steps`; None is all.
       norm_scale: at least 1; keeps rounding in the norm from lifting a singular value above 1.
       eps: the floor of the scaled norm (`eps_rule="max"`), or added to it (`"add"`). Norms from 1e-15 to
         1e16 give the same factor; below the floor it fades to zero.
@@ -65,8 +73,8 @@ def polar_factor(
       An array like `x`, rounded to the compute dtype and back.
 
     Raises:
-      ValueError: fewer than two axes, no coefficients, an unknown `algorithm` or `backend`, or
-        "triton" where it cannot run.
+      ValueError: fewer than two axes, unknown coefficients or more steps than they have, an unknown
+        `algorithm` or `backend`, or "triton" where it cannot run.
       TypeError: `x` or `compute_dtype` is not floating point.
     """
     x = jnp.asarray(x)
@@ -75,7 +83,7 @@ def polar_factor(
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"polar_factor needs real floating point, got {x.dtype}")
     stage = orthogonalization_stage(
-        coefficients=coefficients,
+        coefficients=_chosen(coefficients, steps),
         norm_scale=norm_scale,
         eps=eps,
         eps_rule=eps_rule,
@@ -91,7 +99,8 @@ def polar_factor(
 @refuse_injection_of_static_arguments
 def orthogonalize(
     *,
-    coefficients: Coefficients = POLAR_EXPRESS,
+    coefficients: str | Coefficients = POLAR_EXPRESS,
+    steps: int | None = None,
     norm_scale: float = 1.02,
     eps: float = 1e-17,
     eps_rule: EpsRule = "max",
@@ -113,7 +122,7 @@ def orthogonalize(
       ValueError: see `polar_factor` and `normuon`.
     """
     stage = orthogonalization_stage(
-        coefficients=coefficients,
+        coefficients=_chosen(coefficients, steps),
         norm_scale=norm_scale,
         eps=eps,
         eps_rule=eps_rule,
@@ -124,6 +133,11 @@ def orthogonalize(
     return on_matrices(
         stage, layout=layout, max_stack_bytes=max_stack_bytes, param_specs=param_specs
     )
+
+
+def _chosen(coefficients: str | Coefficients, steps: int | None) -> Coefficients:
+    found = find_coefficients(coefficients)
+    return found if steps is None else with_steps(found, steps)
 
 
 def orthogonalization_stage(
@@ -138,8 +152,6 @@ def orthogonalization_stage(
 ) -> MatrixStage:
     """Stage 2 on a `MatrixStack`: values of any floating dtype in, compute dtype out."""
     Polar(coefficients, norm_scale, eps, eps_rule)
-    if not coefficients:
-        raise ValueError("coefficients is empty; give one (a, b, c) a step, as in POLYNOMIALS.")
     check_algorithm(algorithm)
     check_backend(backend)
     if compute_dtype is not None and not jnp.issubdtype(compute_dtype, jnp.floating):

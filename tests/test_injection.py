@@ -81,6 +81,8 @@ STATIC = {
     "compute_dtype": jnp.float32,
     "momentum_dtype": jnp.float32,
     "max_stack_bytes": 1000,
+    "steps": 3,
+    "eps": 3.0,
 }
 
 

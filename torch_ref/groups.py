@@ -37,6 +37,9 @@ def group_recipe(group: Group) -> Recipe:
         nesterov=group["nesterov"],
         beta2=group["beta2"],
         shape_scale=group["shape_scale"],
+        coefficients=group["coefficients"],
+        steps=group["steps"],
+        eps=group["eps"],
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from normuon_core import (
+    Coefficients,
     Decay,
     MatrixLayout,
     MatrixView,
@@ -99,6 +100,10 @@ class NorMuon(torch.optim.Optimizer):
       recipe: a name from `normuon_core.RECIPES`, or a `Recipe`.
       weight_decay: of the matrices, as the recipe's decay says.
       momentum, nesterov, beta2, shape_scale: in place of the recipe's own.
+      coefficients, steps, eps: the same for the polar factor. `coefficients` is a name of
+        `normuon_core.POLYNOMIALS` or one (a, b, c) a step; `steps` makes the set longer or shorter
+        (`normuon_core.polynomials.with_steps`); `eps` follows the recipe's rule. (In a group of AdamW
+        `eps` is AdamW's.)
       layout: which axes of the group's weights are the sides of their matrices. None is (out, in);
         weights of more axes may be a stack or a convolution, and need a layout.
       lr_mul, wd_mul: multiply rate and decay; a number, or an array over a weight's batch axes
@@ -143,6 +148,9 @@ class NorMuon(torch.optim.Optimizer):
         nesterov: bool | None = None,
         beta2: float | None = None,
         shape_scale: ShapeRule | None = None,
+        coefficients: str | Coefficients | None = None,
+        steps: int | None = None,
+        eps: float | None = None,
         layout: MatrixLayout | None = None,
         lr_mul: Any = 1.0,
         wd_mul: Any = 1.0,
@@ -172,6 +180,9 @@ class NorMuon(torch.optim.Optimizer):
             "nesterov": nesterov,
             "beta2": beta2,
             "shape_scale": shape_scale,
+            "coefficients": coefficients,
+            "steps": steps,
+            "eps": eps,
             "layout": layout,
             "lr_mul": lr_mul,
             "wd_mul": wd_mul,

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from normuon_core import POLYNOMIALS, Coefficients, Polar
+from normuon_core import Coefficients, Polar
 from normuon_core.polar_iteration import (
     BEFORE_SQUARING,
     Algorithm,
@@ -14,6 +14,7 @@ from normuon_core.polar_iteration import (
     iterate,
     range_scales,
 )
+from normuon_core.polynomials import POLAR_EXPRESS, find_coefficients, with_steps
 from normuon_core.recipes import EpsRule
 from torch_ref.dtypes import working_dtype
 from torch_ref.launcher import Backend, takes_kernels
@@ -24,7 +25,8 @@ from torch_ref.product import product
 def polar_factor(
     x: torch.Tensor,
     *,
-    coefficients: Coefficients = POLYNOMIALS["polar_express"],
+    coefficients: str | Coefficients = POLAR_EXPRESS,
+    steps: int | None = None,
     norm_scale: float = 1.02,
     eps: float = 1e-17,
     eps_rule: EpsRule = "max",
@@ -44,7 +46,8 @@ def polar_factor(
 
     Args:
       x: (..., rows, columns), any floating dtype, not modified.
-      coefficients: one (a, b, c) a step.
+      coefficients: a name of `normuon_core.POLYNOMIALS`, or one (a, b, c) a step.
+      steps: how many of them, see `normuon_core.polynomials.with_steps`; None is all.
       norm_scale, eps, eps_rule: how the norm is kept below 1; with `eps_rule="add"` the denominator
         is norm_scale |x| + eps. Norms from 1e-15 to 1e16 give the same factor; below the floor it
         fades to zero.
@@ -59,12 +62,14 @@ def polar_factor(
       NaN or an infinity, or whose norm overflows the working dtype.
 
     Raises:
-      ValueError: no coefficients, an unknown `algorithm` or `backend`, or "triton" where there is
-        none.
+      ValueError: unknown coefficients or more steps than they have, an unknown `algorithm` or
+        `backend`, or "triton" where there is none.
 
     Sources: Keller Jordan's Muon; Polar Express, arXiv 2505.16932; Dao-AILab/gram-newton-schulz.
     """
-    _check_coefficients(coefficients)
+    coefficients = find_coefficients(coefficients)
+    if steps is not None:
+        coefficients = with_steps(coefficients, steps)
     rows, columns = x.shape[-2:]
     stack = x.reshape(-1, rows, columns)
     polar = Polar(coefficients, norm_scale, eps, eps_rule)
@@ -98,7 +103,9 @@ def scaled_squares(u: torch.Tensor) -> torch.Tensor:
 def normalized(
     u: torch.Tensor, squares: torch.Tensor, polar: Polar, *, sides: tuple[int, int], dtype: str
 ) -> torch.Tensor:
-    """X = u / (norm_scale |u| + eps) in the compute dtype, times the first of its `range_scales`.
+    """u over its norm, in the compute dtype, times the first of its `range_scales`.
+
+    The divisor is max(norm_scale |u|, eps), or norm_scale |u| + eps with `eps_rule="add"`.
 
     Elementwise once the norm is known, so that it works on any part of a matrix.
 
@@ -121,7 +128,6 @@ def polynomial(
     x: torch.Tensor, coefficients: Coefficients, *, form: Literal["standard", "gram"]
 ) -> torch.Tensor:
     """The iteration on a stack of whole matrices that `normalized` has made."""
-    _check_coefficients(coefficients)
     rows, columns = x.shape[-2:]
     return iterate(
         x,
@@ -131,11 +137,6 @@ def polynomial(
         short=min(rows, columns),
         scales=range_scales(rows, columns, str(x.dtype).removeprefix("torch.")),
     )
-
-
-def _check_coefficients(coefficients: Coefficients) -> None:
-    if not coefficients:
-        raise ValueError("polar_factor needs at least one (a, b, c) triple in `coefficients`.")
 
 
 class LibraryProducts:
