@@ -1,5 +1,6 @@
 """The update of c g is that of g, for gradient norms from 1e-15 to 1e15, in both frameworks."""
 
+import functools
 import itertools
 
 import jax
@@ -7,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import NamedSharding
 
-from optax_normuon import normuon, polar_factor
+from optax_normuon import MatrixLayout, muon, normuon, polar_factor
+from tests.meshes import collectives, mesh_of
 from torch_ref import NorMuon
+from torch_ref import polar_factor as torch_polar_factor
 
 OWN = ("normuon", "muon", "muon_basic", "muon_complete")
 RNG = np.random.default_rng(0)
@@ -32,8 +36,6 @@ def jax_update(g, recipe, steps=1, **keywords):
 def torch_update(g, recipe, steps=1, **keywords):
     if "compute_dtype" in keywords:
         keywords["compute_dtype"] = getattr(torch, keywords["compute_dtype"])
-    if keywords.get("backend") == "xla":
-        keywords["backend"] = "eager"
     param = torch.nn.Parameter(torch.zeros(g.shape))
     optimizer = NorMuon([param], lr=1.0, recipe=recipe, **keywords)
     for _ in range(steps):
@@ -92,10 +94,90 @@ def test_below_the_range_an_update_fades_to_zero(update):
     assert norms[-1] == 0
 
 
-def test_a_large_rank_one_matrix_keeps_its_bits():
+def large(name):
     rng = np.random.default_rng(1)
-    g = np.outer(rng.standard_normal(1024), rng.standard_normal(1024)).astype(np.float32)
+    if name == "rank one":
+        g = np.outer(rng.standard_normal(1024), rng.standard_normal(1024))
+    else:
+        g = rng.standard_normal((1024, 1024))
+        if name == "log-spaced":
+            g *= np.geomspace(1, 1e-9, 1024)
+    return (g / np.linalg.norm(g)).astype(np.float32)
+
+
+def jax_factor(x, **keywords):
+    return np.asarray(polar_factor(jnp.asarray(x), **keywords))
+
+
+def torch_factor(x, **keywords):
+    keywords = {key: getattr(torch, str(v), v) for key, v in keywords.items()}
+    return torch_polar_factor(torch.tensor(x), **keywords).float().numpy()
+
+
+# One step of the polynomial is enough: the norm, which is all that scale could change, comes before.
+@pytest.mark.parametrize("factor", [jax_factor, torch_factor], ids=["jax", "torch"])
+@pytest.mark.parametrize("name", ["gaussian", "rank one", "log-spaced"])
+def test_a_large_matrix_has_the_same_factor_over_the_whole_range(name, factor):
+    """u = 0.0975 g on the first step of lerp momentum."""
+    u = large(name) * np.float32(0.0975)
+    wanted = factor(u, steps=1, compute_dtype="float32")
+    for scale in (1e-15, 3.3e-10, 7e9, 1e15):
+        found = factor(u * np.float32(scale), steps=1, compute_dtype="float32")
+        # 9.9e-7 at most.
+        assert np.linalg.norm(found - wanted) <= 4e-6 * np.linalg.norm(wanted)
+    wanted = factor(u, steps=1)
+    for exponent in (-49, 49):
+        np.testing.assert_array_equal(factor(u * np.float32(2.0**exponent), steps=1), wanted)
+
+
+@UPDATES
+@pytest.mark.parametrize("recipe", ["normuon", "muon_complete"])
+def test_any_factor_changes_a_float32_update_by_rounding_alone(recipe, update):
+    for name in MATRICES:
+        wanted = update(unit(name), recipe, compute_dtype="float32")
+        for scale in (1e-15, 3.3e-10, 7e9, 1e15):
+            found = update(unit(name) * np.float32(scale), recipe, compute_dtype="float32")
+            # 5.2e-4 at most, of rank one, whose rounding errors five steps amplify; else 2.1e-5.
+            bound = 1e-3 if name == "rank one" else 8e-5
+            assert np.linalg.norm(found - wanted) <= bound * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("layout", ["owners", "shards"])
+def test_a_mesh_is_as_free_of_scale(layout):
+    mesh = mesh_of(f=8)
+    shape = (8, 16, 32) if layout == "owners" else (32, 2048)
+    spec = jax.P(None, "f")
+    tx = muon(1.0, layout=MatrixLayout(-2, -1))
+    g = np.random.default_rng(2).standard_normal(shape).astype(np.float32)
     g /= np.linalg.norm(g)
-    factor = jax.jit(polar_factor)
-    wanted = factor(g * np.float32(0.0975))
-    np.testing.assert_array_equal(factor(g * np.float32(0.0975 * 2.0**-49)), wanted)
+    params = {"w": jax.device_put(np.zeros(shape, np.float32), NamedSharding(mesh, spec))}
+    step = jax.jit(tx.update)
+
+    def update(x):
+        gradients = {"w": jax.device_put(x, NamedSharding(mesh, spec))}
+        return np.asarray(step(gradients, tx.init(params), params)[0]["w"])
+
+    text = step.lower(params, tx.init(params), params).compile().as_text()
+    assert ("all-to-all" in {name for name, _, _ in collectives(text)}) == (layout == "owners")
+    for exponent in (-49, 49):
+        np.testing.assert_array_equal(update(g * np.float32(2.0**exponent)), update(g))
+
+
+@UPDATES
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_entry_reaches_its_own_matrix_alone_at_any_scale(update, bad):
+    update = functools.partial(update, layout=MatrixLayout(-1, -2))
+    g = np.stack([unit("gaussian")] * 2) * np.float32(1e-15)
+    g[1, 3, 4] = bad
+    found = update(g, "muon")
+    assert np.isfinite(found[0]).all()
+    assert np.isnan(found[1]).all()
+
+
+def test_float64_is_as_free_of_scale(x64):
+    g = MATRICES["gaussian"] / np.linalg.norm(MATRICES["gaussian"])
+    wanted = jax_factor(g, compute_dtype="float64")
+    for scale in (1e-15, 1e15):
+        np.testing.assert_allclose(
+            jax_factor(g * scale, compute_dtype="float64"), wanted, rtol=1e-9
+        )
