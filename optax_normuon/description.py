@@ -70,7 +70,8 @@ def describe(
         return [printed_matrices(view), name, scale]
 
     header = ["path", "shape", MATRICES, "optimizer", "scale", "why"]
-    rows = leaf_rows(params, routes, cells)
+    rest = ADAMW if keywords.get("others") is None else "others"
+    rows = leaf_rows(params, routes, cells, rest=rest)
     # Without a single matrix the scale has no cells.
     rows = [[*row[:-1], *[""] * (len(header) - len(row)), row[-1]] for row in rows]
     sections = [leaf_table(header, rows)]
@@ -86,15 +87,15 @@ def describe(
     # The kernels change nothing in the state, and need not be there to describe it.
     made = {"learning_rate": 1.0, **keywords, "backend": "xla"}
     tx = normuon(recipe=recipe, shape_scale=shape_scale, layout=views, **made)
-    optimizers = {path: _optimizer(found, name) for path, found in routes.items()}
+    optimizers = {path: _optimizer(found, name, rest) for path, found in routes.items()}
     sections.append(totals_table(totals(params, optimizers, tx)))
     return "\n\n".join(sections)
 
 
-def _optimizer(found: Route, name: str) -> str:
+def _optimizer(found: Route, matrices: str, rest: str) -> str:
     if found.layout is not None:
-        return name
-    return DOUBT if found.in_doubt else ADAMW
+        return matrices
+    return DOUBT if found.in_doubt else rest
 
 
 def _groups(

@@ -37,7 +37,11 @@ def refuse_doubts(
 
 
 def leaf_rows(
-    params, routes: Mapping[KeyPath, Route], cells: Callable[[MatrixView], list[str]]
+    params,
+    routes: Mapping[KeyPath, Route],
+    cells: Callable[[MatrixView], list[str]],
+    *,
+    rest: str = ADAMW,
 ) -> list[list[str]]:
     """One row a leaf: path, shape, matrices and optimizer (and what more `cells` makes), and why.
 
@@ -45,12 +49,13 @@ def leaf_rows(
       params: arrays or abstract arrays.
       routes: of every leaf.
       cells: those of a leaf that is a matrix; a leaf that is none has as many.
+      rest: what the optimizer of leaves that are no matrices is called.
     """
     rows = []
     for path, name, leaf in named_leaves(params):
         shape, found = np.shape(leaf), routes[path]
         if found.layout is None:
-            own = ["", DOUBT if found.in_doubt else ADAMW]
+            own = ["", DOUBT if found.in_doubt else rest]
         else:
             own = cells(found.layout.on(shape, name))
         rows.append([name, "x".join(map(str, shape)) or "()", *own, found.why])

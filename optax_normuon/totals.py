@@ -9,6 +9,7 @@ import optax
 from jax.tree_util import GetAttrKey
 
 from normuon_core.table import Total
+from optax_normuon.boxes import unbox
 from optax_normuon.paths import KeyPath, named_leaves
 from optax_normuon.question import DOUBT
 
@@ -49,13 +50,18 @@ def _states(
     """(path of the parameter, kind, bytes) of every array of the state that belongs to a parameter."""
     # Without their places: the sizes are those of whole arrays, and no mesh need be set.
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), params)
+    parameters = unbox(params)
+    # A statistic of another shape than its parameter's stands outside of the parameter's box.
+    owners = dict(zip(parameters.places, parameters.paths, strict=True))
+    owners |= {path: path for path in optimizers}
     for path, leaf in jax.tree_util.tree_flatten_with_path(jax.eval_shape(tx.init, abstract))[0]:
         # The longest end first, because another parameter's path may end it; one key more for the
         # blocks of a split leaf, which are a tuple.
         ends = [(start, end) for start in range(len(path)) for end in (len(path), len(path) - 1)]
         for start, end in ends:
-            if path[start:end] in optimizers:
-                yield path[start:end], _kind(path[:start]), leaf.size * leaf.dtype.itemsize
+            if path[start:end] in owners:
+                owner = owners[path[start:end]]
+                yield owner, _kind(path[:start]), leaf.size * leaf.dtype.itemsize
                 break
 
 

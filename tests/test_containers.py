@@ -192,6 +192,20 @@ def test_describe_takes_trees_of_the_models_own_class(container):
     assert "1 x (8, 4)" in table
     assert "2 x (8, 4)" in table
     assert "layout: None" in table
+    # In bytes: 96 entries of momentum, a second moment of 8 + 16; two moments of 8.
+    normuon_row, adamw_row = (
+        next(line for line in table.splitlines() if line.startswith(name))
+        for name in ("NorMuon", "AdamW")
+    )
+    assert "momentum 384, second moment 96" in normuon_row
+    assert "first moment 32, second moment 32" in adamw_row
+
+
+def test_describe_names_the_others_where_they_are_not_adamw():
+    table = describe(draw("dict", 0), layouts, others=optax.sgd(0.1, momentum=0.9))
+    rows = [line.split() for line in table.splitlines()]
+    assert ["bias", "8", "others", "layout:", "None"] in rows
+    assert any(row[:2] == ["others", "1"] and "trace" in row for row in rows)
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
