@@ -9,6 +9,7 @@ ARGS ?=
 WORKERS ?= logical
 VENV := .venv
 INSTALLED := $(VENV)/installed
+WITH_EXAMPLES := $(VENV)/with-examples
 UV_VERSION := 0.13.9
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -35,7 +36,7 @@ test: $(INSTALLED)  ## run tests/ and parity_tests/
 parity: $(INSTALLED)  ## print the parity report: JAX, PyTorch, the oracle and the originals
 	$(VENV)/bin/python -m parity_tests $(ARGS)
 
-demo: $(INSTALLED)  ## train the example GPT
+demo: $(WITH_EXAMPLES)  ## train the example GPT
 	$(VENV)/bin/python -m examples.train_gpt $(ARGS)
 
 ruff: $(INSTALLED)  ## check style
@@ -73,6 +74,14 @@ $(VENV)/bin/python:
 	echo "error: Python 3.11 or newer is needed; tried: $(PYTHON)." >&2; \
 	echo "Name one that is new enough: make PYTHON=/path/to/python3.12" >&2; \
 	exit 1
+
+# The lock's versions of what the examples need: neither PyTorch nor the tests' packages.
+$(WITH_EXAMPLES): requirements.lock pyproject.toml | $(VENV)/bin/python
+	test $(INSTALLED) -nt requirements.lock || { \
+	  $(VENV)/bin/python -m pip install --constraint requirements.lock setuptools && \
+	  $(VENV)/bin/python -m pip install --constraint requirements.lock --no-build-isolation \
+	    --editable '.[examples]'; }
+	@touch $@
 
 $(INSTALLED): requirements.lock pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --requirement requirements.lock
