@@ -55,9 +55,9 @@ def describe(
             rows.append([name, printed, "", "AdamW", "", found.why])
             continue
         view = found.layout.on(shape, name)
-        sizes, inputs = view.output_sizes, view.inputs
-        matrices = " + ".join(f"{view.stack_shape[0]} x ({size}, {inputs})" for size in sizes)
-        factors = ", ".join(f"{shape_factor(rule, size, inputs):.4g}" for size in sizes)
+        runs, inputs = view.runs, view.inputs
+        matrices = " + ".join(f"{view.matrices(run)} x ({run.size}, {inputs})" for run in runs)
+        factors = ", ".join(f"{shape_factor(rule, run.size, inputs):.4g}" for run in runs)
         scale = "rms" if rule == "rms" else factors
         rows.append([name, printed, matrices, "NorMuon", scale, found.why])
     if param_specs is None:

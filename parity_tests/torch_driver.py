@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from parity_tests.traces import Trace
-from parity_tests.trajectory import Trajectory
+from parity_tests.trajectory import Trajectory, block_by_block
 from torch_ref import NorMuon
 
 
@@ -38,21 +38,20 @@ def run_torch(
         for param, weight in zip(params, trace.weights, strict=True):
             param.grad = torch.tensor(weight.grads[t], dtype=dtype)
         optimizer.step()
-        for param, steps, moment in zip(params, history, moments, strict=True):
+        for param, steps, moment, weight in zip(
+            params, history, moments, trace.weights, strict=True
+        ):
             steps.append(_array(param))
             if "second_moment" in optimizer.state[param]:
-                moment[t + 1] = _flat(optimizer.state[param]["second_moment"])
+                kept = optimizer.state[param]["second_moment"]
+                kept = [_array(x) for x in kept] if isinstance(kept, list) else _array(kept)
+                moment[t + 1] = block_by_block(kept, weight.layout, tuple(param.shape))
     return {
         weight.name: Trajectory(np.stack(steps), _array(optimizer.state[param]["momentum"]), moment)
         for weight, param, steps, moment in zip(
             trace.weights, params, history, moments, strict=True
         )
     }
-
-
-def _flat(second_moment: torch.Tensor | list[torch.Tensor]) -> np.ndarray:
-    blocks = second_moment if isinstance(second_moment, list) else [second_moment]
-    return np.concatenate([_array(block).ravel() for block in blocks])
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

@@ -19,6 +19,7 @@ def restore_state(
     optimizer: torch.optim.Optimizer,
     saved: dict[str, Any],
     shard: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    join: Callable[[torch.Tensor, list[torch.Tensor]], Any],
 ) -> None:
     """Puts the tensors of a loaded state dict back in the dtypes they were saved in.
 
@@ -27,6 +28,7 @@ def restore_state(
       saved: a state dict; its tensors are copied, onto each parameter's device, the step counters
         onto the CPU.
       shard: of (a parameter, a whole array of its state): the array as this rank keeps it.
+      join: of (a parameter, its second moments block by block): as they are kept now.
     """
     numbers = chain.from_iterable(group["params"] for group in saved["param_groups"])
     params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
@@ -34,6 +36,8 @@ def restore_state(
         for key, value in saved["state"].get(number, {}).items():
             device = torch.device("cpu") if key == "step" else param.device
             value = _copied(value, device)
+            if isinstance(value, list) and not any(map(is_dtensor, value)):
+                value = join(param, value)
             if key != "step":
                 value = _sharded(value, partial(shard, param))
             optimizer.state[param][key] = value

@@ -13,6 +13,7 @@ from normuon_core import MatrixLayout, MatrixView, Polar, Recipe, shape_factor
 from normuon_core.fused_step import Block, Leaf, Piece, form_of, polar_factors_of_pieces, step_stack
 from normuon_core.kernels import RATES
 from normuon_core.launches import Output, block_geometries, bytes_a_matrix
+from normuon_core.layout import Run
 from normuon_core.polar_iteration import Algorithm
 from normuon_core.stacks import even_stacks
 from torch_ref.dtypes import Scalar, rounded_product
@@ -96,7 +97,7 @@ class _LaidOut:
 
     def __init__(self, weight: MatrixWeight, rates: torch.Tensor):
         self.weight = weight
-        self.missing = weight.matrices * len(weight.view.output_sizes)
+        self.missing = sum(map(weight.view.matrices, weight.runs))
         # What no stride can reach is brought to a stack first.
         self.in_place = weight.view.strides() is not None
         view = weight.view if self.in_place else weight.view.stacked
@@ -119,17 +120,18 @@ class _LaidOut:
         geometries = block_geometries(
             view, _row_major(view), axis="output" if rule is None else rule.axis
         )
-        moments = [None] * len(geometries) if rule is None else weight.moment_state()
+        self.given = [] if rule is None else weight.moment_parts()
+        moments = [part.flatten(1).contiguous() for part in self.given] or [None] * len(geometries)
         self.blocks = [
             Block(
                 self.leaf,
                 geometry,
-                weight.matrices,
-                None if moment is None else self._stacked(moment).contiguous(),
-                _scale(weight, size),
-                _each(weight.wd_mul, weight),
+                view.matrices(run),
+                moment,
+                _scale(weight, run),
+                _each(weight.wd_mul, weight, run),
             )
-            for geometry, moment, size in zip(geometries, moments, view.output_sizes, strict=True)
+            for geometry, moment, run in zip(geometries, moments, weight.runs, strict=True)
         ]
 
     def receive(self, matrices: int) -> None:
@@ -141,9 +143,13 @@ class _LaidOut:
     def _finish(self) -> None:
         weight = self.weight
         _copy_unless_same(weight.state["momentum"], self._as_weight(self.momentum))
-        if weight.recipe.neuron_norm is not None:
-            for kept, block in zip(weight.moment_state(), self.blocks, strict=True):
-                _copy_unless_same(self._stacked(kept), block.second_moment)
+        if not all(map(self._is_kept, self.blocks)):
+            weight.keep_moments(
+                [
+                    block.second_moment.view_as(part)
+                    for block, part in zip(self.blocks, self.given, strict=True)
+                ]
+            )
         increment = self._as_weight(self.leaf.delta)
         add_to_weight(weight.param, weight.remainder, increment)
         self.leaf.delta = None
@@ -155,10 +161,14 @@ class _LaidOut:
     def _as_weight(self, array: torch.Tensor) -> torch.Tensor:
         return array if self.in_place else from_stack(array, self.weight.view)
 
-    def _stacked(self, moment: torch.Tensor) -> torch.Tensor:
-        """A block's second moment as (batch, neurons): a view wherever its memory allows."""
-        stack = to_stack(moment, self.weight.view)
-        return stack.squeeze(-1 if stack.shape[-1] == 1 and stack.shape[-2] != 1 else -2)
+    def _is_kept(self, block: Block) -> bool:
+        """Whether the kernels have written a second moment where it is kept, or there is none."""
+        if block.second_moment is None:
+            return True
+        kept = self.weight.state["second_moment"]
+        own = block.second_moment.untyped_storage().data_ptr()
+        arrays = kept if isinstance(kept, list) else [kept]
+        return any(own == each.untyped_storage().data_ptr() for each in arrays)
 
 
 def _copy_unless_same(target: torch.Tensor, source: torch.Tensor) -> None:
@@ -199,21 +209,23 @@ def _fill(place: torch.Tensor, value: Scalar) -> None:
         place.fill_(value)
 
 
-def _scale(weight: MatrixWeight, outputs: int) -> torch.Tensor:
-    """k lr_mul for each matrix of a block, rounded once."""
-    factor = shape_factor(weight.recipe.shape_scale, outputs, weight.view.inputs)
-    return _each(weight.lr_mul * factor, weight)
+def _scale(weight: MatrixWeight, run: Run) -> torch.Tensor:
+    """k lr_mul for each matrix of a run of blocks, rounded once."""
+    factor = shape_factor(weight.recipe.shape_scale, run.size, weight.view.inputs)
+    return _each(weight.lr_mul * factor, weight, run)
 
 
-def _each(value: float | torch.Tensor, weight: MatrixWeight) -> torch.Tensor:
-    """A multiplier as (batch,) float32."""
+def _each(value: float | torch.Tensor, weight: MatrixWeight, run: Run) -> torch.Tensor:
+    """A multiplier as (matrices,) float32, for a run of blocks."""
     shape, device = weight.view.batch_shape, weight.param.device
     if isinstance(value, torch.Tensor):
-        return value.to(device, torch.float32).broadcast_to(shape).reshape(-1).contiguous()
-    key = (value, weight.matrices, device)
+        each = value.to(device, torch.float32).broadcast_to(shape).reshape(-1)
+        return each.repeat_interleave(run.blocks)
+    matrices = weight.view.matrices(run)
+    key = (value, matrices, device)
     constant = _CONSTANTS.get(key)
     if constant is None:
-        constant = torch.full((weight.matrices,), value, dtype=torch.float32, device=device)
+        constant = torch.full((matrices,), value, dtype=torch.float32, device=device)
         # What a graph captures holds no number before the graph has run.
         if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             _CONSTANTS[key] = constant

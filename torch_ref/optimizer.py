@@ -33,7 +33,7 @@ from torch_ref.groups import (
 )
 from torch_ref.launcher import Backend
 from torch_ref.local import is_dtensor, local, local_state
-from torch_ref.matrix_state import create_matrix_state
+from torch_ref.matrix_state import create_matrix_state, join_second_moments
 from torch_ref.matrix_weight import MatrixWeight, step_matrices
 from torch_ref.part import Part, cut, whole_region
 from torch_ref.remainder import add_to_weight, read_weight
@@ -230,7 +230,10 @@ class NorMuon(torch.optim.Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in every optimizer, but each state keeps the dtype in which it was saved."""
+        """As in every optimizer, but each state keeps the dtype in which it was saved.
+
+        The second moment of a split weight may be a list of one array a block, as it used to be kept.
+        """
         orthogonalizers = [group["orthogonalizer"] for group in self.param_groups]
         groups = {param: group for group in self.param_groups for param in group["params"]}
         loaded: dict[str, Any] = {}
@@ -239,8 +242,15 @@ class NorMuon(torch.optim.Optimizer):
             sharding = self._placed(param, groups[param], tuple(whole.shape))
             return whole if sharding is None else sharding.shard_of(whole)
 
+        def join(param: torch.Tensor, blocks: list[torch.Tensor]) -> Any:
+            group = groups[param]
+            rule = group_recipe(group).neuron_norm
+            if group["optimizer"] != MATRIX or rule is None:
+                return blocks
+            return join_second_moments(blocks, parameter_view(group, param), rule)
+
         def restore(optimizer: torch.optim.Optimizer) -> None:
-            restore_state(optimizer, loaded, shard)
+            restore_state(optimizer, loaded, shard, join)
             for group, own in zip(optimizer.param_groups, orthogonalizers, strict=True):
                 group["orthogonalizer"] = own
 
@@ -323,7 +333,7 @@ class NorMuon(torch.optim.Optimizer):
                 view, sharding = parameter_view(group, param), self._sharding(param)
                 self._create_matrix_state(param, view, group, recipe)
                 if sharding is None:
-                    part = Part(view, whole_region(view.shape))
+                    part = Part(view, whole_region(view.stored_shape))
                     whole.append(self._matrix_weight(param, gradient, part, group, recipe))
                     continue
                 from torch_ref.placement import local_gradient
@@ -373,7 +383,7 @@ class NorMuon(torch.optim.Optimizer):
         state, zeros = self.state[param], partial(self._zeros, param, group)
         create_matrix_state(state, view, group, param.dtype, recipe.neuron_norm, zeros=zeros)
         if _has_remainder(param, group) and "remainder" not in state:
-            state["remainder"] = zeros(view.shape, torch.uint16)
+            state["remainder"] = zeros(view.stored_shape, torch.uint16)
 
     def _placed(
         self, param: torch.Tensor, group: Group, shape: tuple[int, ...]
