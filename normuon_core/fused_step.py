@@ -59,9 +59,10 @@ class Leaf:
 
 @dataclass
 class Block:
-    """One output block of a weight.
+    """One run of output blocks of a weight.
 
     Attributes:
+      batch: its matrices, a batch entry's blocks beside each other.
       second_moment: (batch, neurons) float32, or None; replaced.
       scales, decays: (batch,) float32.
       new_moments: on a journey, the second moments of the matrices done so far, in order.
@@ -77,7 +78,7 @@ class Block:
 
 
 class Piece(NamedTuple):
-    """Consecutive matrices of one block."""
+    """Consecutive matrices of one run of blocks."""
 
     block: Block
     start: int

@@ -72,6 +72,19 @@ def _direction(g, m, rates, RULE: tl.constexpr, NESTEROV: tl.constexpr):
 
 
 @triton.jit
+def _first(
+    matrix,
+    BATCH_STRIDE: tl.constexpr,
+    OFFSET: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLIT_STRIDE: tl.constexpr,
+):
+    """Where in a weight its matrix begins: SPLITS of them are in one entry of the batch."""
+    place = (matrix // SPLITS).to(tl.int64) * BATCH_STRIDE + OFFSET
+    return place + (matrix % SPLITS).to(tl.int64) * SPLIT_STRIDE
+
+
+@triton.jit
 def _tile(index, SHORT: tl.constexpr, LONG: tl.constexpr):
     """(row and column indices, whether they are inside) of one tile of a (SHORT, LONG) matrix."""
     across: tl.constexpr = (LONG + _SIDE - 1) // _SIDE
@@ -93,6 +106,8 @@ def squares(
     SHORT_STRIDE: tl.constexpr,
     LONG_STRIDE: tl.constexpr,
     OFFSET: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLIT_STRIDE: tl.constexpr,
     MATRICES_A_RATE: tl.constexpr,
     RULE: tl.constexpr,
     NESTEROV: tl.constexpr,
@@ -113,7 +128,7 @@ def squares(
     matrix = tl.program_id(0) // (SHORT_PARTS * LONG_PARTS)
     part = tl.program_id(0) % (SHORT_PARTS * LONG_PARTS)
     rates += _RATES * ((leaf_start + matrix) // MATRICES_A_RATE)
-    start = (leaf_start + matrix).to(tl.int64) * BATCH_STRIDE + OFFSET
+    start = _first(leaf_start + matrix, BATCH_STRIDE, OFFSET, SPLITS, SPLIT_STRIDE)
     short_start, short_stop = _part(part // LONG_PARTS, SHORT_CELL, SHORT_CUTS)
     long_start, long_stop = _part(part % LONG_PARTS, LONG_CELL, LONG_CUTS)
     down: tl.constexpr = ((SHORT_CELL + SHORT_CUTS - 1) // SHORT_CUTS + _SIDE - 1) // _SIDE
@@ -167,6 +182,8 @@ def feed(
     SHORT_STRIDE: tl.constexpr,
     LONG_STRIDE: tl.constexpr,
     OFFSET: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLIT_STRIDE: tl.constexpr,
     MATRICES_A_RATE: tl.constexpr,
     RULE: tl.constexpr,
     NESTEROV: tl.constexpr,
@@ -197,7 +214,7 @@ def feed(
         divisor = norm + eps
 
     i, j, inside = _tile(tl.program_id(0) % TILES, SHORT, LONG)
-    place = (leaf_start + matrix).to(tl.int64) * BATCH_STRIDE + OFFSET
+    place = _first(leaf_start + matrix, BATCH_STRIDE, OFFSET, SPLITS, SPLIT_STRIDE)
     place = place + i.to(tl.int64) * SHORT_STRIDE + j.to(tl.int64) * LONG_STRIDE
     gradient = tl.load(g + place, mask=inside, other=0.0).to(tl.float32)
     if RULE == "none":
@@ -530,6 +547,8 @@ def finish(
     SHORT_STRIDE: tl.constexpr,
     LONG_STRIDE: tl.constexpr,
     OFFSET: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLIT_STRIDE: tl.constexpr,
     MATRICES_A_RATE: tl.constexpr,
     NEURONS_ON_SHORT: tl.constexpr,
     INPUTS: tl.constexpr,
@@ -584,7 +603,7 @@ def finish(
         scale = tl.math.div_rn(scale, tl.where(norm < rms_floor, rms_floor, norm))
 
     update = direction.to(tl.float32)
-    place = (leaf_start + matrix).to(tl.int64) * BATCH_STRIDE + OFFSET
+    place = _first(leaf_start + matrix, BATCH_STRIDE, OFFSET, SPLITS, SPLIT_STRIDE)
     place = place + i.to(tl.int64) * SHORT_STRIDE + j.to(tl.int64) * LONG_STRIDE
     weight = tl.load(p + place, mask=inside, other=0.0).to(tl.float32)
     decay = decay_rate * weight

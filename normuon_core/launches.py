@@ -78,17 +78,19 @@ Launcher = Callable[[Launch, Sequence[Any]], tuple[Any, ...]]
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where a weight, or one output block of it, holds its matrices.
+    """Where a weight, or one run of its output blocks, holds its matrices.
 
     Attributes:
       short, long: the two sides; rows are the shorter one on a tie. On a mesh those of one device's
         part, in which the side that is shorter in the whole matrix may be the longer one.
       whole: (short, long) of the whole matrix.
-      strides: elements from one matrix, one index of the short side and one of the long side to the
-        next.
-      offset: elements from the weight's first to the block's first.
+      strides: elements from one entry of the batch, one index of the short side and one of the long side
+        to the next.
+      offset: elements from the weight's first to the run's first.
       neurons_on_short: whether the neurons with a second moment are the shorter side's.
       matrices_a_rate: how many consecutive matrices share a row of rates.
+      splits, split_stride: how many consecutive matrices are blocks of one entry of the batch, and the
+        elements from one of them to the next.
     """
 
     short: int
@@ -98,6 +100,8 @@ class Geometry:
     offset: int
     neurons_on_short: bool
     matrices_a_rate: int
+    splits: int = 1
+    split_stride: int = 0
 
     @property
     def pitch(self) -> int:
@@ -147,6 +151,8 @@ class Geometry:
             "SHORT_STRIDE": short,
             "LONG_STRIDE": long,
             "OFFSET": self.offset,
+            "SPLITS": self.splits,
+            "SPLIT_STRIDE": self.split_stride,
             "MATRICES_A_RATE": self.matrices_a_rate,
         }
 
@@ -159,7 +165,7 @@ def block_geometries(
     axis: NeuronAxis = "output",
     rates: int = 1,
 ) -> list[Geometry]:
-    """One geometry for each output block of a weight.
+    """One geometry for each run of output blocks of a weight.
 
     Args:
       view: of the array that is here. whole: of the weight that it is a part of, or None for itself.
@@ -169,23 +175,30 @@ def block_geometries(
     batch_stride, row_stride, column_stride = strides
     whole = whole or view
     result, start = [], 0
-    for size, whole_size in zip(view.output_sizes, whole.output_sizes, strict=True):
-        batch, rows, columns = view.block_stack_shape(size)
-        _, all_rows, all_columns = whole.block_stack_shape(whole_size)
+    for run, whole_run in zip(view.runs, whole.runs, strict=True):
+        batch, rows, columns = view.block_stack_shape(run.size)
+        _, all_rows, all_columns = whole.block_stack_shape(whole_run.size)
         tall = all_rows > all_columns
         on_rows = neurons_on_rows(axis, all_rows, all_columns, view.output_is_rows)
         sides = (column_stride, row_stride) if tall else (row_stride, column_stride)
+        neuron_stride = row_stride if view.output_is_rows else column_stride
+        splits, split_stride = run.blocks, run.size * neuron_stride
+        between = batch_stride
+        if splits > 1 and (batch == 1 or batch_stride == splits * split_stride):
+            splits, between = 1, split_stride
         geometry = Geometry(
             short=columns if tall else rows,
             long=rows if tall else columns,
             whole=(min(all_rows, all_columns), max(all_rows, all_columns)),
-            strides=(batch_stride, *sides),
-            offset=start * (row_stride if view.output_is_rows else column_stride),
+            strides=(between, *sides),
+            offset=start * neuron_stride,
             neurons_on_short=on_rows != tall,
-            matrices_a_rate=batch // rates if rates > 1 else _ALL,
+            matrices_a_rate=batch * run.blocks // rates if rates > 1 else _ALL,
+            splits=splits,
+            split_stride=split_stride if splits > 1 else 0,
         )
         result.append(geometry)
-        start += size
+        start += run.blocks * run.size
     return result
 
 

@@ -112,7 +112,8 @@ class Name:
     """
 
     def __init__(self, parts: tuple[str, ...]):
-        self.parts = parts
+        # A tree may be a single array, whose path is empty.
+        self.parts = parts = parts or ("",)
         last = words(parts[-1])
         kinds = [word for word in last if word in KINDS and word != "w"]
         self.is_raw = False

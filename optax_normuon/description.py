@@ -63,8 +63,7 @@ def describe(
 
     def cells(view: MatrixView) -> list[str]:
         factors = (
-            f"{shape_factor(chosen.shape_scale, size, view.inputs):.4g}"
-            for size in view.output_sizes
+            f"{shape_factor(chosen.shape_scale, run.size, view.inputs):.4g}" for run in view.runs
         )
         scale = "rms" if chosen.shape_scale == "rms" else ", ".join(factors)
         return [printed_matrices(view), name, scale]

@@ -38,11 +38,11 @@ class Kind(NamedTuple):
 
 
 def kinds_of(leaf: PlacedLeaf, recipe: Recipe) -> list[Kind]:
-    """One for each output block of a leaf."""
+    """One for each run of output blocks of a leaf."""
     axis = "output" if recipe.neuron_norm is None else recipe.neuron_norm.axis
     result = []
-    for size, cut in zip(leaf.view.output_sizes, leaf.cuts, strict=True):
-        _, rows, columns = leaf.view.block_stack_shape(size)
+    for run, cut in zip(leaf.view.runs, leaf.cuts, strict=True):
+        _, rows, columns = leaf.view.block_stack_shape(run.size)
         tall = rows > columns
         side = None
         if cut is not None:
@@ -98,8 +98,8 @@ def stay_as_shards(
     kinds = {path: kinds_of(leaf, settings.recipe) for path, leaf in leaves.items()}
     counts: dict[Kind, int] = defaultdict(int)
     for path, own in kinds.items():
-        for kind in own:
-            counts[kind] += leaves[path].local.stack_shape[0]
+        for kind, run in zip(own, leaves[path].view.runs, strict=True):
+            counts[kind] += leaves[path].local.matrices(run)
     stay = {
         kind
         for kind, count in counts.items()

@@ -18,7 +18,7 @@ from normuon_core.fused_step import Block, Leaf, Piece, form_of, polar_factors_o
 from normuon_core.fused_step import iterate_stack as iterate_with
 from normuon_core.kernels import RATES
 from normuon_core.launches import Geometry, Output, block_geometries, bytes_a_matrix
-from normuon_core.layout import MatrixLayout, MatrixView
+from normuon_core.layout import MatrixLayout, MatrixView, Run
 from normuon_core.polar_iteration import Algorithm
 from normuon_core.polynomials import Coefficients
 from normuon_core.recipes import Polar, Recipe
@@ -33,12 +33,14 @@ from optax_normuon.multipliers import Multipliers
 from optax_normuon.paths import named_leaves
 from optax_normuon.precision import as_schedule
 from optax_normuon.sharding import run_on_mesh
-from optax_normuon.specs import Axes, Specs
+from optax_normuon.specs import Axes, Specs, unfolded_axes
 from optax_normuon.stacking import (
     PlacedLeaf,
     as_leaf,
     as_stack,
+    join_statistic,
     place_leaf,
+    split_statistic,
     stack_ceiling,
     state_axes,
 )
@@ -60,14 +62,15 @@ class Weight(NamedTuple):
 
     Attributes:
       gradient, parameter, momentum: of the weight's shape.
-      second_moments: one array for each output block, the weight's rank; empty without stage 3.
-      scales, decays: one array for each output block, over the batch axes, float32.
+      second_moment: as the state keeps it, see `on_matrices`; empty without stage 3.
+      scales, decays: one array for each run of output blocks, over the batch axes and then the blocks,
+        float32.
     """
 
     gradient: Any
     parameter: Any
     momentum: Any
-    second_moments: tuple
+    second_moment: Any
     scales: tuple
     decays: tuple
 
@@ -77,7 +80,7 @@ class Stepped(NamedTuple):
 
     delta: Any
     momentum: Any
-    second_moments: tuple
+    second_moment: Any
 
 
 def polar_factors(
@@ -181,6 +184,7 @@ def _with_leading_batch(view: MatrixView, size: int) -> MatrixView:
         batch_axes=(0, *moved(view.batch_axes)),
         row_axes=moved(view.row_axes),
         column_axes=moved(view.column_axes),
+        folded=None if view.folded is None else (view.folded[0] + 1, view.folded[1]),
     )
 
 
@@ -267,7 +271,7 @@ class _LaidOut:
 
     def __init__(self, placed: PlacedLeaf, weight: Weight, rates, recipe: Recipe):
         view = placed.local
-        self.placed, self.view, self.weight = placed, view, weight
+        self.placed, self.view, self.weight, self.recipe = placed, view, weight, recipe
         # What no stride can reach is brought to a stack first.
         self.in_place = view.strides() is not None
         laid_out = view if self.in_place else view.stacked
@@ -275,6 +279,9 @@ class _LaidOut:
             x if self.in_place else as_stack(x, view)
             for x in (weight.gradient, weight.parameter, weight.momentum)
         )
+        moments = [None] * len(view.runs)
+        if recipe.neuron_norm is not None:
+            moments = [_flat(x) for x in split_statistic(weight.second_moment, view)]
         self.leaf = Leaf(
             gradient=gradient,
             parameter=parameter,
@@ -291,22 +298,17 @@ class _LaidOut:
             axis="output" if rule is None else rule.axis,
             rates=len(rates),
         )
-        batch, _, _ = view.stack_shape
         self.blocks = [
             Block(
                 self.leaf,
                 geometry,
-                batch,
-                None if rule is None else as_stack(moment, view).reshape(batch, -1),
+                view.matrices(run),
+                moment,
                 scale.reshape(-1),
                 decay.reshape(-1),
             )
-            for geometry, moment, scale, decay in zip(
-                geometries,
-                weight.second_moments or [None] * len(geometries),
-                weight.scales,
-                weight.decays,
-                strict=True,
+            for run, geometry, moment, scale, decay in zip(
+                view.runs, geometries, moments, weight.scales, weight.decays, strict=True
             )
         ]
 
@@ -315,11 +317,19 @@ class _LaidOut:
             x if self.in_place else as_leaf(x, self.view)
             for x in (self.leaf.delta, self.leaf.momentum)
         )
-        moments = tuple(
-            as_leaf(_moment_of(block).reshape(as_stack(old, self.view).shape), self.view)
-            for block, old in zip(self.blocks, self.weight.second_moments, strict=False)
-        )
-        return Stepped(delta, momentum, moments)
+        kept = self.weight.second_moment
+        if self.recipe.neuron_norm is not None:
+            moments = [
+                _moment_of(block).reshape(old.shape)
+                for block, old in zip(self.blocks, split_statistic(kept, self.view), strict=True)
+            ]
+            kept = join_statistic(moments, self.view, like=kept)
+        return Stepped(delta, momentum, kept)
+
+
+def _flat(moment):
+    """(matrices, rows or 1, columns or 1) as (matrices, neurons)."""
+    return moment.reshape(len(moment), -1)
 
 
 def _moment_of(block: Block):
@@ -372,7 +382,7 @@ def with_kernels(
 
         parameters = {path: leaf for path, _, leaf in named_leaves(params)}
         momenta = {path: leaf for path, _, leaf in named_leaves(momentum.momentum)}
-        moments = _blocks_by_path(norm, params)
+        moments = _moments_by_path(norm, params)
         weights = [
             Weight(
                 given[path],
@@ -398,7 +408,7 @@ def with_kernels(
                 specs,
                 (weights, rates[None]),
                 (lying, Axes(((), ()))),
-                [Stepped(own.parameter, own.momentum, own.second_moments) for own in lying],
+                [Stepped(own.parameter, own.momentum, own.second_moment) for own in lying],
             )
         found = dict(zip(placed, stepped, strict=True))
 
@@ -406,10 +416,9 @@ def with_kernels(
         momenta = {path: each.momentum for path, each in found.items()}
         kept = MomentumState(count, _replaced(momentum.momentum, momenta))
         if norm:
-            tree = norm[0].second_moment
             for path, each in found.items():
-                moments[path] = each.second_moments
-            norm = [norm[0]._replace(second_moment=_with_blocks(tree, params, moments))]
+                moments[path] = each.second_moment
+            norm = [norm[0]._replace(second_moment=_with_moments(params, moments))]
         decay = WeightDecayState(optax.safe_increment(decay.count))
         scheduled = scheduled._replace(count=optax.safe_increment(scheduled.count))
         return updates, ((kept, (polar, *norm)), decay, scheduled)
@@ -420,31 +429,25 @@ def with_kernels(
 def _lying(leaf: PlacedLeaf, weight: Weight) -> Weight:
     """How a weight's arrays lie on the mesh."""
     own = leaf.axes
-    batch = Axes(own[axis] for axis in leaf.view.batch_axes)
-    moments = tuple(state_axes(moment.shape, leaf) for moment in weight.second_moments)
-    blocks = len(leaf.view.output_sizes)
-    return Weight(own, own, own, moments, (batch,) * blocks, (batch,) * blocks)
+    of_view = unfolded_axes(leaf.view, own)
+    batch = Axes((*(of_view[axis] for axis in leaf.view.batch_axes), ()))
+    moment = jax.tree.map(lambda x: state_axes(x.shape, leaf), weight.second_moment)
+    runs = len(leaf.view.runs)
+    return Weight(own, own, own, moment, (batch,) * runs, (batch,) * runs)
 
 
-def _blocks_by_path(norm, params) -> dict[Any, tuple]:
-    """The second moment of every weight, a tuple of its output blocks."""
+def _moments_by_path(norm, params) -> dict[Any, Any]:
+    """The second moment of every weight, as the state keeps it."""
     if not norm:
         return {}
     parameters = unbox(params)
     kept = parameters.tree.flatten_up_to(norm[0].second_moment)
-    return {
-        path: leaf if isinstance(leaf, tuple) else (leaf,)
-        for path, leaf in zip(parameters.paths, kept, strict=True)
-    }
+    return dict(zip(parameters.paths, kept, strict=True))
 
 
-def _with_blocks(tree, params, blocks: Mapping[Any, tuple]):
+def _with_moments(params, moments: Mapping[Any, Any]):
     parameters = unbox(params)
-    kept = [
-        blocks[path] if isinstance(old, tuple) else blocks[path][0]
-        for path, old in zip(parameters.paths, parameters.tree.flatten_up_to(tree), strict=True)
-    ]
-    return parameters.tree.unflatten(kept)
+    return parameters.tree.unflatten([moments[path] for path in parameters.paths])
 
 
 def _replaced(tree, leaves: Mapping[Any, Any]):
@@ -452,21 +455,23 @@ def _replaced(tree, leaves: Mapping[Any, Any]):
 
 
 def _scales(recipe: Recipe, view: MatrixView, lr_factor) -> tuple:
-    """k lr_mul for each output block and matrix, rounded once where `lr_mul` is no JAX array."""
+    """k lr_mul for each matrix of a run, rounded once where `lr_mul` is no JAX array."""
     return tuple(
-        _each(lr_factor * shape_factor(recipe.shape_scale, size, view.inputs), view)
-        for size in view.output_sizes
+        _each(lr_factor * shape_factor(recipe.shape_scale, run.size, view.inputs), view, run)
+        for run in view.runs
     )
 
 
 def _decays(view: MatrixView, wd_factor) -> tuple:
-    return (_each(wd_factor, view),) * len(view.output_sizes)
+    return tuple(_each(wd_factor, view, run) for run in view.runs)
 
 
-def _each(value, view: MatrixView) -> jax.Array:
+def _each(value, view: MatrixView, run: Run) -> jax.Array:
     if np.ndim(value):
-        value = value.reshape([value.shape[axis] for axis in view.batch_axes])
-    return jnp.broadcast_to(jnp.asarray(value, jnp.float32), view.batch_shape)
+        value = value.reshape(view.unfolded(value.shape))
+        value = value[tuple(slice(None) if a in view.batch_axes else 0 for a in range(value.ndim))]
+        value = value[..., None]
+    return jnp.broadcast_to(jnp.asarray(value, jnp.float32), (*view.batch_shape, run.blocks))
 
 
 def _row_major(view: MatrixView) -> tuple[int, int, int]:

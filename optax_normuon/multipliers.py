@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
@@ -64,8 +65,14 @@ def _on_batch_axes(factor, shape, view: MatrixView | None, name: str, what: str)
             f" {f'batch axes of shape {batch_shape}' if batch_shape else 'no batch axes'};"
             " give a number, or one number for each of its matrices."
         )
-    ones = [size if axis in view.batch_axes else 1 for axis, size in enumerate(shape)]
-    return factor.reshape(ones)
+    ones = [size if axis in view.batch_axes else 1 for axis, size in enumerate(view.shape)]
+    factor = factor.reshape(ones)
+    if view.folded is None:
+        return factor
+    first, count = view.folded
+    ones[first : first + count] = view.shape[first : first + count]
+    broadcast = jnp.broadcast_to if isinstance(factor, jax.Array) else np.broadcast_to
+    return broadcast(factor, ones).reshape(view.fold(tuple(ones)))
 
 
 def multipliers_by_path(

@@ -65,8 +65,7 @@ def leaf_rows(
 
 def printed_matrices(view: MatrixView) -> str:
     """`3 x (20, 12)`: how many matrices, output neurons by inputs."""
-    count, inputs = view.stack_shape[0], view.inputs
-    return " + ".join(f"{count} x ({size}, {inputs})" for size in view.output_sizes)
+    return " + ".join(f"{view.matrices(run)} x ({run.size}, {view.inputs})" for run in view.runs)
 
 
 def question(

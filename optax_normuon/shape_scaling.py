@@ -77,7 +77,7 @@ def scale_factor(rule: ShapeRule, v, view: MatrixView | None, lr_factor):
     """
     if view is None:
         return jnp.asarray(lr_factor, v.dtype)
-    factors = [shape_factor(rule, size, view.inputs) for size in view.output_sizes]
+    factors = [shape_factor(rule, run.size, view.inputs) for run in view.runs]
     if rule != "rms" and len(set(factors)) == 1:
         return jnp.asarray(lr_factor * factors[0], v.dtype)
     if isinstance(lr_factor, float):
@@ -88,19 +88,24 @@ def scale_factor(rule: ShapeRule, v, view: MatrixView | None, lr_factor):
             factor / jnp.maximum(norm, RMS_FLOOR)
             for factor, norm in zip(factors, norms, strict=True)
         ]
-    # One number for each output neuron, which broadcasts over the inputs.
-    blocks = []
-    for size, factor in zip(view.output_sizes, factors, strict=True):
-        batch, rows, columns = view.block_stack_shape(size)
-        shape = (batch, rows, 1) if view.output_is_rows else (batch, 1, columns)
-        blocks.append(jnp.broadcast_to(jnp.asarray(factor, v.dtype), shape))
-    return jnp.asarray(lr_factor, v.dtype) * join_blocks(blocks, view)
+    # One number for each output neuron, which broadcasts over the inputs; unless these are folded.
+    runs = []
+    for run, factor in zip(view.runs, factors, strict=True):
+        _, rows, columns = view.block_stack_shape(run.size)
+        if view.folded is None:
+            rows, columns = (rows, 1) if view.output_is_rows else (1, columns)
+        shape = (view.matrices(run), rows, columns)
+        runs.append(jnp.broadcast_to(jnp.asarray(factor, v.dtype), shape))
+    return jnp.asarray(lr_factor, v.dtype) * join_blocks(runs, view)
 
 
 def _norms(v, view: MatrixView) -> list:
-    """The norm of every matrix of each output block, (batch, 1, 1)."""
-    inputs = view.column_axes if view.output_is_rows else view.row_axes
-    squares = jnp.sum(jnp.square(v), axis=inputs, keepdims=True)
+    """The norm of every matrix of each run of output blocks, (matrices, 1, 1)."""
+    stored = {view.stored_axis(axis) for axis in view.input_axes}
+    if view.folded is not None:
+        # There may be matrices beside the inputs.
+        stored.discard(view.folded[0])
+    squares = jnp.sum(jnp.square(v), axis=tuple(stored), keepdims=True)
     lies = jax.typeof(squares).sharding
     if any(lies.spec):
         # So few numbers may be on every device; blocks need not end where a device's part does.

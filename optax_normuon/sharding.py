@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 
 from normuon_core.layout import MatrixView
 from normuon_core.placement import Placement, Spread
-from optax_normuon.specs import Axes, Specs, explicit_part, partition_spec
+from optax_normuon.specs import Axes, Specs, explicit_part, partition_spec, unfolded_axes
 
 Factor = tuple[int, tuple[str, ...]]
 """A stretch of a side, outermost first: its size on one device, and the mesh axes that divide it."""
@@ -50,6 +50,7 @@ def _axes_of(side: Sequence[Factor]) -> tuple[str, ...]:
 
 def cut_of(view: MatrixView, axes: Axes, specs: Specs) -> Cut:
     """How a leaf's matrices are divided, where its axes are divided as `axes` says."""
+    axes = unfolded_axes(view, axes)
     axes = Axes(tuple(axis for axis in own if specs.mesh.shape[axis] > 1) for own in axes)
     local = specs.local_shape(view.shape, axes)
 
@@ -70,17 +71,22 @@ def cut_of(view: MatrixView, axes: Axes, specs: Specs) -> Cut:
 def movable_axes(view: MatrixView, axes: Axes, specs: Specs) -> Axes:
     """The axes over which a leaf is divided while its matrices are moved.
 
-    Its own, unless they cut through the blocks of a fused projection: these go to a reduction axis that
-    they divide, or the leaf is gathered.
+    Its own, unless they cut through the blocks of a fused projection, or an unfolded axis elsewhere than
+    between the entries of the first axis that it becomes: these go to another axis that they divide, a
+    reduction axis if there is one, or the leaf is gathered.
     """
-    outputs = view.row_axes if view.output_is_rows else view.column_axes
-    inputs = view.column_axes if view.output_is_rows else view.row_axes
-    cutting = tuple(name for axis in outputs for name in axes[axis])
-    if not view.is_split or specs.parts(cutting) == 1:
+    whole = {view.stored_axis(axis) for axis in view.output_axes} if view.is_split else set()
+    if view.folded is not None:
+        first, _ = view.folded
+        if view.shape[first] % specs.parts(axes[first]):
+            whole.add(first)
+    cutting = tuple(name for axis in sorted(whole) for name in axes[axis])
+    if specs.parts(cutting) == 1:
         return axes
-    moved = [() if axis in outputs else own for axis, own in enumerate(axes)]
-    for axis in inputs:
-        if view.shape[axis] % specs.parts(moved[axis] + cutting) == 0:
+    moved = [() if axis in whole else own for axis, own in enumerate(axes)]
+    shape = view.stored_shape
+    for axis in map(view.stored_axis, view.input_axes + view.output_axes):
+        if axis not in whole and shape[axis] % specs.parts(moved[axis] + cutting) == 0:
             moved[axis] += cutting
             break
     return Axes(moved)

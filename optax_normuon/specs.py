@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -12,6 +13,7 @@ import optax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from normuon_core.layout import MatrixView
 from optax_normuon.boxes import unbox
 from optax_normuon.paths import KeyPath, named_leaves, path_name
 from optax_normuon.prefixes import broadcast_prefix, called_on
@@ -104,6 +106,42 @@ def statistic_axes(shape: tuple[int, ...], leaf_shape: tuple[int, ...], axes: Ax
     )
 
 
+def unfolded_axes(view: MatrixView, axes: Axes) -> Axes:
+    """How the axes of a leaf that its layout unfolds lie: the first of them as the stored one does."""
+    if view.folded is None:
+        return axes
+    first, count = view.folded
+    return Axes((*axes[: first + 1], *[()] * (count - 1), *axes[first + 1 :]))
+
+
+def matrix_statistic_axes(shape: tuple[int, ...], view: MatrixView, axes: Axes) -> Axes:
+    """As `statistic_axes` for a statistic of matrices; the blocks of a fused projection are not cut.
+
+    Args:
+      view: of the whole leaf. axes: how the leaf lies while its matrices are moved.
+    """
+    of_view = Axes(
+        () if view.is_split and axis in view.output_axes else own
+        for axis, own in enumerate(unfolded_axes(view, axes))
+    )
+    lying = statistic_axes(view.unfolded(shape), view.shape, of_view)
+    if view.folded is None:
+        return lying
+    first, count = view.folded
+    return Axes((*lying[: first + 1], *lying[first + count :]))
+
+
+_FOUND_VIEWS: ContextVar[dict[KeyPath, MatrixView] | None] = ContextVar("views", default=None)
+"""Where `init` leaves its views for `state_specs`, which has no other way to know of splits."""
+
+
+def note_views(views: Mapping[KeyPath, MatrixView]) -> None:
+    """Tells a `state_specs` that calls this `init` where the matrices are."""
+    found = _FOUND_VIEWS.get()
+    if found is not None:
+        found.update(views)
+
+
 def zeros_beside(leaf, shape: tuple[int, ...], dtype, axes: Axes | None, specs: Specs | None):
     """Zeros that lie as `axes` says on the mesh of `leaf`; the default place without one."""
     if specs is None or axes is None or not isinstance(leaf, jax.Array):
@@ -133,8 +171,9 @@ def explicit_part(axes: Axes, specs: Specs) -> Axes:
 def state_specs(tx: optax.GradientTransformation, params, specs: SpecTree):
     """PartitionSpecs of an optimizer's state: for `jax.jit`, `jax.device_put` and Orbax.
 
-    What belongs to a parameter lies as the parameter does; axes that a statistic reduces, and the
-    output axes of a leaf with `output_splits`, are not divided. Counters are on every device.
+    What belongs to a parameter lies as the parameter does; axes that a statistic reduces, and in a
+    statistic the output axes of a leaf with `output_splits`, are not divided. Counters are on every
+    device.
 
         shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(tx, params, specs))
         state = jax.jit(tx.init, out_shardings=shardings)(params)
@@ -168,17 +207,28 @@ def state_specs(tx: optax.GradientTransformation, params, specs: SpecTree):
     owners.sort(key=lambda owner: len(owner[0]), reverse=True)
 
     def spec_of(path, leaf):
-        spec = _spec_of_state(path, np.shape(leaf), owners)
+        spec = _spec_of_state(path, np.shape(leaf), owners, views)
         return spec if mesh is None else NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(spec_of, jax.eval_shape(tx.init, params))
+    views: dict[KeyPath, MatrixView] = {}
+    token = _FOUND_VIEWS.set(views)
+    try:
+        # A function of its own, which no cache can know: `init` has to run.
+        state = jax.eval_shape(lambda params: tx.init(params), params)
+    finally:
+        _FOUND_VIEWS.reset(token)
+    return jax.tree_util.tree_map_with_path(spec_of, state)
 
 
-def _spec_of_state(path: KeyPath, shape: tuple[int, ...], owners) -> PartitionSpec:
+def _spec_of_state(
+    path: KeyPath, shape: tuple[int, ...], owners, views: Mapping[KeyPath, MatrixView]
+) -> PartitionSpec:
     for own, whole, axes in owners:
-        # One key more: the blocks of a split leaf are a tuple.
+        # One key more: the statistics of a split leaf may be a tuple.
         found = _ends_with(path, own) or _ends_with(path[:-1], own)
         if found and len(shape) == len(whole):
+            if own in views and shape != whole:
+                return partition_spec(matrix_statistic_axes(shape, views[own], axes))
             return partition_spec(statistic_axes(shape, whole, axes))
     return PartitionSpec()
 

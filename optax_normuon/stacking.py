@@ -34,8 +34,10 @@ from optax_normuon.specs import (
     Axes,
     Specs,
     SpecTree,
+    matrix_statistic_axes,
+    note_views,
     resolve_specs,
-    statistic_axes,
+    unfolded_axes,
     zeros_beside,
 )
 
@@ -138,10 +140,10 @@ def chain_stages(first: MatrixStage, *others: MatrixStage) -> MatrixStage:
 
 
 class Piece(NamedTuple):
-    """Entries `start` to `stop` of the batch of one output block of one leaf."""
+    """Matrices `start` to `stop` of one run of output blocks of one leaf."""
 
     leaf: int
-    block: int
+    run: int
     start: int
     stop: int
 
@@ -174,8 +176,8 @@ class PlacedLeaf(NamedTuple):
 
     Attributes:
       view: of the whole leaf. local: of one device's part, its blocks not cut.
-      axes: how the part is cut out. cuts: the same for the matrices of each output block, None without
-        a mesh.
+      axes: how the part is cut out. cuts: the same for the matrices of each run of output blocks, None
+        without a mesh.
     """
 
     view: MatrixView
@@ -201,9 +203,11 @@ def on_matrices(
     matrices, or stays as it is, as `inner.place` says.
 
     `inner`'s state is kept leaf by leaf in trees like the parameters, each array of its leaf's rank
-    with ones where a side is reduced; a leaf with `output_splits` has a tuple of one array a block,
-    and a leaf that is no matrix an `optax.MaskedNode`. It stands where the leaf does, but outside of the
-    leaf's Flax box, whose names of axes are another shape's.
+    with ones where a side is reduced; a leaf that is no matrix has an `optax.MaskedNode`. It stands
+    where the leaf does, but outside of the leaf's Flax box, whose names of axes are another shape's.
+    With `output_splits` the blocks' statistics stand side by side on the output axis: as many as there
+    are outputs, or blocks where a block has one. Only where some of unequal blocks have theirs along
+    the outputs and others along the inputs (`longer`), the leaf has a tuple of one array a block.
 
     Args:
       inner: one stage, or several joined by `chain_stages`.
@@ -226,14 +230,17 @@ def on_matrices(
 
     def block_states(view: MatrixView, dtype) -> list[list[jax.ShapeDtypeStruct]]:
         """For each output block of a leaf the state's arrays, (batch, rows or 1, columns or 1)."""
-        shapes = [view.block_stack_shape(size) for size in view.output_sizes]
-        return [
-            jax.tree.leaves(state_of_stack(shape, dtype, view.output_stack_axis))
-            for shape in shapes
-        ]
+        of_size = {
+            run.size: jax.tree.leaves(
+                state_of_stack(view.block_stack_shape(run.size), dtype, view.output_stack_axis)
+            )
+            for run in view.runs
+        }
+        return [of_size[size] for size in view.output_sizes]
 
     def init(params):
         views = resolve_layouts(layout, params)
+        note_views(views)
         specs = resolve_specs(param_specs, params)
 
         parameters = unbox(params)
@@ -242,12 +249,17 @@ def on_matrices(
             if path not in views:
                 return None if leaf is None else optax.MaskedNode()
             view = views[path]
-            blocks = []
-            for states in block_states(view, leaf.dtype):
-                shape = statistic_leaf_shape(states[index].shape, view)
+            blocks = [states[index] for states in block_states(view, leaf.dtype)]
+
+            def zeros(stack_shape, dtype):
+                shape = statistic_leaf_shape(stack_shape, view)
                 axes = None if specs is None else state_axes(shape, place_leaf(view, path, specs))
-                blocks.append(zeros_beside(leaf, shape, states[index].dtype, axes, specs))
-            return tuple(blocks) if view.is_split else blocks[0]
+                return zeros_beside(leaf, shape, dtype, axes, specs)
+
+            joined = view.joined_statistic([block.shape for block in blocks])
+            if joined is not None:
+                return zeros(joined, blocks[0].dtype)
+            return tuple(zeros(block.shape, block.dtype) for block in blocks)
 
         return template.unflatten(
             parameters.tree.unflatten(
@@ -269,11 +281,7 @@ def on_matrices(
         }
         placed = {i: place_leaf(found[path], path, specs) for i, path in given.items()}
         state_leaves = [tree.flatten_up_to(each) for each in template.flatten_up_to(state)]
-        # For each array of the inner state, the blocks of each leaf.
-        states = [
-            {i: _blocks_of(each[i], leaf.view) for i, leaf in placed.items()}
-            for each in state_leaves
-        ]
+        states = [{i: each[i] for i in placed} for each in state_leaves]
         groups = place_groups(
             inner, placed, {i: leaves[i].dtype for i in placed}, specs, ceiling=ceiling
         )
@@ -289,18 +297,18 @@ def on_matrices(
                 {i: leaf.axes for i, leaf in placed.items()},
                 [
                     {
-                        i: tuple(state_axes(x.shape, placed[i]) for x in own)
-                        for i, own in each.items()
+                        i: jax.tree.map(lambda x, leaf=placed[i]: state_axes(x.shape, leaf), kept)
+                        for i, kept in each.items()
                     }
                     for each in states
                 ],
             )
             values, states = run_on_mesh(step, specs, arguments, lying, lying)
             values = {i: lie_as(values[i], specs.leaves[path], specs) for i, path in given.items()}
-        for i, leaf in placed.items():
+        for i in placed:
             leaves[i] = values[i]
             for each, new in zip(state_leaves, states, strict=True):
-                each[i] = new[i] if leaf.view.is_split else new[i][0]
+                each[i] = new[i]
         return taken_apart.boxed(leaves), template.unflatten(map(tree.unflatten, state_leaves))
 
     return optax.GradientTransformation(init, update)
@@ -321,12 +329,12 @@ def stack_ceiling(max_stack_bytes: int | None) -> int:
 def place_leaf(view: MatrixView, path, specs: Specs | None) -> PlacedLeaf:
     """Where a leaf's matrices are."""
     if specs is None:
-        return PlacedLeaf(view, view, Axes(), (None,) * len(view.output_sizes))
+        return PlacedLeaf(view, view, Axes(), (None,) * len(view.runs))
     axes = movable_axes(view, specs.leaves[path], specs)
-    local = replace(view, shape=specs.local_shape(view.shape, axes))
+    local = replace(view, shape=specs.local_shape(view.shape, unfolded_axes(view, axes)))
     cut = cut_of(view, axes, specs)
     if view.is_split:
-        whole_sides = [((size, ()),) for size in view.output_sizes]
+        whole_sides = [((run.size, ()),) for run in view.runs]
         cuts = tuple(
             cut._replace(rows=side) if view.output_is_rows else cut._replace(columns=side)
             for side in whole_sides
@@ -348,13 +356,12 @@ def place_groups(
     """The leaves' matrices in groups, each in as many stacks as the ceiling demands."""
     members: dict[Group, list[Piece]] = defaultdict(list)
     for index, leaf in leaves.items():
-        batch, _, _ = leaf.local.stack_shape
-        for block, size in enumerate(leaf.view.output_sizes):
-            _, rows, columns = leaf.view.block_stack_shape(size)
+        for number, run in enumerate(leaf.view.runs):
+            _, rows, columns = leaf.view.block_stack_shape(run.size)
             group = Group(
-                rows, columns, leaf.view.output_stack_axis, dtypes[index], leaf.cuts[block]
+                rows, columns, leaf.view.output_stack_axis, dtypes[index], leaf.cuts[number]
             )
-            members[group].append(Piece(index, block, 0, batch))
+            members[group].append(Piece(index, number, 0, leaf.local.matrices(run)))
     result = []
     for group, pieces in members.items():
         sizes = [piece.stop for piece in pieces]
@@ -391,8 +398,7 @@ def _step_groups(
     """`inner` on all stacks: (leaves, states), as they were given, of one device's parts."""
     blocks = {i: split_blocks(leaf, placed[i].local) for i, leaf in leaves.items()}
     state_blocks = [
-        {i: [as_stack(block, placed[i].local) for block in own] for i, own in each.items()}
-        for each in states
+        {i: split_statistic(kept, placed[i].local) for i, kept in each.items()} for each in states
     ]
     stacks = [(group, pieces) for group in groups for pieces in group.stacks]
     outputs: list = []
@@ -406,12 +412,13 @@ def _step_groups(
     scattered = [_scatter([p for _, p in stacks], each) for each in zip(*outputs, strict=True)]
     new_leaves, new_states = {}, [{} for _ in states]
     for i, leaf in leaves.items():
+        view = placed[i].local
         values, *arrays = (each[i] for each in scattered)
         # Before they are joined: blocks of other shapes may have another compute dtype.
         values = [value.astype(leaf.dtype) for value in values]
-        new_leaves[i] = join_blocks(values, placed[i].local)
-        for new, own in zip(new_states, arrays, strict=True):
-            new[i] = tuple(as_leaf(block, placed[i].local) for block in own)
+        new_leaves[i] = join_blocks(values, view)
+        for new, kept, own in zip(new_states, states, arrays, strict=True):
+            new[i] = join_statistic(own, view, like=kept[i])
     return new_leaves, new_states
 
 
@@ -452,7 +459,7 @@ def _step_stack(
 
 def as_stack(x, view: MatrixView):
     """A leaf, or a statistic of its rank, as (batch, rows, columns)."""
-    ordered = x.transpose(view.order)
+    ordered = x.reshape(view.unfolded(x.shape)).transpose(view.order)
     batch, rows = len(view.batch_axes), len(view.row_axes)
     sides = (
         ordered.shape[:batch],
@@ -465,7 +472,8 @@ def as_stack(x, view: MatrixView):
 def as_leaf(values, view: MatrixView):
     """The inverse of `as_stack`."""
     inverse = sorted(range(len(view.order)), key=view.order.__getitem__)
-    return values.reshape(view.statistic_shape(values.shape)).transpose(inverse)
+    leaf = values.reshape(view.statistic_shape(values.shape)).transpose(inverse)
+    return leaf.reshape(view.fold(leaf.shape))
 
 
 def statistic_leaf_shape(stack_shape: tuple[int, ...], view: MatrixView) -> tuple[int, ...]:
@@ -476,44 +484,92 @@ def statistic_leaf_shape(stack_shape: tuple[int, ...], view: MatrixView) -> tupl
 
 
 def split_blocks(leaf, view: MatrixView) -> list:
-    """The output blocks of a leaf, each (batch, rows, columns)."""
-    stack = as_stack(leaf, view)
-    return [stack[block] for block in view.blocks] if view.is_split else [stack]
+    """The output blocks of a leaf, or of a statistic of it: each run's, (matrices, rows, columns).
+
+    A run's blocks stand beside each other within an entry of the batch.
+    """
+    stack, axis = as_stack(leaf, view), view.output_stack_axis
+    runs, start = [], 0
+    for run, width in zip(view.runs, view.run_widths(stack.shape[axis]), strict=True):
+        stop = start + run.blocks * width
+        part = stack
+        if len(view.runs) > 1:
+            part = jax.lax.slice_in_dim(stack, start, stop, axis=axis)
+        runs.append(_blocks_to_batch(part, run.blocks, axis))
+        start = stop
+    return runs
 
 
-def join_blocks(blocks: list, view: MatrixView):
+def join_blocks(runs: list, view: MatrixView):
     """The inverse of `split_blocks`."""
-    stack = jnp.concatenate(blocks, axis=view.output_stack_axis) if view.is_split else blocks[0]
-    return as_leaf(stack, view)
+    axis = view.output_stack_axis
+    parts = [
+        _blocks_from_batch(x, run.blocks, axis) for x, run in zip(runs, view.runs, strict=True)
+    ]
+    return as_leaf(parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=axis), view)
 
 
-def _blocks_of(kept, view: MatrixView) -> tuple:
-    return kept if view.is_split else (kept,)
+def _blocks_to_batch(x, blocks: int, axis: int):
+    """(batch, rows, columns) whose side `axis` is so many blocks: (batch blocks, rows, columns)."""
+    if blocks == 1:
+        return x
+    batch, rows, columns = x.shape
+    if axis == -2:
+        return x.reshape(batch * blocks, rows // blocks, columns)
+    apart = x.reshape(batch, rows, blocks, columns // blocks)
+    return apart.swapaxes(1, 2).reshape(batch * blocks, rows, columns // blocks)
+
+
+def _blocks_from_batch(x, blocks: int, axis: int):
+    if blocks == 1:
+        return x
+    matrices, rows, columns = x.shape
+    if axis == -2:
+        return x.reshape(matrices // blocks, blocks * rows, columns)
+    apart = x.reshape(matrices // blocks, blocks, rows, columns)
+    return apart.swapaxes(1, 2).reshape(matrices // blocks, rows, blocks * columns)
+
+
+def split_statistic(kept, view: MatrixView) -> list:
+    """A statistic as the state keeps it, run by run: as `split_blocks`."""
+    if not isinstance(kept, tuple):
+        return split_blocks(kept, view)
+    blocks, runs = iter([as_stack(block, view) for block in kept]), []
+    for run in view.runs:
+        stack = jnp.stack([next(blocks) for _ in range(run.blocks)], axis=1)
+        runs.append(stack.reshape(-1, *stack.shape[2:]))
+    return runs
+
+
+def join_statistic(runs: list, view: MatrixView, *, like):
+    """The inverse of `split_statistic`, kept as `like` is."""
+    if not isinstance(like, tuple):
+        return join_blocks(runs, view)
+    return tuple(
+        as_leaf(block, view)
+        for x, run in zip(runs, view.runs, strict=True)
+        for block in x.reshape(-1, run.blocks, *x.shape[1:]).swapaxes(0, 1)
+    )
 
 
 def state_axes(shape: tuple[int, ...], leaf: PlacedLeaf) -> Axes:
     """How an array of the state lies; the blocks of a fused projection are not cut."""
-    view = leaf.view
-    outputs = view.row_axes if view.output_is_rows else view.column_axes
-    axes = Axes(
-        () if view.is_split and axis in outputs else own for axis, own in enumerate(leaf.axes)
-    )
-    return statistic_axes(shape, view.shape, axes)
+    return matrix_statistic_axes(shape, leaf.view, leaf.axes)
 
 
-def _gather(blocks, pieces: list[Piece]):
-    arrays = [blocks[piece.leaf][piece.block][piece.start : piece.stop] for piece in pieces]
+def _gather(runs, pieces: list[Piece]):
+    arrays = [runs[piece.leaf][piece.run][piece.start : piece.stop] for piece in pieces]
     return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)
 
 
 def _scatter(stacks: list[list[Piece]], arrays) -> dict[int, list]:
-    """For every leaf its output blocks, each (batch, ...), from the stacks' arrays."""
+    """For every leaf its runs of output blocks, each (matrices, ...), from the stacks' arrays."""
     parts: dict[tuple[int, int], list] = defaultdict(list)
     for pieces, array in zip(stacks, arrays, strict=True):
         start = 0
         for piece in pieces:
             count = piece.stop - piece.start
-            parts[piece.leaf, piece.block].append(array[start : start + count])
+            parts[piece.leaf, piece.run].append(array[start : start + count])
             start += count
     leaves: dict[int, list] = defaultdict(list)
     for (leaf, _), cuts in sorted(parts.items()):

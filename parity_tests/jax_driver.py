@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 
 import optax_normuon
 from parity_tests.traces import Trace, Weight
-from parity_tests.trajectory import Trajectory
+from parity_tests.trajectory import Trajectory, block_by_block
 
 
 def run_jax(
@@ -52,6 +52,7 @@ def _train(weights: list[Weight], trace: Trace, dtype, compute_dtype) -> dict[st
 
         return jax.lax.scan(step, (params, tx.init(params)), grads)[1]
 
+    layouts = {weight.name: weight.layout for weight in weights}
     start = {weight.name: jnp.asarray(weight.params[0], dtype) for weight in weights}
     grads = {weight.name: jnp.asarray(weight.grads, dtype) for weight in weights}
     params, momentum, second = jax.device_get(train(start, grads))
@@ -59,15 +60,16 @@ def _train(weights: list[Weight], trace: Trace, dtype, compute_dtype) -> dict[st
         name: Trajectory(
             np.concatenate([start[name][None], params[name]]),
             momentum[name][-1],
-            {} if second is None else _by_step(second[name]),
+            {}
+            if second is None
+            else {
+                step + 1: block_by_block(
+                    jax.tree.map(lambda x, step=step: x[step], second[name]),
+                    layouts[name],
+                    start[name].shape,
+                )
+                for step in range(len(trace.lr))
+            },
         )
         for name in start
-    }
-
-
-def _by_step(second_moment) -> dict[int, np.ndarray]:
-    blocks = second_moment if isinstance(second_moment, tuple) else (second_moment,)
-    return {
-        step + 1: np.concatenate([block[step].ravel() for block in blocks])
-        for step in range(len(blocks[0]))
     }

@@ -164,7 +164,10 @@ def step_weight(
     result = np.empty_like(weights)
     for index in np.ndindex(batch_shape):
         first = 0
-        for size in layout.output_splits or (weights.shape[-2],):
+        splits = layout.output_splits or 1
+        if isinstance(splits, int):
+            splits = (weights.shape[-2] // splits,) * splits
+        for size in splits:
             block = (*index, slice(first, first + size))
             matrix = state.matrices.setdefault((index, first), State())
             result[block] = step(

@@ -13,6 +13,8 @@ from normuon_core import RECIPES, MatrixLayout, Polar
 from normuon_core.polynomials import POLAR_EXPRESS
 from torch_ref import NorMuon, part
 
+STACK = MatrixLayout(-1, -2)
+
 
 def weights(count=2):
     generator = torch.Generator().manual_seed(0)
@@ -83,7 +85,7 @@ def test_a_multiplier_that_changes_is_felt_at_once(interpreted, multiplier):
 
     def last_move(*multipliers):
         param = torch.nn.Parameter(torch.zeros(2, 6, 11))
-        optimizer = NorMuon([param], lr=0.1, momentum=0.0, **QUICK)
+        optimizer = NorMuon([param], lr=0.1, momentum=0.0, layout=STACK, **QUICK)
         for each in multipliers:
             array = torch.as_tensor(each, dtype=torch.float64)
             optimizer.param_groups[0]["lr_mul"] = array if array.ndim else each
@@ -107,11 +109,11 @@ def test_multipliers_on_the_cpu_are_not_sent_at_every_step(interpreted, monkeypa
     # As on a GPU, where an array of multipliers lies elsewhere than the weight.
     from torch_ref import kernel_step
 
-    weight = mock.Mock(state={"momentum": torch.zeros(2, 3)}, matrices=2)
-    weight.param.device, weight.view.batch_shape = torch.device("meta"), (2,)
+    weight = mock.Mock(state={"momentum": torch.zeros(2, 3)})
+    weight.param.device, weight.view = torch.device("meta"), STACK.on((2, 3, 4))
     for _ in range(3):
         values = torch.tensor([1.0, 2.0], dtype=torch.float64)
-        kernel_step._each(values, weight, ("decay", 0))
+        kernel_step._each(values, weight, *weight.view.runs, ("decay", 0))
     assert len(made) == 2
 
 
@@ -168,9 +170,8 @@ def test_the_default_device_does_not_matter(name):
 def test_multipliers_given_as_lists_keep_their_numbers_on_any_default_device():
     torch.set_default_device("meta")
     try:
-        optimizer = NorMuon(
-            [torch.nn.Parameter(torch.zeros(2, 4, 3, device="cpu"))], lr=0.1, lr_mul=[1.0, 2.0]
-        )
+        param = torch.nn.Parameter(torch.zeros(2, 4, 3, device="cpu"))
+        optimizer = NorMuon([param], lr=0.1, lr_mul=[1.0, 2.0], layout=STACK)
     finally:
         torch.set_default_device(None)
     assert optimizer.param_groups[0]["lr_mul"].tolist() == [1.0, 2.0]
@@ -197,7 +198,8 @@ def test_no_number_is_read_back_in_a_step(name, as_tensors):
     optimizer = NorMuon(params, lr=0.1, **GROUPS[name])
     if as_tensors:
         for key in ("lr", "momentum", "weight_decay"):
-            number = optimizer.param_groups[0][key]
+            # AdamW's groups have betas.
+            number = optimizer.param_groups[0].get(key)
             if number is not None:
                 optimizer.param_groups[0][key] = torch.tensor(number)
     set_gradients(params)
@@ -214,10 +216,10 @@ def test_a_weight_that_lies_whole_has_no_lists_of_indices(monkeypatch):
 
     monkeypatch.setattr(part, "stack_indices", refuse)
     params = [*weights(2), torch.nn.Parameter(torch.ones(3, 6, 4))]
-    optimizer = NorMuon(params, lr=0.1)
+    optimizer = NorMuon(params, lr=0.1, layout=STACK)
     set_gradients(params)
     optimizer.step()
-    view = MatrixLayout(-1, -2).on((6, 11))
+    view = STACK.on((6, 11))
     with pytest.raises(AssertionError, match="indices"):
         _ = part.Part(view, ((0, 3), (0, 11))).local
 

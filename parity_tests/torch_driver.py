@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from parity_tests.traces import Trace
-from parity_tests.trajectory import Trajectory
+from parity_tests.trajectory import Trajectory, block_by_block
 from torch_ref import NorMuon
 from torch_ref.matrix_state import second_moments
 
@@ -39,10 +39,13 @@ def run_torch(
         for param, weight in zip(params, trace.weights, strict=True):
             param.grad = torch.tensor(weight.grads[t], dtype=dtype)
         optimizer.step()
-        for param, steps, moment in zip(params, history, moments, strict=True):
+        for param, steps, moment, weight in zip(
+            params, history, moments, trace.weights, strict=True
+        ):
             steps.append(_array(param))
-            if blocks := second_moments(optimizer.state[param]):
-                moment[t + 1] = np.concatenate([_array(block).ravel() for block in blocks])
+            if kept := [_array(each) for each in second_moments(optimizer.state[param])]:
+                kept = kept[0] if len(kept) == 1 else kept
+                moment[t + 1] = block_by_block(kept, weight.layout, tuple(param.shape))
     return {
         weight.name: Trajectory(np.stack(steps), _array(optimizer.state[param]["momentum"]), moment)
         for weight, param, steps, moment in zip(

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from torch_ref.local import is_dtensor
-from torch_ref.matrix_state import with_moments_apart
 
 
 def restore_state(
     optimizer: torch.optim.Optimizer,
     saved: dict[str, Any],
     shard: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    join: Callable[[torch.Tensor, Mapping[str, Any]], Mapping[str, Any]],
 ) -> None:
     """Puts the tensors of a loaded state dict back in the dtypes they were saved in.
 
@@ -27,6 +27,7 @@ def restore_state(
       saved: a state dict; its tensors are copied, onto each parameter's device, the step counters
         too: a step that counts on the CPU could not be captured in a CUDA graph.
       shard: of (a parameter, a whole array of its state): the array as this rank keeps it.
+      join: of (a parameter, its saved state): the state with second moments as they are kept now.
     """
     numbers = chain.from_iterable(group["params"] for group in saved["param_groups"])
     params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
@@ -34,7 +35,7 @@ def restore_state(
         if number not in saved["state"]:
             continue
         state = optimizer.state[param] = {}
-        for key, value in with_moments_apart(saved["state"][number]).items():
+        for key, value in join(param, saved["state"][number]).items():
             state[key] = _copied(value, param.device)
             if key != "step" and isinstance(value, torch.Tensor) and not is_dtensor(value):
                 state[key] = shard(param, state[key])

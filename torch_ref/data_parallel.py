@@ -49,7 +49,9 @@ class DataParallel:
         """
         _, rows, columns = view.stack_shape
         ranks = len(self.ranks)
-        axis = max(view.batch_axes, key=lambda axis: view.shape[axis], default=None)
+        unfolded = () if view.folded is None else range(view.folded[0], sum(view.folded))
+        candidates = [axis for axis in view.batch_axes if axis not in unfolded]
+        axis = max(candidates, key=lambda axis: view.shape[axis], default=None)
         length = 1 if axis is None else max(1, view.shape[axis])
         chunk = -(-length // ranks)
         owners = -(-length // chunk)
@@ -70,9 +72,9 @@ class DataParallel:
             counts[place] += share
             self._load[place] += share * rows * columns * min(rows, columns)
         divided = axis is not None and owners > 1
-        placement = Shard(axis) if divided else Replicate()
+        placement = Shard(view.stored_axis(axis)) if divided else Replicate()
         sharding = Sharding(self._mesh(places, param.device), (placement,))
-        regions = dict(zip(places, sharding.regions(view.shape), strict=True))
+        regions = dict(zip(places, sharding.regions(view.stored_shape), strict=True))
         self.owned[param] = Ownership(view, sharding, regions)
 
     def _mesh(self, places: tuple[int, ...], device: torch.device) -> DeviceMesh:

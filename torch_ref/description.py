@@ -67,16 +67,14 @@ def _row(each: Owned, found: Route, recipe: Recipe, name: str) -> list[str]:
 
 def _matrices(view: MatrixView) -> str:
     """`3 x (20, 12)`: how many matrices, output neurons by inputs."""
-    count, inputs = view.stack_shape[0], view.inputs
-    if view.is_split and len({*view.output_sizes}) == 1:
-        return f"{count * len(view.output_sizes)} x ({view.output_sizes[0]}, {inputs})"
-    return " + ".join(f"{count} x ({size}, {inputs})" for size in view.output_sizes)
+    return " + ".join(f"{view.matrices(run)} x ({run.size}, {view.inputs})" for run in view.runs)
 
 
 def _scale(view: MatrixView, rule: ShapeRule) -> str:
     if rule == "rms":
         return rule
-    factors = [f"{shape_factor(rule, size, view.inputs):.4g}" for size in view.output_sizes]
+    sizes = [run.size for run in view.runs]
+    factors = [f"{shape_factor(rule, size, view.inputs):.4g}" for size in sizes]
     return factors[0] if len({*factors}) == 1 else ", ".join(factors)
 
 

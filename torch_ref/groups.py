@@ -152,7 +152,14 @@ def _check_parameter(param: torch.Tensor, group: Group, name: str) -> None:
         from torch_ref.kernel_step import check_kernels
 
         check_kernels(param, group, name)
-    batch_shape = parameter_view(group, param, name).batch_shape if matrix else ()
+    batch_shape = ()
+    if matrix:
+        view = parameter_view(group, param, name)
+        batch_shape = view.batch_shape
+        if is_dtensor(param):
+            from torch_ref.placement import check_unfolding
+
+            check_unfolding(param, view, name)
     for key in ("lr_mul", "wd_mul"):
         shape = tuple(np.shape(group[key]))
         if not _broadcasts(shape, batch_shape):

@@ -14,11 +14,13 @@ from normuon_core import MatrixLayout, MatrixView, Polar, Recipe, shape_factor
 from normuon_core.fused_step import Block, Leaf, Piece, form_of, polar_factors_of_pieces, step_stack
 from normuon_core.kernels import RATES
 from normuon_core.launches import Output, block_geometries, bytes_a_matrix
+from normuon_core.layout import Run
 from normuon_core.polar_iteration import Algorithm
 from normuon_core.stacks import even_stacks
 from torch_ref.dtypes import Scalar, rounded_product
 from torch_ref.groups import Group, group_recipe, parameter_view
 from torch_ref.launcher import describe_device, launch, on_device
+from torch_ref.matrix_state import second_moments
 from torch_ref.matrix_weight import DEFAULT_STACK_BYTES, MatrixWeight
 from torch_ref.orthogonalization import dtype_name
 from torch_ref.remainder import add_to_weight, join_remainder
@@ -118,7 +120,7 @@ class _LaidOut:
 
     def __init__(self, weight: MatrixWeight, rates: torch.Tensor):
         self.weight = weight
-        self.missing = weight.matrices * len(weight.view.output_sizes)
+        self.missing = sum(map(weight.view.matrices, weight.runs))
         # What no stride can reach is brought to a stack first.
         self.in_place = weight.view.strides() is not None
         view = weight.view if self.in_place else weight.view.stacked
@@ -141,18 +143,19 @@ class _LaidOut:
         geometries = block_geometries(
             view, _row_major(view), axis="output" if rule is None else rule.axis
         )
-        moments = [None] * len(geometries) if rule is None else weight.moment_state()
+        self.given = [] if rule is None else weight.moment_parts()
+        moments = [part.flatten(1).contiguous() for part in self.given] or [None] * len(geometries)
         self.blocks = [
             Block(
                 self.leaf,
                 geometry,
-                weight.matrices,
-                None if moment is None else self._stacked(moment).contiguous(),
-                _scale(weight, number, size),
-                _each(weight.wd_mul, weight, ("decay", number)),
+                view.matrices(run),
+                moment,
+                _scale(weight, number, run),
+                _each(weight.wd_mul, weight, run, ("decay", number)),
             )
-            for number, (geometry, moment, size) in enumerate(
-                zip(geometries, moments, view.output_sizes, strict=True)
+            for number, (geometry, moment, run) in enumerate(
+                zip(geometries, moments, weight.runs, strict=True)
             )
         ]
 
@@ -165,9 +168,13 @@ class _LaidOut:
     def _finish(self) -> None:
         weight = self.weight
         _copy_unless_same(weight.state["momentum"], self._as_weight(self.momentum))
-        if weight.recipe.neuron_norm is not None:
-            for kept, block in zip(weight.moment_state(), self.blocks, strict=True):
-                _copy_unless_same(self._stacked(kept), block.second_moment)
+        if not all(map(self._is_kept, self.blocks)):
+            weight.keep_moments(
+                [
+                    block.second_moment.view_as(part)
+                    for block, part in zip(self.blocks, self.given, strict=True)
+                ]
+            )
         increment = self._as_weight(self.leaf.delta)
         add_to_weight(weight.param, weight.remainder, increment)
         self.leaf.delta = None
@@ -179,10 +186,13 @@ class _LaidOut:
     def _as_weight(self, array: torch.Tensor) -> torch.Tensor:
         return array if self.in_place else from_stack(array, self.weight.view)
 
-    def _stacked(self, moment: torch.Tensor) -> torch.Tensor:
-        """A block's second moment as (batch, neurons): a view wherever its memory allows."""
-        stack = to_stack(moment, self.weight.view)
-        return stack.squeeze(-1 if stack.shape[-1] == 1 and stack.shape[-2] != 1 else -2)
+    def _is_kept(self, block: Block) -> bool:
+        """Whether the kernels have written a second moment where it is kept, or there is none."""
+        if block.second_moment is None:
+            return True
+        own = block.second_moment.untyped_storage().data_ptr()
+        kept = second_moments(self.weight.state)
+        return any(own == each.untyped_storage().data_ptr() for each in kept)
 
 
 def _copy_unless_same(target: torch.Tensor, source: torch.Tensor) -> None:
@@ -224,24 +234,28 @@ def _fill(place: torch.Tensor, value: Scalar) -> None:
         place.fill_(value)
 
 
-def _scale(weight: MatrixWeight, block: int, outputs: int) -> torch.Tensor:
-    """k lr_mul for each matrix of a block, rounded once."""
-    factor = shape_factor(weight.recipe.shape_scale, outputs, weight.view.inputs)
-    return _each(weight.lr_mul * factor, weight, ("scale", block))
+def _scale(weight: MatrixWeight, number: int, run: Run) -> torch.Tensor:
+    """k lr_mul for each matrix of a run of blocks, rounded once."""
+    factor = shape_factor(weight.recipe.shape_scale, run.size, weight.view.inputs)
+    return _each(weight.lr_mul * factor, weight, run, ("scale", number))
 
 
-def _each(value: float | torch.Tensor, weight: MatrixWeight, name: tuple[str, int]) -> torch.Tensor:
-    """A multiplier as (batch,) float32; `name`: which of the weight's it is."""
-    device, shape = weight.param.device, weight.view.batch_shape
+def _each(
+    value: float | torch.Tensor, weight: MatrixWeight, run: Run, name: tuple[str, int]
+) -> torch.Tensor:
+    """A multiplier as (matrices,) float32, for a run of blocks; `name`: which of the weight's it is."""
+    device, matrices = weight.param.device, weight.view.matrices(run)
     if not isinstance(value, torch.Tensor):
-        return _constant((value,), weight, name)
+        return _constant((value,), matrices, weight, name)
+    each = value.broadcast_to(weight.view.batch_shape).reshape(-1)
     if value.device == device:
-        return value.to(torch.float32).broadcast_to(shape).reshape(-1).contiguous()
-    return _constant(tuple(value.broadcast_to(shape).reshape(-1).tolist()), weight, name)
+        return each.to(torch.float32).repeat_interleave(run.blocks).contiguous()
+    numbers = tuple(number for number in each.tolist() for _ in range(run.blocks))
+    return _constant(numbers, matrices, weight, name)
 
 
 def _constant(
-    numbers: tuple[float, ...], weight: MatrixWeight, name: tuple[str, int]
+    numbers: tuple[float, ...], matrices: int, weight: MatrixWeight, name: tuple[str, int]
 ) -> torch.Tensor:
     """(matrices,) float32 of one number, or of one for each matrix."""
     kept: dict = _CONSTANTS.setdefault(weight.state["momentum"], {})  # pyright: ignore
@@ -251,7 +265,7 @@ def _constant(
     device = weight.param.device
     # Not from a list of numbers: that would be copied from the CPU, which waits and cannot be captured.
     each = [torch.full((1,), one, dtype=torch.float32, device=device) for one in numbers]
-    made = torch.cat(each).expand(weight.matrices).contiguous()
+    made = torch.cat(each).expand(matrices).contiguous()
     # What a graph captures holds no number before the graph has run.
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return made

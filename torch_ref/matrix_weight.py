@@ -7,8 +7,7 @@ memory.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch_ref.groups import Group
 from torch_ref.launcher import takes_kernels
 from torch_ref.matrix_state import second_moments
 from torch_ref.momentum import bias_corrected_momentum, heavy_ball_momentum, lerp_momentum
+from torch_ref.neuron_norm import neuron_side
 from torch_ref.part import Part
 from torch_ref.remainder import add_to_weight, read_weight
 from torch_ref.shape_scaling import scale_by_shape
@@ -63,10 +63,11 @@ class MatrixWeight:
         self.lr_mul = part.multiplier(group["lr_mul"])
         self.wd_mul = part.multiplier(group["wd_mul"])
         self.directions: list[torch.Tensor] | None = None
-        self.updates: list[list[torch.Tensor]] = [[] for _ in self.view.output_sizes]
-        self.moments: list[list[torch.Tensor]] = [[] for _ in self.view.output_sizes]
-        self.norms: list[list[torch.Tensor]] = [[] for _ in self.view.output_sizes]
-        self.missing = self.matrices * len(self.view.output_sizes)
+        self.runs = self.view.runs
+        self.updates: list[list[torch.Tensor]] = [[] for _ in self.runs]
+        self.moments: list[list[torch.Tensor]] = [[] for _ in self.runs]
+        self.norms: list[list[torch.Tensor]] = [[] for _ in self.runs]
+        self.missing = sum(self.matrices(block) for block in range(len(self.runs)))
 
     @property
     def takes_kernels(self) -> bool:
@@ -83,18 +84,17 @@ class MatrixWeight:
             dtypes.append(group["compute_dtype"])
         return takes_kernels(group["backend"], self.param.device, dtypes)
 
-    @property
-    def matrices(self) -> int:
-        """How many matrices each block holds here."""
-        return self.view.stack_shape[0]
+    def matrices(self, block: int) -> int:
+        """How many matrices a run of blocks holds here."""
+        return self.view.matrices(self.runs[block])
 
     def sides(self, block: int) -> tuple[int, int]:
-        """(rows, columns) of the block's whole matrices."""
-        _, rows, columns = self.whole.block_stack_shape(self.whole.output_sizes[block])
+        """(rows, columns) of the whole matrices of a run of blocks."""
+        _, rows, columns = self.whole.block_stack_shape(self.whole.runs[block].size)
         return rows, columns
 
     def stages(self, block: int) -> StackStages:
-        """What the block's matrices go through in a stack."""
+        """What the matrices of a run of blocks go through in a stack."""
         rows, columns = self.sides(block)
         return StackStages(
             rows=rows,
@@ -111,7 +111,7 @@ class MatrixWeight:
         )
 
     def direction(self, block: int) -> torch.Tensor:
-        """Stage 1, done once for all blocks: the block's part of u, (batch, rows, columns)."""
+        """Stage 1, done once for all runs of blocks: one's part of u, (matrices, rows, columns)."""
         if self.directions is None:
             rule, buffer = self.recipe.momentum, self.state["momentum"]
             gradient = self.gradient.to(self.dtype)
@@ -127,15 +127,44 @@ class MatrixWeight:
             self.directions = to_blocks(u, self.view)
         return self.directions[block]
 
-    def moment_state(self) -> list[torch.Tensor]:
-        """The second moment of each output block, as it is kept."""
-        return second_moments(self.state)
+    def moment_parts(self) -> list[torch.Tensor]:
+        """The second moment of each run of blocks, (matrices, rows, 1) or (matrices, 1, columns).
+
+        Views of what is kept wherever its memory allows.
+        """
+        kept = second_moments(self.state)
+        if len(kept) > 1:
+            blocks, parts = iter([to_stack(each, self.view) for each in kept]), []
+            for run in self.runs:
+                own = [next(blocks) for _ in range(run.blocks)]
+                parts.append(own[0] if len(own) == 1 else torch.stack(own, dim=1).flatten(0, 1))
+            return parts
+        # All blocks' neurons are on one side, or they would not be in one array.
+        assert self.recipe.neuron_norm is not None
+        output_is_rows = self.view.output_is_rows
+        side = neuron_side(
+            self.recipe.neuron_norm.axis, *self.sides(0), output_is_rows=output_is_rows
+        )
+        on_outputs = (side == -2) == output_is_rows
+        return to_blocks(kept[0], self.view, [run.size if on_outputs else 1 for run in self.runs])
 
     def second_moment(self, block: int) -> torch.Tensor | None:
-        """The block's second moment, (batch, rows, 1) or (batch, 1, columns)."""
-        if self.recipe.neuron_norm is None:
-            return None
-        return to_stack(self.moment_state()[block], self.view)
+        """That of a run of blocks, (matrices, rows, 1) or (matrices, 1, columns)."""
+        return None if self.recipe.neuron_norm is None else self.moment_parts()[block]
+
+    def keep_moments(self, parts: Sequence[torch.Tensor]) -> None:
+        """Keeps the new second moments, which are like `moment_parts`."""
+        kept = second_moments(self.state)
+        if len(kept) == 1:
+            kept[0].copy_(from_blocks(parts, self.view).reshape(kept[0].shape))
+            return
+        blocks = [
+            block
+            for part, run in zip(parts, self.runs, strict=True)
+            for block in part.unflatten(0, (-1, run.blocks)).unbind(1)
+        ]
+        for each, block in zip(kept, blocks, strict=True):
+            each.copy_(from_stack(block, self.view).reshape(each.shape))
 
     def receive(
         self,
@@ -144,11 +173,11 @@ class MatrixWeight:
         moment: torch.Tensor | None,
         norm: torch.Tensor | None = None,
     ) -> None:
-        """Takes the next of a block's matrices back; the last of the weight's finishes its step.
+        """Takes a run's next matrices back; the last of the weight's finishes its step.
 
         Args:
-          update: (batch, rows, columns). moment: (batch, rows, 1) or (batch, 1, columns).
-          norm: of each whole matrix's update, (batch, 1, 1), where parts do not tell it.
+          update: (matrices, rows, columns). moment: (matrices, rows, 1) or (matrices, 1, columns).
+          norm: of each whole matrix's update, (matrices, 1, 1), where parts do not tell it.
         """
         self.updates[block].append(update)
         if moment is not None:
@@ -161,9 +190,7 @@ class MatrixWeight:
 
     def _finish(self) -> None:
         if self.recipe.neuron_norm is not None:
-            for moment, parts in zip(self.moment_state(), self.moments, strict=True):
-                as_kept = replace(self.view, shape=tuple(moment.shape))
-                moment.copy_(from_stack(torch.cat(parts), as_kept))
+            self.keep_moments([torch.cat(parts) for parts in self.moments])
         weights = to_blocks(read_weight(self.param, self.remainder), self.view)
         increments = [
             self._increment(block, torch.cat(parts).to(self.dtype), weight)
@@ -173,7 +200,7 @@ class MatrixWeight:
         add_to_weight(self.param, self.remainder, from_blocks(increments, self.view))
 
     def _increment(self, block: int, v: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Stages 4 to 6 on one block, (batch, rows, columns) in the working dtype."""
+        """Stages 4 to 6 on a run of blocks, (matrices, rows, columns) in the working dtype."""
         rule = self.recipe.decay
         lr = rounded(self.group["lr"], self.dtype)
         weight_decay = rounded(self.group["weight_decay"], self.dtype)
@@ -183,7 +210,7 @@ class MatrixWeight:
             add_cautious_weight_decay,
             param=weight,
             weight_decay=weight_decay,
-            wd_mul=_over_stack(self.wd_mul),
+            wd_mul=self._over_stack(self.wd_mul, block),
             cautious=rule.cautious,
             direction=v,
         )
@@ -191,34 +218,35 @@ class MatrixWeight:
             scale_by_shape,
             rule=self.recipe.shape_scale,
             output_is_rows=self.view.output_is_rows,
-            lr_mul=_over_stack(self.lr_mul),
+            lr_mul=self._over_stack(self.lr_mul, block),
             direction=v,
             sides=self.sides(block),
             norm=torch.cat(self.norms[block]) if self.norms[block] else None,
         )
         return (scale(decay(v)) if rule.inside_scale else decay(scale(v))) * -lr
 
-
-def _over_stack(value: float | torch.Tensor) -> float | torch.Tensor:
-    """A multiplier over the batch axes as (batch, 1, 1)."""
-    return value.reshape(-1, 1, 1) if isinstance(value, torch.Tensor) else value
+    def _over_stack(self, value: float | torch.Tensor, block: int) -> float | torch.Tensor:
+        """A multiplier over the batch axes as (matrices, 1, 1) of a run of blocks."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.reshape(-1).repeat_interleave(self.runs[block].blocks).reshape(-1, 1, 1)
 
 
 def step_matrices(weights: Iterable[MatrixWeight]) -> None:
     """One step of all weights, their same-shape matrices in one stack, cut to its bound."""
     stacks: dict[StackStages, list[tuple[MatrixWeight, int]]] = defaultdict(list)
     for weight in weights:
-        for block in range(len(weight.view.output_sizes)):
+        for block in range(len(weight.runs)):
             stacks[weight.stages(block)].append((weight, block))
     for stages, members in stacks.items():
-        sizes = [weight.matrices for weight, _ in members]
+        sizes = [weight.matrices(block) for weight, block in members]
         for cuts in even_stacks(sizes, stages.matrices):
             piece = [(*members[i], slice(start, stop)) for i, start, stop in cuts]
             _step_piece(stages, piece)
 
 
 def _step_piece(stages: StackStages, piece: list[tuple[MatrixWeight, int, slice]]) -> None:
-    """One stack, as (weight, block, which of the block's matrices)."""
+    """One stack, as (weight, run of blocks, which of its matrices)."""
     u = torch.cat([weight.direction(block)[part] for weight, block, part in piece])
     moments = [
         moment[part]

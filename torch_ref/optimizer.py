@@ -1,7 +1,7 @@
 """NorMuon and the Muon family as one PyTorch optimizer, assembled from a Recipe."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,7 +39,7 @@ from torch_ref.groups import (
 )
 from torch_ref.launcher import Backend
 from torch_ref.local import is_dtensor, local, local_state
-from torch_ref.matrix_state import create_matrix_state
+from torch_ref.matrix_state import create_matrix_state, with_moments_joined
 from torch_ref.matrix_weight import MatrixWeight, step_matrices
 from torch_ref.part import Part, cut, whole_region
 from torch_ref.remainder import add_to_weight, read_weight
@@ -272,9 +272,10 @@ class NorMuon(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in every optimizer, but each state keeps the dtype in which it was saved.
 
-        An older file's missing options are filled in. State dicts of `torch.optim.Muon`, of Keller
-        Jordan's Muon (with or without its auxiliary Adam) and of AdamW go into groups of the same
-        kind and recipe ("torch_muon", "muon_keller"), and the run goes on as it would have there.
+        An older file's missing options are filled in, and its second moments of a split weight, one
+        array a block, are joined. State dicts of `torch.optim.Muon`, of Keller Jordan's Muon (with or
+        without its auxiliary Adam) and of AdamW go into groups of the same kind and recipe
+        ("torch_muon", "muon_keller"), and the run goes on as it would have there.
 
         Raises:
           ValueError: groups, options or state that do not fit; nothing is then changed.
@@ -291,8 +292,15 @@ class NorMuon(torch.optim.Optimizer):
             loaded.update(read_state_dict(optimizer.param_groups, saved, optimizer.defaults))
             return loaded
 
+        def join(param: torch.Tensor, state: Mapping[str, Any]) -> Mapping[str, Any]:
+            group = groups[param]
+            rule = None if group["optimizer"] != MATRIX else group_recipe(group).neuron_norm
+            if rule is None:
+                return state
+            return with_moments_joined(state, parameter_view(group, param), rule)
+
         def restore(optimizer: torch.optim.Optimizer) -> None:
-            restore_state(optimizer, loaded, shard)
+            restore_state(optimizer, loaded, shard, join)
             for group, own in zip(optimizer.param_groups, orthogonalizers, strict=True):
                 group["orthogonalizer"] = own
 
@@ -375,7 +383,7 @@ class NorMuon(torch.optim.Optimizer):
                 view, sharding = parameter_view(group, param), self._sharding(param)
                 self._create_matrix_state(param, view, group, recipe)
                 if sharding is None:
-                    part = Part(view, whole_region(view.shape))
+                    part = Part(view, whole_region(view.stored_shape))
                     whole.append(self._matrix_weight(param, gradient, part, group, recipe))
                     continue
                 from torch_ref.placement import local_gradient
@@ -428,7 +436,7 @@ class NorMuon(torch.optim.Optimizer):
         state, zeros = self.state[param], partial(self._zeros, param, group)
         create_matrix_state(state, view, group, param.dtype, recipe.neuron_norm, zeros=zeros)
         if _has_remainder(param, group) and "remainder" not in state:
-            state["remainder"] = zeros(view.shape, torch.uint16)
+            state["remainder"] = zeros(view.stored_shape, torch.uint16)
 
     def _placed(
         self, param: torch.Tensor, group: Group, shape: tuple[int, ...]

@@ -24,7 +24,7 @@ class Spread:
       view: of the whole weight.
       regions: what each rank holds of it.
       stages: what the matrices of each output block go through.
-      moment_shapes, moment_regions: of each block's second moment; empty where there is none.
+      moment_shapes, moment_regions: of the second moment, or of each block's; empty where there is none.
       needs_norm: whether the holders want the norm of each update, for the `rms` rule.
     """
 
@@ -45,10 +45,11 @@ class Spread:
         stages = self.stages[block]
         if stages.neuron_norm is None:
             return [()] * self.view.stack_shape[0]
-        view = replace(self.view, shape=self.moment_shapes[block])
-        found = tiles(
-            view, self.moment_regions[block], (0, view.stack_shape[1] * view.stack_shape[2])
-        )
+        sizes = self.view.output_sizes
+        widths = sizes if stages.neurons_are_rows == self.view.output_is_rows else (1,) * len(sizes)
+        array, first = (0, sum(widths[:block])) if len(self.moment_shapes) == 1 else (block, 0)
+        view = replace(self.view, shape=self.view.unfolded(self.moment_shapes[array]))
+        found = tiles(view, self.moment_regions[array], (first, first + widths[block]))
         return [
             tuple(
                 Tile((0,), t.rows if stages.neurons_are_rows else t.columns, t.holders)

@@ -33,11 +33,33 @@ def cut(array: torch.Tensor, region: Region) -> torch.Tensor:
     return array[tuple(slice(*bounds) for bounds in region)]
 
 
+def unfolded_region(view: MatrixView, region: Region) -> Region:
+    """The rectangle of the array once the view's layout has unfolded an axis.
+
+    Raises:
+      ValueError: it begins or ends within an entry of the first of the axes that the one becomes.
+    """
+    if view.folded is None:
+        return region
+    first, count = view.folded
+    sizes = view.shape[first : first + count]
+    entry = math.prod(sizes[1:])
+    start, stop = region[first]
+    if start % entry or stop % entry:
+        raise ValueError(
+            f"the entries {start} to {stop} of axis {first}, which the layout unfolds to {sizes}, begin"
+            f" or end within one of its {sizes[0]} parts of {entry}"
+        )
+    inner = ((start // entry, stop // entry), *((0, size) for size in sizes[1:]))
+    return (*region[:first], *inner, *region[first + 1 :])
+
+
 def stack_indices(view: MatrixView, region: Region) -> tuple[list[int], list[int], list[int]]:
     """Which matrices, rows and columns of the view's whole stack the region holds, ascending.
 
     The region's own stack has them in this order: both go through the axes of a side in one order.
     """
+    region = unfolded_region(view, region)
     sides = (view.batch_axes, view.row_axes, view.column_axes)
     batch, rows, columns = (
         _merged([view.shape[a] for a in s], [region[a] for a in s]) for s in sides
@@ -74,11 +96,13 @@ class Part:
         outputs = rows if self.view.output_is_rows else columns
         starts = [bisect_left(outputs, start) for start in accumulate(self.view.output_sizes)]
         sizes = tuple(stop - start for start, stop in pairwise([0, *starts]))
-        return replace(self.view, shape=region_shape(self.region), output_sizes=sizes)
+        shape = region_shape(unfolded_region(self.view, self.region))
+        return replace(self.view, shape=shape, output_sizes=sizes)
 
     def multiplier(self, value: float | torch.Tensor) -> float | torch.Tensor:
         """A multiplier over the whole weight's batch axes, for the matrices of the part."""
         if not isinstance(value, torch.Tensor):
             return value
-        batch = tuple(slice(*self.region[axis]) for axis in self.view.batch_axes)
+        region = unfolded_region(self.view, self.region)
+        batch = tuple(slice(*region[axis]) for axis in self.view.batch_axes)
         return value.broadcast_to(self.view.batch_shape)[batch]

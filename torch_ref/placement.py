@@ -1,7 +1,7 @@
 """Which rectangle of an array each rank of a mesh holds, and arrays that are kept that way."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from normuon_core import MatrixView
-from torch_ref.part import Part, Region, cut, region_shape, whole_region
+from torch_ref.part import Part, Region, cut, region_shape, unfolded_region, whole_region
 
 
 class UnsupportedPlacementError(ValueError):
@@ -112,8 +112,8 @@ class Sharding:
         return self.regions(shape)[place]
 
     def part(self, view: MatrixView) -> Part:
-        """What this rank holds of a weight."""
-        return Part(view, self.own_region(view.shape))
+        """What this rank holds of a weight. Another one's part may cut its blocks otherwise."""
+        return Part(replace(view, apart=True), self.own_region(view.stored_shape))
 
     def wrap(self, shard: torch.Tensor, shape: Sequence[int]) -> DTensor:
         """The DTensor of `shape` of which this rank holds `shard`, sharing its memory."""
@@ -135,20 +135,25 @@ class Sharding:
     def of_moment(self, view: MatrixView, shape: Sequence[int]) -> "Sharding":
         """How a second moment of `shape` lies beside its weight.
 
-        As the weight does on the axes that both have; whole on the axes that the moment reduces. The
-        output neurons of a block lie on the first of the output axes, whichever of them is sharded.
+        As the weight does on the axes that both have; whole on the axes that the moment reduces, and on
+        the output axis where that has one number for each block.
         """
-        outputs = view.row_axes if view.output_is_rows else view.column_axes
-        result = []
-        for placement in self.placements:
-            axis = placement.dim if isinstance(placement, Shard | _StridedShard) else None
-            if axis is not None and view.is_split and axis in outputs:
-                placement = Shard(outputs[0])
-            target = placement.dim if isinstance(placement, Shard | _StridedShard) else None
-            if axis is not None and target is not None and shape[target] == 1 < view.shape[axis]:
-                placement = Replicate()
-            result.append(placement)
-        return Sharding(self.mesh, tuple(result))
+        has, whole = view.unfolded(tuple(shape)), view.shape
+        of_view = 0 if view.folded is None else view.folded[1] - 1
+
+        def unfolded(axis: int) -> int:
+            return axis if view.folded is None or axis <= view.folded[0] else axis + of_view
+
+        return Sharding(
+            self.mesh,
+            tuple(
+                Replicate()
+                if isinstance(placement, Shard | _StridedShard)
+                and has[unfolded(placement.dim)] != whole[unfolded(placement.dim)]
+                else placement
+                for placement in self.placements
+            ),
+        )
 
 
 def sharding_of(value: DTensor) -> Sharding:
@@ -167,6 +172,28 @@ def check_placement(param: DTensor, name: str) -> None:
         raise ValueError(
             f"{name}: NorMuon cannot step a DTensor with placements {tuple(param.placements)} on"
             f" {param.device_mesh}: {error}; {remedy}."
+        ) from error
+
+
+def check_unfolding(param: DTensor, view: MatrixView, name: str) -> None:
+    """Raises a ValueError that names the parameter unless each rank holds as many whole entries of the
+    first of the axes that its layout unfolds one to."""
+    if view.folded is None:
+        return
+    first, count = view.folded
+    held = sharding_of(param).regions(param.shape)
+    sizes = view.shape[first : first + count]
+    try:
+        for region in held:
+            unfolded_region(view, region)
+        lengths = {region[first][1] - region[first][0] for region in held}
+        if len(lengths) > 1:
+            raise ValueError(f"ranks hold {sorted(lengths)} entries of axis {first}")
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: placements {tuple(param.placements)} on {param.device_mesh} do not divide the"
+            f" {sizes[0]} parts of axis {first}, which the layout unfolds to {sizes}, evenly: {error}."
+            " Shard another axis, or over a number of ranks that divides the parts."
         ) from error
 
 

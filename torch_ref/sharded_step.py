@@ -36,7 +36,7 @@ class ShardedWeight:
         shard, view = self.shard, self.shard.whole
         rule = shard.recipe.neuron_norm
         shapes = [] if rule is None else moment_shapes(view, rule)
-        placed = [(self.sharding, view.shape)]
+        placed = [(self.sharding, view.stored_shape)]
         placed += [(self.sharding.of_moment(view, shape), shape) for shape in shapes]
         regions, *moments = (
             tuple(each.regions(shape)[place] for place in order) for each, shape in placed

@@ -17,7 +17,7 @@ def to_stack(array: torch.Tensor, view: MatrixView) -> torch.Tensor:
 
     A side that a statistic reduces has size 1. A view of `array` wherever its memory allows.
     """
-    ordered = array.permute(view.order)
+    ordered = array.reshape(view.unfolded(array.shape)).permute(view.order)
     batch, rows = len(view.batch_axes), len(view.row_axes)
     sides = (
         ordered.shape[:batch],
@@ -32,19 +32,43 @@ def from_stack(stack: torch.Tensor, view: MatrixView) -> torch.Tensor:
     batch, rows, columns = stack.shape
     ordered = stack.reshape(view.statistic_shape((batch, rows, columns)))
     inverse = sorted(range(len(view.order)), key=view.order.__getitem__)
-    return ordered.permute(inverse)
+    array = ordered.permute(inverse)
+    return array if view.folded is None else array.reshape(view.fold(tuple(array.shape)))
 
 
-def to_blocks(array: torch.Tensor, view: MatrixView) -> list[torch.Tensor]:
-    """The output blocks of a weight, each (batch, rows, columns); one where nothing is split."""
-    stack = to_stack(array, view)
-    return [stack[block] for block in view.blocks]
+def to_blocks(
+    array: torch.Tensor, view: MatrixView, widths: Sequence[int] | None = None
+) -> list[torch.Tensor]:
+    """The output blocks of a weight: each run's, (matrices, rows, columns).
+
+    A run's blocks stand beside each other within an entry of the batch. A view of `array` wherever its
+    memory allows.
+
+    Args:
+      widths: for a statistic, how much of the output side is one of a run's blocks'; None is the blocks'
+        own sizes.
+    """
+    stack, axis = to_stack(array, view), view.output_stack_axis
+    result, start = [], 0
+    for run, width in zip(view.runs, widths or [run.size for run in view.runs], strict=True):
+        part = stack.narrow(axis, start, run.blocks * width)
+        start += run.blocks * width
+        if run.blocks > 1:
+            apart = part.unflatten(axis, (run.blocks, width))
+            part = (apart if axis == -2 else apart.transpose(1, 2)).flatten(0, 1)
+        result.append(part)
+    return result
 
 
-def from_blocks(blocks: Sequence[torch.Tensor], view: MatrixView) -> torch.Tensor:
+def from_blocks(runs: Sequence[torch.Tensor], view: MatrixView) -> torch.Tensor:
     """The inverse of `to_blocks`."""
-    stack = torch.cat(list(blocks), dim=view.output_stack_axis) if view.is_split else blocks[0]
-    return from_stack(stack, view)
+    axis, parts = view.output_stack_axis, []
+    for part, run in zip(runs, view.runs, strict=True):
+        if run.blocks > 1:
+            apart = part.unflatten(0, (-1, run.blocks))
+            part = (apart if axis == -2 else apart.transpose(1, 2)).flatten(axis - 1, axis)
+        parts.append(part)
+    return from_stack(parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis), view)
 
 
 def bytes_per_matrix(
