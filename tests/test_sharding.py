@@ -357,7 +357,7 @@ def test_state_specs_are_the_states_own():
         )
     moment = optax.tree.get(specs, "second_moment")
     assert (moment["up"], moment["down"]) == (P(None, "tp"), P(None, "fsdp"))
-    assert moment["qkv"] == (P(None, None),) * 3
+    assert moment["qkv"] == P(None, None)
     assert optax.tree.get(specs, "momentum")["experts"] == P("tp", "fsdp", None)
     named = jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPECS)
     placed = jax.device_put(state, optax_normuon.state_specs(tx, params, named))
