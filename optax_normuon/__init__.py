@@ -11,6 +11,7 @@ from optax_normuon.momentum import (
 )
 from optax_normuon.multipliers import multipliers_by_path
 from optax_normuon.neuron_norm import normalize_neurons
+from optax_normuon.older_states import older_state
 from optax_normuon.optimizer import muon, normuon, scale_by_normuon
 from optax_normuon.orthogonalization import orthogonalize, polar_factor
 from optax_normuon.remainder import with_bf16_remainder
@@ -35,6 +36,7 @@ __all__ = [
     "muon",
     "normalize_neurons",
     "normuon",
+    "older_state",
     "orthogonalize",
     "polar_express",
     "polar_factor",

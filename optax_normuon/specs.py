@@ -132,14 +132,26 @@ def matrix_statistic_axes(shape: tuple[int, ...], view: MatrixView, axes: Axes) 
 
 
 _FOUND_VIEWS: ContextVar[dict[KeyPath, MatrixView] | None] = ContextVar("views", default=None)
-"""Where `init` leaves its views for `state_specs`, which has no other way to know of splits."""
+"""Where `init` leaves its views for `found_views`; who only has a transformation cannot ask it else."""
 
 
 def note_views(views: Mapping[KeyPath, MatrixView]) -> None:
-    """Tells a `state_specs` that calls this `init` where the matrices are."""
+    """Tells a `found_views` that calls this `init` where the matrices are."""
     found = _FOUND_VIEWS.get()
     if found is not None:
         found.update(views)
+
+
+def found_views(tx: optax.GradientTransformation, params):
+    """(the abstract state that `tx.init` makes, where its stages found matrices)."""
+    views: dict[KeyPath, MatrixView] = {}
+    token = _FOUND_VIEWS.set(views)
+    try:
+        # A function of its own, which no cache can know: `init` has to run.
+        state = jax.eval_shape(lambda params: tx.init(params), params)
+    finally:
+        _FOUND_VIEWS.reset(token)
+    return state, views
 
 
 def zeros_beside(leaf, shape: tuple[int, ...], dtype, axes: Axes | None, specs: Specs | None):
@@ -210,13 +222,7 @@ def state_specs(tx: optax.GradientTransformation, params, specs: SpecTree):
         spec = _spec_of_state(path, np.shape(leaf), owners, views)
         return spec if mesh is None else NamedSharding(mesh, spec)
 
-    views: dict[KeyPath, MatrixView] = {}
-    token = _FOUND_VIEWS.set(views)
-    try:
-        # A function of its own, which no cache can know: `init` has to run.
-        state = jax.eval_shape(lambda params: tx.init(params), params)
-    finally:
-        _FOUND_VIEWS.reset(token)
+    state, views = found_views(tx, params)
     return jax.tree_util.tree_map_with_path(spec_of, state)
 
 

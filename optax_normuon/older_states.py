@@ -1,0 +1,52 @@
+"""States of earlier versions, to read their checkpoints."""
+
+import jax
+import numpy as np
+import optax
+
+from normuon_core.layout import MatrixView
+from optax_normuon.boxes import unbox
+from optax_normuon.paths import KeyPath
+from optax_normuon.specs import found_views
+from optax_normuon.stacking import as_stack, statistic_leaf_shape
+
+
+def older_state(tx: optax.GradientTransformation, params):
+    """The state, abstract, as it was while each block of a leaf with `output_splits` had its own array.
+
+    For checkpoints of that time: restore them into it, and go on. `update` takes such a state as it is
+    and keeps its form.
+
+        state = checkpointer.restore(path, optax_normuon.older_state(tx, params))
+
+    Args:
+      tx: the transformation, within others' wrappers too.
+      params: arrays or abstract arrays.
+
+    Returns:
+      A tree of `jax.ShapeDtypeStruct`s: `tx.init`'s, but the second moment of a split leaf is a tuple of
+      one array a block.
+    """
+    state, views = found_views(tx, params)
+    parameters = unbox(params)
+    places = dict(zip(parameters.paths, parameters.places, strict=True))
+    split = {places[path]: view for path, view in views.items() if view.is_split}
+
+    def apart(path: KeyPath, leaf):
+        for place, view in split.items():
+            if path[len(path) - len(place) :] == place and leaf.shape != view.stored_shape:
+                return tuple(leaf.update(shape=shape) for shape in _block_shapes(leaf, view))
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(apart, state)
+
+
+def _block_shapes(leaf: jax.ShapeDtypeStruct, view: MatrixView) -> list[tuple[int, ...]]:
+    stack = jax.eval_shape(lambda: as_stack(np.zeros(leaf.shape, np.float32), view)).shape
+    widths = view.run_widths(stack[view.output_stack_axis])
+    shapes = []
+    for run, width in zip(view.runs, widths, strict=True):
+        block = list(stack)
+        block[view.output_stack_axis] = width
+        shapes += [statistic_leaf_shape(tuple(block), view)] * run.blocks
+    return shapes
