@@ -35,8 +35,8 @@ class Unboxed(NamedTuple):
     paths: list[KeyPath]
     places: list[KeyPath]
     leaves: list[Any]
-    tree: jax.tree_util.PyTreeDef
-    boxes: list[jax.tree_util.PyTreeDef]
+    tree: Any
+    boxes: list[Any]
 
     def boxed(self, leaves: list[Any]) -> Any:
         """The tree with other arrays of the same shapes, each in its box."""

@@ -71,8 +71,9 @@ class DataParallel:
         for place, share in zip(places, shares, strict=True):
             counts[place] += share
             self._load[place] += share * rows * columns * min(rows, columns)
-        divided = axis is not None and owners > 1
-        placement = Shard(view.stored_axis(axis)) if divided else Replicate()
+        placement = Replicate()
+        if axis is not None and owners > 1:
+            placement = Shard(view.stored_axis(axis))
         sharding = Sharding(self._mesh(places, param.device), (placement,))
         regions = dict(zip(places, sharding.regions(view.stored_shape), strict=True))
         self.owned[param] = Ownership(view, sharding, regions)
