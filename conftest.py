@@ -10,6 +10,13 @@ os.environ["XLA_FLAGS"] = f"{QUICK_COMPILATION} {os.environ.get('XLA_FLAGS', '')
 import jax  # noqa: E402 - XLA reads its flags once, at import
 import pytest  # noqa: E402
 
+# Many tests compile the same program, in this process and in others: each is compiled once.
+jax.config.update(
+    "jax_compilation_cache_dir", str(Path(__file__).parent / ".pytest_cache" / "compiled")
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
 # Before the backend is asked for: eight virtual devices, for the tests of meshes.
 jax.config.update("jax_num_cpu_devices", 8)
 

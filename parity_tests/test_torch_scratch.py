@@ -44,20 +44,20 @@ SHORT = replace(RECIPES["normuon"], polar=Polar(coefficients=POLAR_EXPRESS[:1]))
 QUICK = dict(recipe=SHORT, compute_dtype=torch.float32, algorithm="standard", backend="triton")
 
 
-def test_twenty_steps_of_changing_numbers_leave_nothing_more_behind(interpreted):
+def test_steps_of_changing_numbers_leave_nothing_more_behind(interpreted):
     del interpreted
     params = weights()
     optimizer = NorMuon(params, lr=0.1, weight_decay=0.1, **QUICK)
     group = optimizer.param_groups[0]
     kept = []
-    for step in range(20):
+    for step in range(6):
         set_gradients(params)
         number = 0.5 + step / 100
         group.update(momentum=number, beta2=number, lr_mul=number, wd_mul=number)
         group.update(lr=torch.tensor(number) if step % 2 else number, weight_decay=number)
         optimizer.step()
         kept.append(sizes())
-    assert kept[1:] == kept[:1] * 19
+    assert kept[1:] == kept[:1] * 5
     assert kept[0]["constants"] == 2 * len(params)
 
 
