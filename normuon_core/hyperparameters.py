@@ -22,6 +22,12 @@ def check_decay(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value}; use a number in [0, 1).")
 
 
+def check_number(name: str, value: Any) -> None:
+    """Raises a TypeError for an array or a tracer, where a program is made for one number."""
+    if not isinstance(value, Real):
+        raise TypeError(f"{name}={value!r}; use a number: it is fixed when a program is compiled.")
+
+
 def check_choice(name: str, value: Any, literal: Any) -> None:
     """Raises a ValueError with the nearest known one unless `value` is one of a `Literal`'s."""
     known = get_args(literal)

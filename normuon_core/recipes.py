@@ -9,7 +9,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Literal
 
-from normuon_core.hyperparameters import check_choice, check_decay, check_rate
+from normuon_core.hyperparameters import check_choice, check_decay, check_number, check_rate
 from normuon_core.polynomials import (
     CUBIC,
     NEWTON_SCHULZ,
@@ -58,6 +58,8 @@ class Polar:
         # A table read from a file may be a list, which no cache can be keyed by.
         object.__setattr__(self, "coefficients", find_coefficients(self.coefficients))
         check_choice("eps_rule", self.eps_rule, EpsRule)
+        check_number("norm_scale", self.norm_scale)
+        check_number("polar eps", self.eps)
         check_rate("norm_scale", self.norm_scale)
         check_rate("eps", self.eps)
 

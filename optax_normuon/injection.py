@@ -42,6 +42,9 @@ STATIC_ARGS = (
 """The arguments of `normuon` and `muon` that are no schedules: for `optax.inject_hyperparams(normuon,
 static_args=STATIC_ARGS)`. `optax_normuon.inject_hyperparams` knows them by itself."""
 
+_NO_HYPERPARAMETERS = (*STATIC_ARGS, "norm_scale", "rescale")
+"""The same of the stages, which have more of them."""
+
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
@@ -66,7 +69,7 @@ def inject_hyperparams(
     Returns:
       A function with the factory's arguments, all of which may be callables where the factory says so.
     """
-    static = [name for name in inspect.signature(factory).parameters if name in STATIC_ARGS]
+    static = [name for name in inspect.signature(factory).parameters if name in _NO_HYPERPARAMETERS]
     return optax.inject_hyperparams(
         factory,
         static_args=static,
@@ -86,7 +89,7 @@ def refuse_injection_of_static_arguments(
 
     @functools.wraps(factory)
     def checked(*arguments: _Arguments.args, **keywords: _Arguments.kwargs) -> _Result:
-        for name in STATIC_ARGS:
+        for name in _NO_HYPERPARAMETERS:
             value = keywords.get(name)
             if isinstance(value, _NoSchedule):
                 keywords[name] = value.held

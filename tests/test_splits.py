@@ -96,7 +96,10 @@ def test_a_fused_projection_is_the_same_on_a_mesh(name):
     kernel, gradients = draw(0, D, 72), [draw(seed, D, 72) for seed in (1, 2)]
     wanted, state = train(kernel, gradients, layout)
     mesh = mesh_of(f=4)
-    put = lambda x: jax.device_put(x, NamedSharding(mesh, jax.P("f")))  # noqa: E731
+
+    def put(x):
+        return jax.device_put(x, NamedSharding(mesh, jax.P("f")))
+
     found, divided = train(put(kernel), list(map(put, gradients)), layout)
     # 4.9e-7 at most; state 6e-8 + 6e-7 |x|.
     chex.assert_trees_all_close(jax.device_get(found), wanted, rtol=0, atol=2e-6)
