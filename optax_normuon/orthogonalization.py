@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 
 import jax
 import jax.numpy as jnp
@@ -177,14 +176,6 @@ def orthogonalization_stage(
         )
 
     def by_kernels(dtype) -> bool:
-        if not all(isinstance(number, Real) for number in (norm_scale, eps)):
-            # They are written into a launch, not read from an array.
-            if backend == "triton":
-                raise TypeError(
-                    f"backend='triton' takes norm_scale and eps as numbers, got {norm_scale!r} and"
-                    f" {eps!r}; give floats, or backend='xla'."
-                )
-            return False
         return takes_kernels(backend, [dtype, *([name] if name else [])])
 
     def feed(stack):

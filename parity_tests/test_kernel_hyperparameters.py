@@ -23,7 +23,7 @@ from normuon_core.launches import (
     statistics,
 )
 from normuon_core.polynomials import POLAR_EXPRESS
-from optax_normuon import STATIC_ARGS, MatrixLayout, normuon, polar_factor
+from optax_normuon import STATIC_ARGS, MatrixLayout, normuon
 
 RECIPE = dataclasses.replace(RECIPES["normuon"], polar=Polar(coefficients=POLAR_EXPRESS[:1]))
 """One step of the polynomial: the interpreter takes a moment for each product."""
@@ -168,16 +168,3 @@ FINISH = dict(rms=False, cautious=True, decay_inside_scale=True, delta=KEPT, fir
 def test_no_kernel_is_launched_for_a_rule_that_it_does_not_know(launch, message):
     with pytest.raises(ValueError, match=message):
         launch()
-
-
-def test_a_kernel_is_not_launched_with_an_array_in_a_numbers_place(interpreted):
-    """Its launch would take the array for a pointer."""
-    del interpreted
-    x = jnp.eye(4, 6)
-    numbers = dict(norm_scale=1.5, eps=1e-7, compute_dtype=jnp.float32, steps=1)
-    by_xla = polar_factor(x, **numbers, backend="xla")
-    array = numbers | {"eps": jnp.float32(1e-7)}
-    # "auto" leaves it to XLA, with the bits of XLA.
-    np.testing.assert_array_equal(polar_factor(x, **array), by_xla)
-    with pytest.raises(TypeError, match="takes norm_scale and eps as numbers"):
-        polar_factor(x, **array, backend="triton")

@@ -192,7 +192,8 @@ def test_an_older_checkpoint_goes_on(name, tmp_path):
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "step", older_state(tx, params))
     updates, after = jax.jit(tx.update)(gradients[1], restored, half)
-    chex.assert_trees_all_equal(optax.apply_updates(half, updates), wanted)
+    # Equal on CPUs; a GPU compiler may fuse the two forms otherwise.
+    chex.assert_trees_all_close(optax.apply_updates(half, updates), wanted, rtol=0, atol=1e-6)
     chex.assert_trees_all_equal_structs(after, restored)
 
 
