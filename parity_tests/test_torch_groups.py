@@ -135,7 +135,7 @@ ADAMW = {"optimizer": "adamw"}
         ({"process_group": None}, "nothing reads the key 'process_group'"),
         ({"frobnicate": 1}, "nothing reads the key 'frobnicate'; Options are adam_b1"),
         ({"betas": (0.9, 0.99)}, r"betas=\(0.9, 0.99\) is AdamW's, .*optimizer='adamw'"),
-        ({"eps": 1e-8}, "eps=1e-08 is AdamW's, .*optimizer='adamw'"),
+        ({"eps": -1e-8}, "eps=-1e-08; use a finite number"),
         ({**ADAMW, "amsgrad": True}, "nothing reads the key 'amsgrad'"),
         ({**ADAMW, "momentum": 0.9}, r"momentum=0.9 is of matrices; .*betas=\(b1, b2\)"),
         ({**ADAMW, "beta2": 0.9}, r"beta2=0.9 is of matrices; .*betas=\(b1, b2\)"),
