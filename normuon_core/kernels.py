@@ -192,7 +192,8 @@ def feed(
     PARTS: tl.constexpr,
     PARTS_PADDED: tl.constexpr,
 ):
-    """m <- the new momentum; x = u / (norm_scale |u| + eps), times x_scale, rounded once.
+    """m <- the new momentum; x = u / max(norm_scale |u|, eps), or u / (norm_scale |u| + eps), times
+    x_scale, rounded once.
 
     g, m, m_out: a weight's. partials: from `squares`, (matrices of the launch, PARTS), of all devices
     that have a part of the matrix. x: the stack, in the compute dtype.

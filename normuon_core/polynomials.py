@@ -127,6 +127,7 @@ def with_steps(coefficients: Coefficients, steps: int) -> Coefficients:
     """
     if isinstance(steps, bool) or steps != int(steps) or steps < 1:
         raise ValueError(f"steps={steps}; use a whole number of at least 1, such as 5.")
+    steps = int(steps)
     if len(coefficients) == steps:
         return coefficients
     if coefficients == POLAR_EXPRESS:
