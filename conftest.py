@@ -1,5 +1,6 @@
 """What every test runs under: strict promotion, no silent rank broadcasting, GPU tests only on GPUs."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -17,12 +18,19 @@ jax.config.update(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
+# A callback may wait for arrays that the one thread which runs it has still to compute.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+
 # Before the backend is asked for: eight virtual devices, for the tests of meshes.
 jax.config.update("jax_num_cpu_devices", 8)
 
 if jax.default_backend() != "gpu":
     # Triton decides when it is imported: without a GPU the kernels run under its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("triton"):
+        from parity_tests.quick_interpreter import make_quick
+
+        make_quick()
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -49,4 +57,16 @@ def pytest_collection_modifyitems(items):
 def x64():
     """float64 in JAX, for tests that need it; users' default is off, and so is the tests'."""
     with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def interpreted():
+    """The kernels under Triton's interpreter, in both frameworks."""
+    if jax.default_backend() == "gpu":
+        pytest.skip("the kernels are compiled here, and not interpreted")
+    pytest.importorskip("triton", reason="Triton has no build for this platform")
+    from parity_tests.interpreted import interpreted_kernels
+
+    with interpreted_kernels():
         yield
