@@ -1,6 +1,7 @@
 """The kernels from JAX without a GPU: each launch calls back into Triton's interpreter."""
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator
 from unittest import mock
@@ -33,18 +34,24 @@ def interpreted_kernels() -> Iterator[None]:
 
 
 def _launch(launch, inputs):
-    places = [i for i, value in enumerate(inputs) if not isinstance(value, int | float)]
+    scalars = tuple(value if isinstance(value, int | float) else None for value in inputs)
+    arrays = [value for value, scalar in zip(inputs, scalars, strict=True) if scalar is None]
+    outputs = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in launch.outputs]
+    return jax.pure_callback(_callback(launch, scalars), tuple(outputs), *arrays)
+
+
+@functools.lru_cache
+def _callback(launch, scalars):
+    """The same one for the same launch: JAX compiles a callback anew for every other function."""
 
     def run(*arrays):
-        given = list(inputs)
-        for place, array in zip(places, arrays, strict=True):
-            given[place] = _as_tensor(array)
+        rest = iter(arrays)
+        given = [_as_tensor(next(rest)) if scalar is None else scalar for scalar in scalars]
         # The interpreter patches Triton's language while it runs: one launch at a time.
         with _ONE_AT_A_TIME:
             return tuple(map(_as_array, torch_ref.launcher.launch(launch, given)))
 
-    outputs = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in launch.outputs]
-    return jax.pure_callback(run, tuple(outputs), *(inputs[place] for place in places))
+    return run
 
 
 def _as_tensor(array) -> torch.Tensor:
