@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from parity_tests.interpreted import interpreted_kernels
-from tests.containers import draw
+from tests.containers import CONTAINERS, draw
 from tests.test_containers import optimizer, step
 
 
@@ -28,8 +28,7 @@ def of_a_dict():
     return run("dict", backend="triton")
 
 
-# Those whose nodes are not plain: the kernels' way takes trees apart on its own.
-@pytest.mark.parametrize("container", ["Equinox", "Linen with partitioning"])
+@pytest.mark.parametrize("container", [name for name in CONTAINERS if name != "dict"])
 def test_a_container_makes_the_bits_of_a_dict(container):
     with interpreted_kernels():
         chex.assert_trees_all_equal(run(container, backend="triton"), of_a_dict())

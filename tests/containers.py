@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from optax_normuon import MatrixLayout
 
-SHAPES = {"bias": (8,), "kernel": (4, 8), "stack": (2, 4, 8)}
+SHAPES = {"bias": (12,), "kernel": (6, 12), "stack": (2, 6, 12)}
 """A vector, a matrix (in, out), and two of them; every container flattens to them in this order."""
 
 NAMES = {"bias": ("tp",), "kernel": ("fsdp", "tp"), "stack": (None, "fsdp", "tp")}

@@ -189,22 +189,22 @@ def test_every_container_makes_the_steps_of_a_dict(container, way, tmp_path):
 def test_describe_takes_trees_of_the_models_own_class(container):
     params = draw(container, 0)
     table = describe(params, layouts(params), param_specs=specs(params), mesh=mesh_of(fsdp=2, tp=4))
-    assert "1 x (8, 4)" in table
-    assert "2 x (8, 4)" in table
+    assert "1 x (12, 6)" in table
+    assert "2 x (12, 6)" in table
     assert "layout: None" in table
     # In bytes: 96 entries of momentum, a second moment of 8 + 16; two moments of 8.
     normuon_row, adamw_row = (
         next(line for line in table.splitlines() if line.startswith(name))
         for name in ("NorMuon", "AdamW")
     )
-    assert "momentum 384, second moment 96" in normuon_row
+    assert "momentum 864, second moment 144" in normuon_row
     assert "first moment 32, second moment 32" in adamw_row
 
 
 def test_describe_names_the_others_where_they_are_not_adamw():
     table = describe(draw("dict", 0), layouts, others=optax.sgd(0.1, momentum=0.9))
     rows = [line.split() for line in table.splitlines()]
-    assert ["bias", "8", "others", "layout:", "None"] in rows
+    assert ["bias", "12", "others", "layout:", "None"] in rows
     assert any(row[:2] == ["others", "1"] and "trace" in row for row in rows)
 
 
@@ -218,11 +218,11 @@ def test_state_specs_divide_what_the_parameters_divide_and_no_reduced_axis(conta
         state
     )
     by_shape = {
-        (8,): jax.P("tp"),
-        (4, 8): jax.P("fsdp", "tp"),
-        (2, 4, 8): jax.P(None, "fsdp", "tp"),
-        (1, 8): jax.P(None, "tp"),
-        (2, 1, 8): jax.P(None, None, "tp"),
+        (12,): jax.P("tp"),
+        (6, 12): jax.P("fsdp", "tp"),
+        (2, 6, 12): jax.P(None, "fsdp", "tp"),
+        (1, 12): jax.P(None, "tp"),
+        (2, 1, 12): jax.P(None, None, "tp"),
         (): jax.P(),
     }
     leaves = zip(
@@ -239,7 +239,7 @@ def test_a_prefix_may_be_given_for_a_subtree_of_any_class():
     tree = {"model": layouts(params["model"]), "other": None}
     tx = normuon(0.1, recipe=SHORT, layout=tree, compute_dtype=jnp.float32)
     moments = optax.tree.get(tx.init(params), "second_moment")
-    assert [leaf.shape for leaf in jax.tree.leaves(moments)] == [(1, 8), (2, 1, 8)]
+    assert [leaf.shape for leaf in jax.tree.leaves(moments)] == [(1, 12), (2, 1, 12)]
 
 
 @pytest.mark.parametrize(
