@@ -1,5 +1,6 @@
 """What every test runs under: strict promotion, no silent rank broadcasting, GPU tests only on GPUs."""
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -7,6 +8,9 @@ from pathlib import Path
 # Tests compile small programs and run each a few times: most of their time is the compiler's.
 QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{QUICK_COMPILATION} {os.environ.get('XLA_FLAGS', '')}"
+
+# JAX keeps many small objects alive, and collecting them again and again takes a sixth of the time.
+gc.set_threshold(200_000, 20, 20)
 
 import jax  # noqa: E402 - XLA reads its flags once, at import
 import pytest  # noqa: E402

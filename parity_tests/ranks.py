@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing import get_context
+from torch.multiprocessing.spawn import start_processes
 
 
 def run_on_ranks(ranks: int, function: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
@@ -18,7 +19,11 @@ def run_on_ranks(ranks: int, function: Callable[..., Any], folder: Path, *args: 
       folder: for the ranks to meet in, and for what they leave; empty at first.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    spawn(_rank, (ranks, function, str(folder), args), nprocs=ranks)
+    # Each rank is a fork of one process that has imported all that it needs.
+    get_context("forkserver").set_forkserver_preload([function.__module__])
+    start_processes(
+        _rank, (ranks, function, str(folder), args), nprocs=ranks, start_method="forkserver"
+    )
     return [torch.load(folder / f"result{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 

@@ -147,14 +147,14 @@ def test_a_dominant_column_costs_the_gram_form_most_on_large_matrices(polar):
 
 @pytest.mark.parametrize("form", ["fp16 standard", "fp16 Gram"])
 def test_interpreted_kernels_hold_the_bound_in_both_frameworks(form, interpreted):
-    """Median of three draws: the interpreter takes a fifth of a second a matrix. Largest ratio: 0.26."""
-    cases = [matrices(spectrum, (48, 128), draws=3) for spectrum in HARD_SPECTRA]
+    """Of one draw: the interpreter takes a fifth of a second a matrix. Largest ratio: 0.22."""
+    cases = [matrices(spectrum, (48, 128), draws=1) for spectrum in HARD_SPECTRA]
     stack = np.concatenate([case.stack for case in cases])
     found = with_torch(stack, form, backend="triton")
     for case, factors in zip(cases, np.split(found, len(cases)), strict=True):
         error = median_error(factors, case.exact)
         assert error <= WORST_RATIO * case.plain + ABSOLUTE_FLOOR
-    np.testing.assert_array_equal(with_jax(stack[::8], form, backend="triton"), found[::8])
+    np.testing.assert_array_equal(with_jax(stack[::4], form, backend="triton"), found[::4])
 
 
 def test_the_plain_form_in_float64_is_the_oracle():

@@ -30,8 +30,8 @@ def draw(seed: int) -> dict[str, jax.Array]:
     return {n: jnp.asarray(rng.standard_normal(s), jnp.float32) for n, s in SHAPES.items()}
 
 
-RECIPE = dataclasses.replace(RECIPES["normuon"], polar=Polar(coefficients=POLAR_EXPRESS[:2]))
-"""Two steps of the polynomial: the interpreter takes a moment for each product."""
+RECIPE = dataclasses.replace(RECIPES["normuon"], polar=Polar(coefficients=POLAR_EXPRESS[:1]))
+"""One step of the polynomial: the interpreter takes a moment for each product."""
 
 
 def optimizer(learning_rate=0.02, backend="triton", **keywords):

@@ -1,6 +1,6 @@
 """On a mesh the kernels make the bits of one device, whatever the mesh, where each matrix has one owner.
 
-Under Triton's interpreter, on eight virtual devices; `test_gpu.py` does it on two GPUs.
+Under Triton's interpreter, on virtual devices; `test_gpu.py` does it on two GPUs.
 """
 
 import dataclasses
@@ -27,12 +27,12 @@ LAYOUT = {
     "qkv": MatrixLayout(0, 1, (8, 4, 4)),
 }
 SHAPES = {
-    "a": (16, 40),
-    "b": (16, 40),
-    "c": (16, 40),
-    "experts": (4, 24, 8),
-    "heads": (16, 4, 4),
-    "qkv": (8, 16),
+    "a": (12, 20),
+    "b": (12, 20),
+    "c": (12, 20),
+    "experts": (2, 12, 10),
+    "heads": (12, 2, 5),
+    "qkv": (4, 16),
 }
 SPECS = {
     "a": P("fsdp", "tp"),
@@ -50,8 +50,8 @@ def draw(seed: int):
 
 
 def optimizer(*, recipe="normuon", **keywords):
-    """Two steps of the polynomial: the interpreter takes a moment for each product."""
-    found = dataclasses.replace(RECIPES[recipe], polar=Polar(coefficients=POLAR_EXPRESS[:2]))
+    """One step of the polynomial: the interpreter takes a moment for each product."""
+    found = dataclasses.replace(RECIPES[recipe], polar=Polar(coefficients=POLAR_EXPRESS[:1]))
     # In the standard form, so that the one matrix that is cut as `c` is cannot stay where it lies.
     keywords = dict(compute_dtype=jnp.float16, algorithm="standard", layout=LAYOUT) | keywords
     return normuon(0.02, recipe=found, weight_decay=0.3, backend="triton", **keywords)
@@ -93,7 +93,7 @@ def assert_equal(one, other):
         np.testing.assert_array_equal(x, y, err_msg=str(path))
 
 
-@pytest.mark.parametrize("shape", [(8, 1), (2, 4)])
+@pytest.mark.parametrize("shape", [(4, 1), (2, 2)])
 def test_every_mesh_makes_the_bits_of_one_device(interpreted, shape):
     assert_equal(on_one_device("normuon"), steps(optimizer(), mesh_of(*shape)))
 
@@ -109,7 +109,7 @@ def test_a_lonely_matrix_stays_and_the_others_are_the_same(interpreted):
     keywords = dict(algorithm="auto")
     one, other = (
         steps(optimizer(**keywords), count=1),
-        steps(optimizer(**keywords), mesh_of(4, 2), count=1),
+        steps(optimizer(**keywords), mesh_of(2, 2), count=1),
     )
     first = draw(0)
     for name in SHAPES:
@@ -122,7 +122,7 @@ def test_a_lonely_matrix_may_be_all_there_is(interpreted):
     """No kernel runs then."""
     layout, params = {"c": LAYOUT["c"]}, {"c": draw(0)["c"]}
     updates = []
-    for mesh in (None, mesh_of(4, 2)):
+    for mesh in (None, mesh_of(2, 2)):
         tx = optimizer(algorithm="auto", layout=layout)
         lies = None if mesh is None else NamedSharding(mesh, SPECS["c"])
         placed = jax.device_put(params, lies)

@@ -192,13 +192,13 @@ def test_describe_takes_trees_of_the_models_own_class(container):
     assert "1 x (12, 6)" in table
     assert "2 x (12, 6)" in table
     assert "layout: None" in table
-    # In bytes: 96 entries of momentum, a second moment of 8 + 16; two moments of 8.
+    # In bytes: 216 entries of momentum, a second moment of 12 + 24; two moments of 12.
     normuon_row, adamw_row = (
         next(line for line in table.splitlines() if line.startswith(name))
         for name in ("NorMuon", "AdamW")
     )
     assert "momentum 864, second moment 144" in normuon_row
-    assert "first moment 32, second moment 32" in adamw_row
+    assert "first moment 48, second moment 48" in adamw_row
 
 
 def test_describe_names_the_others_where_they_are_not_adamw():

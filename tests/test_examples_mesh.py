@@ -68,10 +68,8 @@ def trained(optimizer, text):
 @pytest.mark.parametrize(
     ("optimizer", "text"),
     [
-        ("normuon", "fsdp=2,tensor=1"),
         ("normuon", "fsdp=2,tensor=2"),
         ("normuon", "data=2"),
-        ("muon", "fsdp=2,tensor=2"),
         ("adamw", "fsdp=2,tensor=2"),
     ],
 )
