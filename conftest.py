@@ -6,7 +6,10 @@ import os
 from pathlib import Path
 
 # Tests compile small programs and run each a few times: most of their time is the compiler's.
-QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+QUICK_COMPILATION = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 os.environ["XLA_FLAGS"] = f"{QUICK_COMPILATION} {os.environ.get('XLA_FLAGS', '')}"
 
 # JAX keeps many small objects alive, and collecting them again and again takes a sixth of the time.
