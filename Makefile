@@ -17,11 +17,11 @@ export PIP_NO_INPUT := 1
 export PIP_RETRIES ?= 10
 export PIP_DEFAULT_TIMEOUT ?= 60
 
-.PHONY: help venv test parity demo ruff lint lock clean
+.PHONY: help venv test test-ordinary parity demo ruff lint lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 10
 
 venv: $(INSTALLED)  ## install the locked packages and the project into .venv
 
@@ -32,6 +32,13 @@ test: export OPENBLAS_NUM_THREADS ?= 1
 test: export XLA_PYTHON_CLIENT_PREALLOCATE ?= false
 test: $(INSTALLED)  ## run tests/ and parity_tests/
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
+
+# What most users' programs come by, compiled as theirs are: the other tests spare XLA its optimizations.
+ORDINARY := tests/test_flax.py tests/test_remainder.py tests/test_polar_factor.py parity_tests/test_golden.py
+
+test-ordinary: export ORDINARY_XLA := 1
+test-ordinary: override ARGS := $(ORDINARY) $(ARGS)
+test-ordinary: test  ## run a few of the tests with XLA's ordinary flags
 
 parity: $(INSTALLED)  ## print the parity report: JAX, PyTorch, the oracle and the originals
 	$(VENV)/bin/python -m parity_tests $(ARGS)

@@ -10,7 +10,9 @@ QUICK_COMPILATION = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
-os.environ["XLA_FLAGS"] = f"{QUICK_COMPILATION} {os.environ.get('XLA_FLAGS', '')}"
+# `make test-ordinary` compiles as users do.
+if "ORDINARY_XLA" not in os.environ:
+    os.environ["XLA_FLAGS"] = f"{QUICK_COMPILATION} {os.environ.get('XLA_FLAGS', '')}"
 
 # JAX keeps many small objects alive, and collecting them again and again takes a sixth of the time.
 gc.set_threshold(200_000, 20, 20)

@@ -16,7 +16,7 @@ from benchmarks.arithmetic import (
 )
 from benchmarks.rows import Row, measure
 from benchmarks.timing import median_milliseconds, median_wall_milliseconds
-from normuon_core.polar_iteration import choose_form
+from normuon_core.cost import Iteration
 
 Stack = tuple[int, int, int]
 
@@ -56,15 +56,7 @@ def _torch(function: Callable, shape: Stack, on_gpu: bool, calls: int, dtype: st
 def _own_dtype(shape: Stack) -> str:
     """The compute dtype that "auto" takes, in which the matrices are given, so that no cast is timed."""
     _, rows, columns = shape
-    _, dtype = choose_form(
-        rows,
-        columns,
-        5,
-        algorithm="auto",
-        compute_dtype=None,
-        on_gpu=True,
-        symmetric=True,
-    )
+    _, dtype = Iteration(5).form(rows, columns)
     return dtype
 
 

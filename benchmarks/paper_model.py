@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.arithmetic import BYTES_A_PARAMETER
+from normuon_core.cost import Iteration
 from normuon_core.placement import Placement, Spread, place
-from normuon_core.polar_iteration import choose_form
 from normuon_core.recipes import find_recipe
 
 Stack = tuple[int, int, int]
@@ -186,16 +186,7 @@ def step_on_paper(
 
 def _placed(spread: Spread) -> Placement:
     steps = len(find_recipe("normuon").polar.coefficients)
-    form, _ = choose_form(
-        spread.rows,
-        spread.columns,
-        steps,
-        algorithm="auto",
-        compute_dtype=None,
-        on_gpu=True,
-        symmetric=True,
-    )
-    return place(spread, steps, form=form, itemsize=2, symmetric=True, shard_itemsize=2)
+    return place(spread, Iteration(steps), may_stay=True)
 
 
 def _group(spread: Spread, devices: int, rates: PaperRates) -> GroupOnPaper:

@@ -1,6 +1,6 @@
 """`python -m benchmarks.tune`: the product kernel's tiles, measured on this GPU.
 
-Rewrites this architecture's table in `normuon_core/configurations.json`, from which every run takes its
+Rewrites this architecture's table in `normuon_core/kernels/tiles.json`, from which every run takes its
 configurations: fixed ones, because a search at run time would change bits from run to run.
 """
 
@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.timing import median_milliseconds
-from normuon_core.configurations import ProductConfiguration
+from normuon_core.kernels.tiles import ProductConfiguration
 
-TABLE = Path(str(resources.files("normuon_core").joinpath("configurations.json")))
+TABLE = Path(str(resources.files("normuon_core.kernels").joinpath("tiles.json")))
 
 LARGEST_ERROR = 1e-3
 """Relative Frobenius error against cuBLAS in float16; 3e-4 is one rounding."""
@@ -110,8 +110,8 @@ def operands(problem: Problem) -> Operands:
 
 def launch_of(problem: Problem, configuration: ProductConfiguration):
     """The product kernel with this configuration, on this machine's GPU."""
-    from normuon_core import launches
-    from torch_ref import launcher
+    from normuon_core.kernels import launches
+    from torch_ref.kernels import launcher
 
     return launches.product(
         problem.count,
@@ -132,7 +132,7 @@ def multiplication(
     problem: Problem, configuration: ProductConfiguration, given: Operands
 ) -> Callable[[], torch.Tensor]:
     """A function that multiplies the operands once with this configuration."""
-    from torch_ref import launcher
+    from torch_ref.kernels import launcher
 
     launch = launch_of(problem, configuration)
     inputs = [given.a, given.b, given.d, given.d, 1.0, 1.0, 0.0, 0.0, problem.count]

@@ -2,24 +2,19 @@
 
 Both frameworks run this sequence, each with its own launcher: so their steps are the same to the bit.
 A gradient goes squares -> feed -> products -> neuron_squares -> statistics -> finish. On a mesh the
-parts of a matrix meet at its owner after `feed`, and are parted again before `finish`: a `Journey`.
+parts of a matrix meet at its owner after `feed`, and are parted again before `finish`: an `Exchange`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from normuon_core import launches
-from normuon_core.configurations import product_configuration
-from normuon_core.launches import (
-    Geometry,
-    Launcher,
-    MomentumForm,
-    NeuronNormForm,
-    Output,
-    Span,
-)
-from normuon_core.polar_iteration import Algorithm, choose_form, iterate, range_scales
+from normuon_core.cost import Form
+from normuon_core.kernels import launches
+from normuon_core.kernels.geometry import Geometry, Span
+from normuon_core.kernels.launches import Launcher, MomentumForm, NeuronNormForm, Output
+from normuon_core.kernels.tiles import product_configuration
+from normuon_core.polar_iteration import iterate, range_scales
 from normuon_core.polynomials import Coefficients
 from normuon_core.recipes import Momentum, NeuronNorm, Polar, Recipe
 from normuon_core.shape_rules import RMS_FLOOR
@@ -44,7 +39,7 @@ class Leaf:
 
     Attributes:
       gradient, parameter, momentum: of the weight's shape. delta: None until the first matrix is done.
-      rates: (runs of the batch, `kernels.RATES`) float32.
+      rates: (runs of the batch, `source.RATES`) float32.
       momentum_output, delta_output: their shapes and dtypes.
     """
 
@@ -65,7 +60,7 @@ class Block:
       batch: its matrices, a batch entry's blocks beside each other.
       second_moment: (batch, neurons) float32, or None; replaced.
       scales, decays: (batch,) float32.
-      new_moments: on a journey, the second moments of the matrices done so far, in order.
+      new_moments: on a mesh, the second moments of the matrices done so far, in order.
     """
 
     leaf: Leaf
@@ -85,7 +80,7 @@ class Piece(NamedTuple):
     count: int
 
 
-class Journey(Protocol):
+class Exchange(Protocol):
     """The way of one stack's matrices over a mesh. `count`: matrices that this device has parts of."""
 
     @property
@@ -93,27 +88,27 @@ class Journey(Protocol):
         """How many matrices this device orthogonalizes."""
         ...
 
-    def all_partials(self, partials: Any) -> Any:
+    def gather_partials(self, partials: Any) -> Any:
         """All parts' sums, (count, sums of a whole matrix), from this device's (count, short, long)."""
         ...
 
-    def to_owner(self, x: Any) -> Any:
+    def to_owners(self, x: Any) -> Any:
         """(count, short, padded long) of parts to (owned, short, padded long) of whole matrices."""
         ...
 
-    def home(self, v: Any) -> Any:
-        """The inverse of `to_owner`."""
+    def to_holders(self, v: Any) -> Any:
+        """The inverse of `to_owners`."""
         ...
 
-    def statistics_to_owner(self, pieces: Sequence[tuple[Piece, Any]]) -> Any:
+    def statistics_to_owners(self, pieces: Sequence[tuple[Piece, Any]]) -> Any:
         """Of each piece its neurons' (matrices, neurons here): all neurons of what is owned."""
         ...
 
-    def statistics_home(self, statistics: Sequence[Any], sums: Any) -> tuple[list[Any], Any]:
+    def statistics_to_holders(self, statistics: Sequence[Any], sums: Any) -> tuple[list[Any], Any]:
         """From (owned, neurons) each and (owned, ...) to (count, neurons here) and (count, ...)."""
         ...
 
-    def rates_to_owner(self, pieces: Sequence[Piece]) -> tuple[Any, int]:
+    def rates_to_owners(self, pieces: Sequence[Piece]) -> tuple[Any, int]:
         """(rows of rates, consecutive matrices of what is owned that share one)."""
         ...
 
@@ -185,20 +180,18 @@ def polar_factors_of_pieces(
     polar: Polar,
     *,
     momentum: Momentum | None,
-    compute_dtype: str | None,
-    algorithm: Algorithm,
-    journey: Journey | None = None,
+    form: Form,
+    dtype: str,
+    exchange: Exchange | None = None,
 ) -> tuple[Any, list[Span]]:
     """Stages 1 and 2 of a stack: (the stack, where each piece lies in it).
 
     The stack is (count, short, padded long) in the compute dtype; what is beyond `long` is not
-    written. With a `journey` it is the owner's, and the places are those at home. momentum=None takes
-    the gradient itself.
+    written. With an `exchange` it is the owner's, and the places are those of the parts.
+    momentum=None takes the gradient itself.
     """
     geometry, rule = pieces[0].block.geometry, MomentumForm.of(momentum)
-    form, dtype = form_of(
-        geometry.whole, polar, compute_dtype=compute_dtype, algorithm=algorithm, device=device
-    )
+    check_products(device, dtype, geometry.whole)
     total = sum(piece.count for piece in pieces)
     scales = range_scales(*geometry.whole, dtype)
     spans, x, start = [], None, 0
@@ -212,8 +205,8 @@ def polar_factors_of_pieces(
             launches.squares(own, piece.count, rule),
             [leaf.gradient, leaf.momentum, leaf.rates, span.leaf_start],
         )
-        if journey is not None:
-            partials = journey.all_partials(partials)
+        if exchange is not None:
+            partials = exchange.gather_partials(partials)
         x, leaf.momentum = launch(
             launches.feed(
                 own,
@@ -237,8 +230,8 @@ def polar_factors_of_pieces(
                 leaf.rates if x is None else x,
             ],
         )
-    if journey is not None:
-        x, total = journey.to_owner(x), journey.owned
+    if exchange is not None:
+        x, total = exchange.to_owners(x), exchange.owned
     v = iterate_stack(
         launch,
         device,
@@ -260,7 +253,7 @@ def iterate_stack(
     *,
     geometry: Geometry,
     count: int,
-    form: Literal["standard", "gram"],
+    form: Form,
     dtype: str,
 ):
     """The iteration on a stack of whole matrices, (count, short, padded long), normalised and scaled."""
@@ -274,31 +267,6 @@ def iterate_stack(
         short=short,
         scales=range_scales(short, long, dtype),
     )
-
-
-def form_of(
-    sides: tuple[int, int],
-    polar: Polar,
-    *,
-    compute_dtype: str | None,
-    algorithm: Algorithm,
-    device: Device,
-) -> tuple[Literal["standard", "gram"], str]:
-    """(form, compute dtype) that the kernels take for a matrix of these sides.
-
-    Raises:
-      ValueError: products that the device would get wrong, see `check_products`.
-    """
-    form, dtype = choose_form(
-        *sides,
-        len(polar.coefficients),
-        algorithm=algorithm,
-        compute_dtype=compute_dtype,
-        on_gpu=True,
-        symmetric=True,
-    )
-    check_products(device, dtype, sides)
-    return form, dtype
 
 
 def check_products(device: Device, dtype: str, sides: tuple[int, int]) -> None:
@@ -317,13 +285,13 @@ def step_stack(
     pieces: Sequence[Piece],
     recipe: Recipe,
     *,
-    compute_dtype: str | None,
-    algorithm: Algorithm,
-    journey: Journey | None = None,
+    form: Form,
+    dtype: str,
+    exchange: Exchange | None = None,
 ) -> None:
     """All stages of one stack; momentum, second moment and delta of the pieces' weights are replaced.
 
-    With a `journey` all pieces are cut alike and have their neurons on the same side.
+    With an `exchange` all pieces are cut alike and have their neurons on the same side.
     """
     v, spans = polar_factors_of_pieces(
         launch,
@@ -331,16 +299,16 @@ def step_stack(
         pieces,
         recipe.polar,
         momentum=recipe.momentum,
-        compute_dtype=compute_dtype,
-        algorithm=algorithm,
-        journey=journey,
+        form=form,
+        dtype=dtype,
+        exchange=exchange,
     )
     needs_statistics = recipe.neuron_norm is not None or recipe.shape_scale == "rms"
-    if journey is not None:
+    if exchange is not None:
         statistics = [(None, None)] * len(pieces)
         if needs_statistics:
-            statistics = _owners_statistics(launch, v, pieces, spans, recipe, journey)
-        v = journey.home(v)
+            statistics = _owners_statistics(launch, v, pieces, spans, recipe, exchange)
+        v = exchange.to_holders(v)
     elif needs_statistics:
         statistics = _statistics(launch, v, pieces, spans, recipe)
     else:
@@ -374,24 +342,24 @@ def _owners_statistics(
     pieces: Sequence[Piece],
     spans: Sequence[Span],
     recipe: Recipe,
-    journey: Journey,
+    exchange: Exchange,
 ) -> list[tuple[Any, Any]]:
-    """As `_statistics`, made by the matrices' owners and sent home."""
+    """As `_statistics`, made by the matrices' owners and sent back to the holders of the parts."""
     rule, here = recipe.neuron_norm, pieces[0].block.geometry
-    rates, matrices_a_rate = journey.rates_to_owner(pieces)
+    rates, matrices_a_rate = exchange.rates_to_owners(pieces)
     geometry = replace(here.as_whole, matrices_a_rate=matrices_a_rate)
-    (partials,) = launch(launches.neuron_squares(geometry, journey.owned), [v, 0])
+    (partials,) = launch(launches.neuron_squares(geometry, exchange.owned), [v, 0])
     old, kept = rates, Output((1,), "float32")
     if rule is not None:
         moments = [(piece, piece.block.second_moment) for piece in pieces]
-        old = journey.statistics_to_owner(moments)
-        kept = Output((journey.owned, geometry.neurons), "float32")
+        old = exchange.statistics_to_owners(moments)
+        kept = Output((exchange.owned, geometry.neurons), "float32")
     new, factors, sums = launch(
-        launches.statistics(geometry, journey.owned, NeuronNormForm.of(rule), kept),
+        launches.statistics(geometry, exchange.owned, NeuronNormForm.of(rule), kept),
         [partials, old, rates, _eps(rule), 0, 0],
     )
     known = [] if rule is None else [new, factors]
-    known, sums = journey.statistics_home(known, sums)
+    known, sums = exchange.statistics_to_holders(known, sums)
     result = []
     for piece, span in zip(pieces, spans, strict=True):
         own = slice(span.stack_start, span.stack_start + span.count)

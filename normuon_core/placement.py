@@ -5,10 +5,11 @@ the same answer.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from normuon_core.polar_iteration import gram_restarts, operations
+from normuon_core.cost import Form, Iteration, operations
+from normuon_core.polar_iteration import gram_restarts
 
 Strategy = Literal["whole", "owners", "shards"]
 
@@ -18,6 +19,9 @@ OPERATIONS_A_BYTE = 2000
 Two H100s reach 300 TFLOP/s each in a whole step of the 1B Llama, and send 259 GB/s over NVLink
 (`python -m benchmarks.sharded`): 1200 over a step, and about twice that in its products alone. Between
 hosts a byte costs more: that would only favour what needs none."""
+
+_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+"""Bytes of a compute dtype's entry."""
 
 _SLOWNESS = {2: 1, 4: 8, 8: 16}
 """Time of an operation by the compute dtype's bytes, half precision being 1 (float32, not TF32)."""
@@ -32,6 +36,8 @@ class Spread:
       rows, columns: of a whole matrix.
       row_parts, column_parts: over how many devices each side is divided.
       replicas: how many devices hold the same part.
+      dtype: in which the matrices come.
+      on_mesh: whether it is known where each part lies, so that kernels can run on each device.
     """
 
     count: int
@@ -40,6 +46,8 @@ class Spread:
     row_parts: int = 1
     column_parts: int = 1
     replicas: int = 1
+    dtype: str = "float32"
+    on_mesh: bool = False
 
     @property
     def parts(self) -> int:
@@ -72,6 +80,7 @@ class Placement:
       padding: matrices of zeros among those of all `owners`.
       operations: floating-point operations of the iteration on one device.
       bytes_sent: by one device in a step: matrices and Gram matrices.
+      form, dtype: of the iteration there; None for stages that have none.
     """
 
     strategy: Strategy
@@ -80,55 +89,56 @@ class Placement:
     padding: int
     operations: float
     bytes_sent: float
-
-    def seconds(self, itemsize: int) -> float:
-        """In a unit of its own, to compare places by."""
-        return self.operations * _SLOWNESS[itemsize] + self.bytes_sent * OPERATIONS_A_BYTE
+    form: Form | None = None
+    dtype: str | None = None
 
 
-def place(
-    spread: Spread,
-    steps: int,
-    *,
-    form: Literal["standard", "gram"],
-    itemsize: int,
-    symmetric: bool,
-    shard_itemsize: int | None,
-) -> Placement:
-    """The cheapest place for a group of matrices.
+def place(spread: Spread, iteration: Iteration, *, may_stay: bool = False) -> Placement:
+    """The cheapest place for a group of matrices, and the form and dtype of the iteration there.
 
     Args:
-      steps: of the iteration. form, itemsize: of a matrix with one owner, the bytes of its compute
-        dtype. symmetric: whether products that are known to be symmetric cost half there.
-      shard_itemsize: bytes of the compute dtype on shards; None rules them out.
+      may_stay: whether they may stay divided, if the iteration can.
     """
-    candidates = [(whole_or_owned(spread, steps, form, itemsize, symmetric), itemsize)]
+    form, dtype = iteration.form(spread.rows, spread.columns)
+    work = operations(
+        spread.short, spread.long, iteration.steps, form=form, symmetric=iteration.symmetric
+    )
+    candidates = [whole_or_owned(spread, work, _SIZES[dtype])]
     if spread.replicas > 1:
-        shared = owned(spread, steps, form, itemsize, symmetric, sharing=spread.replicas)
-        candidates.append((shared, itemsize))
-    if shard_itemsize is not None and spread.parts > 1:
-        candidates.append((on_shards(spread, steps, shard_itemsize), shard_itemsize))
-    return min(candidates, key=lambda pair: pair[0].seconds(pair[1]))[0]
+        candidates.append(owned(spread, work, _SIZES[dtype], sharing=spread.replicas))
+    candidates = [replace(each, form=form, dtype=dtype) for each in candidates]
+    on_parts = iteration.dtype_on_shards
+    if may_stay and on_parts is not None and spread.parts > 1:
+        stays = on_shards(spread, iteration.steps, _SIZES[on_parts])
+        candidates.append(replace(stays, form="gram", dtype=on_parts))
+    return min(candidates, key=_time)
 
 
-def whole_or_owned(spread: Spread, steps, form, itemsize: int, symmetric: bool) -> Placement:
-    """Without the replicas' help: where the matrices are if they are whole, else with owners."""
+def _time(placement: Placement) -> float:
+    """In a unit of its own, to compare places by."""
+    assert placement.dtype is not None
+    slowness = _SLOWNESS[_SIZES[placement.dtype]]
+    return placement.operations * slowness + placement.bytes_sent * OPERATIONS_A_BYTE
+
+
+def whole_or_owned(spread: Spread, work: float, itemsize: int) -> Placement:
+    """Without the replicas' help: where the matrices are if they are whole, else with owners.
+
+    Args:
+      work: operations on one whole matrix. itemsize: bytes of an entry that is sent.
+    """
     if spread.parts > 1:
-        return owned(spread, steps, form, itemsize, symmetric, sharing=1)
-    each = operations(spread.short, spread.long, steps, form=form, symmetric=symmetric)
-    return Placement("whole", 1, spread.count, 0, spread.count * each, 0.0)
+        return owned(spread, work, itemsize, sharing=1)
+    return Placement("whole", 1, spread.count, 0, spread.count * work, 0.0)
 
 
-def owned(
-    spread: Spread, steps, form, itemsize: int, symmetric: bool, *, sharing: int
-) -> Placement:
+def owned(spread: Spread, work: float, itemsize: int, *, sharing: int) -> Placement:
     """With an owner for each matrix, found among its parts and `sharing` of their replicas.
 
     An all-to-all there and one back; the replicas then gather what each of them has made.
     """
     owners = spread.parts * sharing
     each = math.ceil(spread.count / owners)
-    work = operations(spread.short, spread.long, steps, form=form, symmetric=symmetric)
     entries = each * spread.rows * spread.columns
     moved = 2 * (spread.parts - 1) / spread.parts + (sharing - 1)
     return Placement(

@@ -6,11 +6,9 @@ in which order and at which scale, is the same everywhere.
 
 import math
 from collections.abc import Sequence
-from typing import Literal, Protocol, TypeVar, get_args
+from typing import Literal, Protocol, TypeVar
 
 from normuon_core.polynomials import Coefficients
-
-Algorithm = Literal["standard", "gram", "auto"]
 
 Array = TypeVar("Array")
 
@@ -29,12 +27,6 @@ A rounding error in a Gram matrix R grows by h(R)^2 with every step that R is ca
 directions that need lifting most. Entries of the first R are near 1/short, so its errors allow three
 steps where the short side is long; later ones have entries near 1, and two steps keep their errors
 below those of the bfloat16 standard form. `parity_tests/test_half_precision.py` has the figures."""
-
-
-GRAM_RATE = 0.94
-"""The kernels' operations a second in the Gram form over those in the standard one, near ratio 1: more
-of its products are the small symmetric ones. On an H200 at 2048 these run at 521 and the others at 628
-TFLOP/s (`python -m benchmarks.tune`), which for 16 square matrices adds up to 5.1 against 4.8 ms."""
 
 
 class Products(Protocol[Array]):
@@ -73,69 +65,6 @@ def gram_restarts(steps: int, short: int) -> tuple[int, ...]:
     """
     stretch = 2 if short < FEW_ROWS else 3
     return tuple(range(steps - 2, 0, -stretch))[::-1]
-
-
-def operations(
-    short: float, long: float, steps: int, *, form: Literal["standard", "gram"], symmetric: bool
-) -> float:
-    """Floating-point operations of `steps` steps on one matrix.
-
-    With ratio = long / short, in short^3 and for five steps on a large matrix: the standard form takes
-    20 ratio + 10, the Gram form 8 ratio + 28; with products that know their result to be symmetric
-    15 ratio + 5 and 6 ratio + 14.
-    """
-    ratio = long / short
-    square = 1 if symmetric else 2
-    if form == "standard":
-        return steps * ((square + 2) * ratio + square) * short**3
-    stretches = len(gram_restarts(steps, int(short))) + 1
-    carried = steps - stretches
-    return (stretches * (square + 2) * ratio + square * (steps + 3 * carried)) * short**3
-
-
-def gram_saves(short: int, long: int, steps: int, *, symmetric: bool) -> bool:
-    """Whether the Gram form takes less time than the standard one, the kernels' at `GRAM_RATE`."""
-    standard, gram = (
-        operations(short, long, steps, form=form, symmetric=symmetric)
-        for form in ("standard", "gram")
-    )
-    return gram / (GRAM_RATE if symmetric else 1) < standard
-
-
-def check_algorithm(algorithm: str) -> None:
-    """Raises a ValueError unless `algorithm` is one."""
-    if algorithm not in get_args(Algorithm):
-        raise ValueError(f"unknown algorithm {algorithm!r}; use one of {get_args(Algorithm)}.")
-
-
-def choose_form(
-    rows: int,
-    columns: int,
-    steps: int,
-    *,
-    algorithm: Algorithm,
-    compute_dtype: str | None,
-    on_gpu: bool,
-    symmetric: bool,
-) -> tuple[Literal["standard", "gram"], str]:
-    """What `algorithm="auto"` and `compute_dtype=None` stand for, on one matrix shape.
-
-    The Gram form on GPUs where it takes fewer operations, unless the compute dtype is bfloat16, in
-    which it loses the small singular directions. (float16 products are slow on CPUs and missing on
-    TPUs.) The dtype is float16 where the Gram form runs and bfloat16 elsewhere.
-
-    Args:
-      symmetric: whether products that are known to be symmetric cost half.
-
-    Raises:
-      ValueError: an unknown `algorithm`.
-    """
-    check_algorithm(algorithm)
-    if algorithm == "auto":
-        short, long = sorted((rows, columns))
-        saves = gram_saves(short, long, steps, symmetric=symmetric)
-        algorithm = "gram" if on_gpu and saves and compute_dtype != "bfloat16" else "standard"
-    return algorithm, compute_dtype or ("float16" if algorithm == "gram" else "bfloat16")
 
 
 def range_scales(rows: int, columns: int, compute_dtype: str) -> tuple[float, float]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from normuon_core.hyperparameters import check_choice, check_decay, check_number, check_rate
+from normuon_core.neurons import NeuronAxis
 from normuon_core.polynomials import (
     CUBIC,
     NEWTON_SCHULZ,
@@ -22,7 +23,6 @@ from normuon_core.shape_rules import ShapeRule, check_shape_rule
 
 MomentumRule = Literal["lerp", "heavy_ball", "bias_corrected"]
 EpsRule = Literal["add", "max"]
-NeuronAxis = Literal["output", "input", "longer"]
 RatePower = Literal[1, 2]
 
 

@@ -41,3 +41,17 @@ def even_stacks(
                 room = owners * (rounds // count + (done < rounds % count))
     if stack:
         yield stack
+
+
+def plan_stacks(
+    sizes: Sequence[int], bytes_a_matrix: int, ceiling: int, *, owners: int = 1, sharing: int = 1
+) -> Iterator[list[tuple[int, int, int]]]:
+    """The stacks of matrices that are alike, as `even_stacks` cuts them.
+
+    Args:
+      bytes_a_matrix: what one matrix of a stack takes on the device that orthogonalizes it.
+      ceiling: bytes that a stack may take there; one matrix is never cut.
+      owners: among how many devices every stack is divided evenly.
+      sharing: among how many devices it is divided in any other way.
+    """
+    return even_stacks(sizes, max(1, ceiling // bytes_a_matrix) * sharing, owners=owners)

@@ -2,22 +2,22 @@
 
 from normuon_core import POLYNOMIALS, RECIPES, MatrixLayout, Recipe, polar_express
 from optax_normuon.description import describe
-from optax_normuon.injection import STATIC_ARGS, inject_hyperparams
-from optax_normuon.layout_by_path import layout_by_path
-from optax_normuon.momentum import (
+from optax_normuon.leaves.injection import STATIC_ARGS, inject_hyperparams
+from optax_normuon.leaves.layout_by_path import layout_by_path
+from optax_normuon.leaves.multipliers import multipliers_by_path
+from optax_normuon.mesh.state_specs import state_specs
+from optax_normuon.older_states import older_state
+from optax_normuon.optimizer import muon, normuon, scale_by_normuon
+from optax_normuon.remainder import with_bf16_remainder
+from optax_normuon.stages.momentum import (
     bias_corrected_momentum,
     heavy_ball_momentum,
     lerp_momentum,
 )
-from optax_normuon.multipliers import multipliers_by_path
-from optax_normuon.neuron_norm import normalize_neurons
-from optax_normuon.older_states import older_state
-from optax_normuon.optimizer import muon, normuon, scale_by_normuon
-from optax_normuon.orthogonalization import orthogonalize, polar_factor
-from optax_normuon.remainder import with_bf16_remainder
-from optax_normuon.shape_scaling import scale_by_shape
-from optax_normuon.specs import state_specs
-from optax_normuon.weight_decay import add_cautious_weight_decay
+from optax_normuon.stages.neuron_norm import normalize_neurons
+from optax_normuon.stages.orthogonalization import orthogonalize, polar_factor
+from optax_normuon.stages.shape_scaling import scale_by_shape
+from optax_normuon.stages.weight_decay import add_cautious_weight_decay
 
 __all__ = [
     "POLYNOMIALS",

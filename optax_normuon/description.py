@@ -1,6 +1,8 @@
 """What would become of every leaf, as a table to be read before training."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from itertools import groupby
 from typing import Any
 
 import jax
@@ -9,15 +11,21 @@ from normuon_core.layout import MatrixView
 from normuon_core.recipes import Recipe, find_recipe
 from normuon_core.shape_rules import ShapeRule, shape_factor
 from normuon_core.table import leaf_table, table, totals_table
-from optax_normuon.layout import LayoutTree, Views, find_routes, overrides_of, views_of
+from optax_normuon.leaves.layout import LayoutTree, Views, find_routes, overrides_of, views_of
+from optax_normuon.leaves.paths import named_leaves
+from optax_normuon.leaves.question import (
+    ADAMW,
+    DOUBT,
+    MATRICES,
+    leaf_rows,
+    printed_matrices,
+    question,
+)
+from optax_normuon.leaves.routing import Route
+from optax_normuon.mesh.cut import Cut, Factor
+from optax_normuon.mesh.specs import Specs, SpecTree, own_shardings, resolve_specs
 from optax_normuon.optimizer import normuon
-from optax_normuon.orthogonalization import orthogonalization_stage
-from optax_normuon.paths import named_leaves
-from optax_normuon.question import ADAMW, DOUBT, MATRICES, leaf_rows, printed_matrices, question
-from optax_normuon.routing import Route
-from optax_normuon.sharding import Cut, Factor
-from optax_normuon.specs import Specs, SpecTree, own_shardings, resolve_specs
-from optax_normuon.stacking import place_groups, place_leaf, stack_ceiling
+from optax_normuon.plans import Execution, plans
 from optax_normuon.totals import totals
 
 
@@ -37,10 +45,11 @@ def describe(
     table stand its readings with a dictionary to paste: `normuon(...).init` would raise. Totals come
     last: for each optimizer its parameters and the bytes of its state over all devices.
 
-    On a mesh a second table says where the matrices are orthogonalized, by groups alike in shape
-    and in how they are divided: "whole" where they lie whole, "owners" one device for each, "shards"
-    divided in the Gram form. FLOPs are one device's in the iteration, bytes what it sends of matrices
-    and Gram matrices, both a step; padding is matrices of zeros among those of all owners.
+    On a mesh a second table is the plan of the step: by groups alike in shape and in how they are
+    divided, which engine steps the matrices and where they are orthogonalized: "whole" where they lie
+    whole, "owners" one device for each, "shards" divided in the Gram form. FLOPs are one device's in
+    the iteration, bytes what it sends of matrices and Gram matrices, both a step; padding is matrices
+    of zeros among those of all owners.
 
     Args:
       params: arrays or abstract arrays.
@@ -100,36 +109,29 @@ def _optimizer(found: Route, matrices: str, rest: str) -> str:
 def _groups(
     params, views: Views, specs: Specs, recipe: Recipe, keywords: Mapping[str, Any]
 ) -> list[list[str]]:
-    stage = orthogonalization_stage(
-        **vars(recipe.polar),
-        compute_dtype=keywords.get("compute_dtype"),
-        algorithm=keywords.get("algorithm", "auto"),
-        backend=keywords.get("backend", "auto"),
-    )
-    leaves = [(path, leaf) for path, _, leaf in named_leaves(params) if path in views]
-    groups = place_groups(
-        stage,
-        {i: place_leaf(views[path], path, specs) for i, (path, _) in enumerate(leaves)},
-        {i: leaf.dtype for i, (_, leaf) in enumerate(leaves)},
-        specs,
-        ceiling=stack_ceiling(keywords.get("max_stack_bytes")),
-    )
-    header = ["matrices x (rows, columns)", "divided over", "strategy", "owners", "a device's"]
-    rows = [[*header, "padding", "FLOPs a device", "bytes sent"]]
-    for group, placement, stacks in groups:
-        count = sum(piece.stop - piece.start for stack in stacks for piece in stack)
-        rows.append(
-            [
-                f"{count} x ({group.rows}, {group.columns})",
-                _divided(group.cut),
-                placement.strategy,
-                str(placement.owners),
-                str(placement.each),
-                str(placement.padding),
-                f"{placement.operations:.3g}",
-                f"{placement.bytes_sent:.3g}",
-            ]
-        )
+    """One line for each group of every engine: from the plan that the step makes."""
+    leaves = {path: leaf for path, _, leaf in named_leaves(params) if path in views}
+    header = ["matrices x (rows, columns)", "divided over", "engine", "strategy", "owners"]
+    rows = [[*header, "a device's", "padding", "FLOPs a device", "bytes sent"]]
+    names = {field.name for field in fields(Execution)}
+    execution = Execution(recipe, **{k: v for k, v in keywords.items() if k in names})
+    for engine, stacks in plans(execution, leaves, views, specs).items():
+        for _, group in groupby(stacks, key=lambda stack: stack.alike):
+            first = next(group)
+            alike, placement = first.alike, first.placement
+            rows.append(
+                [
+                    f"{first.group} x ({alike.rows}, {alike.columns})",
+                    _divided(alike.cut),
+                    engine,
+                    placement.strategy,
+                    str(placement.owners),
+                    str(placement.each),
+                    str(placement.padding),
+                    f"{placement.operations:.3g}",
+                    f"{placement.bytes_sent:.3g}",
+                ]
+            )
     return rows
 
 

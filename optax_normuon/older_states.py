@@ -5,10 +5,10 @@ import numpy as np
 import optax
 
 from normuon_core.layout import MatrixView
-from optax_normuon.boxes import unbox
-from optax_normuon.paths import KeyPath
-from optax_normuon.specs import found_views
-from optax_normuon.stacking import as_stack, statistic_leaf_shape
+from optax_normuon.leaves.boxes import unbox
+from optax_normuon.leaves.paths import KeyPath
+from optax_normuon.matrices.views import as_stack, statistic_leaf_shape
+from optax_normuon.mesh.specs import found_views
 
 
 def older_state(tx: optax.GradientTransformation, params):

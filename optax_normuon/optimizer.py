@@ -9,32 +9,31 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
+from normuon_core.cost import Algorithm
 from normuon_core.hyperparameters import check_decay, check_rate
-from normuon_core.polar_iteration import Algorithm
 from normuon_core.polynomials import Coefficients
 from normuon_core.recipes import Recipe, find_recipe
 from normuon_core.shape_rules import ShapeRule
-from optax_normuon.adamw import check_no_multipliers, scale_by_adam
-from optax_normuon.injection import refuse_injection_of_static_arguments
-from optax_normuon.launcher import Backend, takes_kernels
-from optax_normuon.layout import LayoutTree, Views, resolve_layouts
-from optax_normuon.momentum import momentum_stage
-from optax_normuon.multipliers import Multipliers, MultiplierTree, resolve_multipliers
-from optax_normuon.neuron_norm import neuron_norm_stage
-from optax_normuon.orthogonalization import orthogonalization_stage
-from optax_normuon.parameters import check_leaves, require_params
-from optax_normuon.paths import named_leaves
-from optax_normuon.precision import as_schedule, in_working_precision
-from optax_normuon.shape_scaling import scale_by_shape, scale_factor
-from optax_normuon.specs import Specs, SpecTree, resolve_specs
-from optax_normuon.stacking import MatrixStage, chain_stages, on_matrices
-from optax_normuon.weight_decay import (
-    WeightDecayState,
+from optax_normuon.kernels.backend import Backend
+from optax_normuon.leaves.injection import refuse_injection_of_static_arguments
+from optax_normuon.leaves.layout import LayoutTree, Views, resolve_layouts
+from optax_normuon.leaves.multipliers import Multipliers, MultiplierTree, resolve_multipliers
+from optax_normuon.leaves.others import check_no_multipliers
+from optax_normuon.leaves.parameters import check_leaves, require_params
+from optax_normuon.leaves.paths import named_leaves
+from optax_normuon.leaves.precision import as_schedule, in_working_precision
+from optax_normuon.matrices.on_matrices import on_matrices
+from optax_normuon.mesh.specs import Specs, SpecTree, resolve_specs
+from optax_normuon.plans import Execution
+from optax_normuon.stages.adamw import scale_by_adam
+from optax_normuon.stages.chain import chain_of_stages
+from optax_normuon.stages.increment import decay_and_scale
+from optax_normuon.stages.momentum import momentum_stage
+from optax_normuon.stages.orthogonalization import Orthogonalizer
+from optax_normuon.stages.shape_scaling import scale_by_shape
+from optax_normuon.stages.weight_decay import (
     add_cautious_weight_decay,
-    decay_term,
 )
-
-Orthogonalizer = Callable[[jax.Array], jax.Array]
 
 
 @refuse_injection_of_static_arguments
@@ -150,7 +149,7 @@ def normuon(
         steps=steps,
         eps=eps,
     )
-    direction = _direction(
+    execution = Execution(
         chosen,
         orthogonalizer=orthogonalizer,
         momentum_dtype=momentum_dtype,
@@ -159,6 +158,7 @@ def normuon(
         backend=backend,
         max_stack_bytes=max_stack_bytes,
     )
+    direction = _direction(execution)
     decay_rate = as_schedule(weight_decay)
     if chosen.decay.rate_power == 2:
         decay_rate = _product_of(as_schedule(learning_rate), decay_rate)
@@ -171,24 +171,19 @@ def normuon(
         wd_factors: Multipliers,
     ):
         chain = in_working_precision(
-            optax.chain(
+            chain_of_stages(
                 direction(views, specs),
-                _decay_and_scale(chosen, decay_rate, views, lr_factors, wd_factors),
+                decay_and_scale(chosen, decay_rate, views, lr_factors, wd_factors),
                 _scale_by_rate(learning_rate),
             )
         )
         if not by_kernels:
             return chain
-        from optax_normuon.kernel_step import KernelSettings, with_kernels
+        from optax_normuon.steps.fused import with_kernels
 
         return with_kernels(
             chain,
-            KernelSettings(
-                chosen,
-                None if compute_dtype is None else jnp.dtype(compute_dtype).name,
-                algorithm,
-                max_stack_bytes,
-            ),
+            execution.kernels(),
             views=views,
             specs=specs,
             learning_rate=learning_rate,
@@ -219,9 +214,8 @@ def normuon(
         specs = resolve_specs(param_specs, params)
         lr_factors = resolve_multipliers(lr_mul, params, views, what="lr_mul")
         wd_factors = resolve_multipliers(wd_mul, params, views, what="wd_mul")
-        given = [dtype for dtype in (momentum_dtype, compute_dtype) if dtype is not None]
-        by_kernels = orthogonalizer is None and takes_kernels(
-            backend, [*given, *_matrix_dtypes(views, *trees)], placed=specs is not None
+        by_kernels = execution.takes_kernels(
+            _matrix_dtypes(views, *trees), placed=specs is not None
         )
         if others is not None:
             check_no_multipliers(params, views, lr_factors, "lr_mul")
@@ -310,7 +304,7 @@ def scale_by_normuon(
         steps=steps,
         eps=eps,
     )
-    direction = _direction(
+    execution = Execution(
         chosen,
         orthogonalizer=orthogonalizer,
         momentum_dtype=momentum_dtype,
@@ -319,98 +313,29 @@ def scale_by_normuon(
         backend=backend,
         max_stack_bytes=max_stack_bytes,
     )
+    direction = _direction(execution)
     return in_working_precision(direction(layout, param_specs))
 
 
 def _direction(
-    recipe: Recipe,
-    *,
-    orthogonalizer,
-    momentum_dtype,
-    compute_dtype,
-    algorithm,
-    backend,
-    max_stack_bytes,
+    execution: Execution,
 ) -> Callable[[LayoutTree | Views, SpecTree | Specs], optax.GradientTransformation]:
     """Stages 1 to 3 for a layout and the places of its leaves."""
-    if backend == "triton" and orthogonalizer is not None:
-        raise ValueError(
-            "backend='triton' has its own orthogonalization; leave the orthogonalizer out, or use"
-            " backend='auto'."
-        )
-    if orthogonalizer is None:
-        stages = [
-            orthogonalization_stage(
-                **vars(recipe.polar),
-                compute_dtype=compute_dtype,
-                algorithm=algorithm,
-                backend=backend,
-            )
-        ]
-    else:
-        stages = [_stage_of(orthogonalizer)]
-    if recipe.neuron_norm is not None:
-        stages.append(neuron_norm_stage(**vars(recipe.neuron_norm)))
-    momentum = momentum_stage(recipe.momentum, momentum_dtype=momentum_dtype)
+    stages = execution.stages()
+    momentum = momentum_stage(execution.recipe.momentum, momentum_dtype=execution.momentum_dtype)
 
     def direction(layout, specs):
         return optax.chain(
             momentum,
             on_matrices(
-                chain_stages(*stages),
+                stages,
                 layout=layout,
-                max_stack_bytes=max_stack_bytes,
+                max_stack_bytes=execution.max_stack_bytes,
                 param_specs=specs,
             ),
         )
 
     return direction
-
-
-def _stage_of(orthogonalizer: Orthogonalizer) -> MatrixStage:
-    def update(stack, state):
-        result = orthogonalizer(stack.values)
-        if result.shape != stack.values.shape:
-            raise ValueError(
-                f"orthogonalizer returned shape {result.shape} for a stack of shape"
-                f" {stack.values.shape}; it must keep (batch, rows, columns)."
-            )
-        return stack.with_values(result), state
-
-    return MatrixStage(lambda stack: optax.EmptyState(), update)
-
-
-def _decay_and_scale(
-    recipe: Recipe,
-    decay_rate: optax.Schedule,
-    views: Views,
-    lr_factors: Multipliers,
-    wd_factors: Multipliers,
-) -> optax.GradientTransformation:
-    """Stages 4 and 5 as the recipe orders them; mask and `rms` norm are always the direction's own."""
-    cautious, inside_scale = recipe.decay.cautious, recipe.decay.inside_scale
-
-    def init(params):
-        del params
-        return WeightDecayState(jnp.zeros([], jnp.int32))
-
-    def update(updates, state, params=None):
-        def finish(path, v, p):
-            if v is None:
-                return None
-            scale = scale_factor(recipe.shape_scale, v, views[path], lr_factors.on(path))
-            amount = jnp.asarray(decay_rate(state.count), v.dtype) * jnp.asarray(
-                wd_factors.on(path), v.dtype
-            )
-            decay = decay_term(v, p, amount, cautious=cautious)
-            return (v + decay) * scale if inside_scale else v * scale + decay
-
-        updates = jax.tree_util.tree_map_with_path(
-            finish, updates, params, is_leaf=lambda leaf: leaf is None
-        )
-        return updates, WeightDecayState(optax.safe_increment(state.count))
-
-    return optax.GradientTransformation(init, update)
 
 
 def _scale_by_rate(learning_rate) -> optax.GradientTransformation:

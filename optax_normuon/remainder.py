@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_normuon.parameters import check_trainable, require_params
-from optax_normuon.precision import map_updates
+from optax_normuon.leaves.parameters import check_trainable, require_params
+from optax_normuon.leaves.precision import map_updates
 
 
 class Bf16RemainderState(NamedTuple):

@@ -9,9 +9,9 @@ import optax
 from jax.tree_util import GetAttrKey
 
 from normuon_core.table import Total
-from optax_normuon.boxes import unbox
-from optax_normuon.paths import KeyPath, named_leaves
-from optax_normuon.question import DOUBT
+from optax_normuon.leaves.boxes import unbox
+from optax_normuon.leaves.paths import KeyPath, named_leaves
+from optax_normuon.leaves.question import DOUBT
 
 _KINDS = {"mu": "first moment", "nu": "second moment"}
 

@@ -11,10 +11,10 @@ import torch
 
 import optax_normuon
 from normuon_core import MatrixLayout
-from optax_normuon.launcher import Backend as JaxBackend
+from optax_normuon.kernels.backend import Backend as JaxBackend
 from torch_ref import NorMuon
-from torch_ref.launcher import Backend as TorchBackend
-from torch_ref.matrix_state import second_moments
+from torch_ref.kernels.backend import Backend as TorchBackend
+from torch_ref.matrices.state import second_moments
 
 Shapes = Mapping[str, tuple[tuple[int, ...], MatrixLayout]]
 

@@ -32,8 +32,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from normuon_core import MatrixLayout
 from parity_tests.spectra import SPECTRA
 from torch_ref import NorMuon, join_remainder
-from torch_ref.data_parallel import ReplicatedStack
-from torch_ref.placement import sharding_of
+from torch_ref.mesh.rectangles import sharding_of
+from torch_ref.steps.data_parallel import ReplicatedStack
 
 OUT_IN, IN_OUT = MatrixLayout(-1, -2), MatrixLayout(-2, -1)
 MERGED = MatrixLayout(reduction_axis=0, output_axis=(1, 2), output_splits=(5, 3))

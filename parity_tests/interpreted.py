@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-import torch_ref.launcher
+import torch_ref.kernels.launcher
 from normuon_core.fused_step import Device
-from optax_normuon import launcher
+from optax_normuon.kernels import backend, launcher
 
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -24,12 +24,11 @@ def interpreted_kernels() -> Iterator[None]:
 
     Only the call of a kernel is another one than on a GPU; all that leads there is the library's own.
     """
-    replaced = {
-        "launch": _launch,
-        "describe_device": lambda: Device("sm90", 4, interpreted=True),
-        "_missing": lambda: None,
-    }
-    with mock.patch.multiple(launcher, **replaced):
+    device = Device("sm90", 4, interpreted=True)
+    with (
+        mock.patch.multiple(launcher, launch=_launch, describe_device=lambda: device),
+        mock.patch.object(backend, "_missing", return_value=None),
+    ):
         yield
 
 
@@ -49,7 +48,7 @@ def _callback(launch, scalars):
         given = [_as_tensor(next(rest)) if scalar is None else scalar for scalar in scalars]
         # The interpreter patches Triton's language while it runs: one launch at a time.
         with _ONE_AT_A_TIME:
-            return tuple(map(_as_array, torch_ref.launcher.launch(launch, given)))
+            return tuple(map(_as_array, torch_ref.kernels.launcher.launch(launch, given)))
 
     return run
 

@@ -12,9 +12,9 @@ import torch
 import optax_normuon
 import torch_ref
 from normuon_core import RECIPES, Recipe
-from optax_normuon.momentum import MomentumState, momentum_stage
-from optax_normuon.neuron_norm import NeuronNormState, neuron_norm_stage
-from optax_normuon.stacking import MatrixStack
+from optax_normuon.matrices.stack import MatrixStack
+from optax_normuon.stages.momentum import MomentumState, momentum_stage
+from optax_normuon.stages.neuron_norm import NeuronNormState, neuron_norm_stage
 from parity_tests.cases import SHAPES, make_trace
 from parity_tests.compare import infinity_distance, largest_ulps
 from parity_tests.jax_driver import run_jax

@@ -13,7 +13,8 @@ from normuon_core import MatrixLayout
 from normuon_core.fused_step import KernelProducts
 from optax_normuon import normuon, polar_factor
 from parity_tests.compare import frobenius_distance
-from torch_ref import NorMuon, launcher
+from torch_ref import NorMuon
+from torch_ref.kernels import launcher
 
 pytestmark = pytest.mark.gpu
 

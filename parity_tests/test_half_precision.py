@@ -12,6 +12,7 @@ import torch
 import optax_normuon
 import torch_ref
 from normuon_core import Polar, polar_iteration
+from normuon_core.cost import Iteration
 from normuon_core.polynomials import CUBIC, NEWTON_SCHULZ, POLAR_EXPRESS_1_05, YOU
 from parity_tests import oracle
 from parity_tests.compare import frobenius_distance
@@ -169,14 +170,9 @@ def test_the_plain_form_in_float64_is_the_oracle():
 
 def test_auto_takes_the_gram_form_on_gpus_where_it_saves():
     def choice(shape, compute_dtype=None, *, on_gpu=True, symmetric=False):
-        return polar_iteration.choose_form(
-            *shape,
-            len(POLAR.coefficients),
-            algorithm="auto",
-            compute_dtype=compute_dtype,
-            on_gpu=on_gpu,
-            symmetric=symmetric,
-        )
+        steps = len(POLAR.coefficients)
+        asked = Iteration(steps, "auto", compute_dtype, on_gpu=on_gpu, symmetric=symmetric)
+        return asked.form(*shape)
 
     assert choice((100, 151)) == choice((151, 100)) == ("gram", "float16")
     assert choice((600, 901)) == choice((901, 600)) == ("gram", "float16")

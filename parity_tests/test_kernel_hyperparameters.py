@@ -11,12 +11,13 @@ import numpy as np
 import optax
 import pytest
 
-from normuon_core import RECIPES, Polar, launches
-from normuon_core.launches import (
+from normuon_core import RECIPES, Polar
+from normuon_core.kernels import launches
+from normuon_core.kernels.geometry import block_geometries
+from normuon_core.kernels.launches import (
     MomentumForm,
     NeuronNormForm,
     Output,
-    block_geometries,
     feed,
     finish,
     squares,

@@ -92,7 +92,7 @@ def test_vmap_over_learning_rates_is_a_loop_over_them(interpreted):
 
 def test_vmap_over_gradients_folds_into_the_stack(interpreted, monkeypatch):
     """One launch of each product for all of them, and the bits of each alone."""
-    from normuon_core import launches
+    from normuon_core.kernels import launches
 
     tx, params = optimizer(), draw(0)
     state = tx.init(params)

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 import torch_ref
-from normuon_core import RECIPES, MatrixLayout, Recipe, launches
+from normuon_core import RECIPES, MatrixLayout, Recipe
 from normuon_core.fused_step import KernelProducts
+from normuon_core.kernels import launches
 from parity_tests import oracle
 from parity_tests.compare import frobenius_distance, infinity_distance
 from parity_tests.half_precision import HARD_SPECTRA
-from torch_ref import NorMuon, launcher
+from torch_ref import NorMuon
+from torch_ref.kernels import launcher
 
 DEVICE = torch.device("cuda" if jax.default_backend() == "gpu" else "cpu")
 

@@ -8,7 +8,7 @@ import torch
 
 from normuon_core import MatrixLayout
 from torch_ref import NorMuon
-from torch_ref.matrix_state import second_moments
+from torch_ref.matrices.state import second_moments
 
 STACK = MatrixLayout(-1, -2)
 

@@ -10,8 +10,8 @@ import torch
 
 from normuon_core import POLYNOMIALS, RECIPES, Polar, polar_express, polar_iteration
 from parity_tests import oracle
-from torch_ref import orthogonalization as forms
 from torch_ref import polar_factor
+from torch_ref.stages import orthogonalization as forms
 
 POLAR_EXPRESS = RECIPES["normuon"].polar
 NEWTON_SCHULZ = RECIPES["muon_keller"].polar

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from normuon_core import RECIPES, Decay, MatrixLayout
 from parity_tests import oracle
 from torch_ref import NorMuon
-from torch_ref.stacking import bytes_per_matrix, from_blocks, from_stack, to_blocks, to_stack
+from torch_ref.matrices.views import bytes_per_matrix, from_blocks, from_stack, to_blocks, to_stack
 
 FLOAT64 = {"compute_dtype": torch.float64}
 SCHEDULE = [(0.02, 0.9), (0.05, 0.95), (0.01, 0.8)]

@@ -11,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from normuon_core import RECIPES, MatrixLayout, Polar
 from normuon_core.polynomials import POLAR_EXPRESS
-from torch_ref import NorMuon, part
+from torch_ref import NorMuon
+from torch_ref.leaves import part
 
 STACK = MatrixLayout(-1, -2)
 
@@ -28,13 +29,14 @@ def set_gradients(params):
 
 def sizes() -> dict[str, int]:
     """How much is remembered of launches, compiled kernels and constants."""
-    from normuon_core import launches
-    from torch_ref import kernel_step, launcher
+    from normuon_core.kernels import launches
+    from torch_ref.kernels import launcher
+    from torch_ref.steps import laid_out
 
     names = ("squares", "feed", "product", "neuron_squares", "statistics", "finish")
     found = {name: getattr(launches, name).cache_info().currsize for name in names}
     gc.collect()
-    constants = [len(known) for known in kernel_step._CONSTANTS.values()]
+    constants = [len(known) for known in laid_out._CONSTANTS.values()]
     return found | {"compiled": len(launcher._COMPILED), "constants": sum(constants)}
 
 
@@ -107,13 +109,13 @@ def test_multipliers_on_the_cpu_are_not_sent_at_every_step(interpreted, monkeypa
     full = torch.full
     monkeypatch.setattr(torch, "full", lambda *a, **k: made.append(1) or full(*a, **k))
     # As on a GPU, where an array of multipliers lies elsewhere than the weight.
-    from torch_ref import kernel_step
+    from torch_ref.steps import laid_out
 
     weight = mock.Mock(state={"momentum": torch.zeros(2, 3)})
     weight.param.device, weight.view = torch.device("meta"), STACK.on((2, 3, 4))
     for _ in range(3):
         values = torch.tensor([1.0, 2.0], dtype=torch.float64)
-        kernel_step._each(values, weight, *weight.view.runs, ("decay", 0))
+        laid_out._each(values, weight, *weight.view.runs, ("decay", 0))
     assert len(made) == 2
 
 
@@ -121,7 +123,7 @@ def test_the_users_own_allocator_survives_a_launch(monkeypatch):
     triton = pytest.importorskip("triton")
     from triton.runtime import _allocation
 
-    from torch_ref import launcher
+    from torch_ref.kernels import launcher
 
     def users(size, alignment, stream):
         raise NotImplementedError

@@ -9,7 +9,7 @@ from normuon_core import MatrixLayout
 from optax_normuon import normuon
 from parity_tests.interpreted import interpreted_kernels
 from torch_ref import NorMuon
-from torch_ref.matrix_state import second_moments
+from torch_ref.matrices.state import second_moments
 
 HEADS, SIZE, D = 2, 4, 6
 G = np.random.default_rng(0).standard_normal((2, 3 * HEADS * SIZE, D)).astype(np.float32)

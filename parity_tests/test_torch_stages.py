@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from normuon_core import NeuronNorm
+from normuon_core.neurons import neurons_on_rows, statistic_shape
 from parity_tests import oracle
 from torch_ref import (
     add_cautious_weight_decay,
@@ -17,7 +18,6 @@ from torch_ref import (
     normalize_neurons,
     scale_by_shape,
 )
-from torch_ref.neuron_norm import neuron_side, statistic_shape
 
 MOMENTA = {
     "lerp": lerp_momentum,
@@ -96,9 +96,9 @@ def test_neuron_norm_follows_the_oracle_on_either_orientation(rule, shape, outpu
 
 
 def test_a_tie_of_the_sides_counts_as_output():
-    assert neuron_side("longer", 5, 5, output_is_rows=True) == -2
-    assert neuron_side("longer", 5, 5, output_is_rows=False) == -1
-    assert neuron_side("longer", 6, 5, output_is_rows=False) == -2
+    assert neurons_on_rows("longer", 5, 5, output_is_rows=True)
+    assert not neurons_on_rows("longer", 5, 5, output_is_rows=False)
+    assert neurons_on_rows("longer", 6, 5, output_is_rows=False)
 
 
 def test_neuron_norm_keeps_each_matrix_norm_of_a_batch():

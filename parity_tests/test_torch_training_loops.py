@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoin
 
 from normuon_core import MatrixLayout
 from torch_ref import NorMuon
-from torch_ref.matrix_state import second_moments
+from torch_ref.matrices.state import second_moments
 
 QKV = MatrixLayout(-1, -2, (6, 3, 3))
 

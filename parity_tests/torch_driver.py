@@ -6,7 +6,7 @@ import torch
 from parity_tests.traces import Trace
 from parity_tests.trajectory import Trajectory, block_by_block
 from torch_ref import NorMuon
-from torch_ref.matrix_state import second_moments
+from torch_ref.matrices.state import second_moments
 
 
 def run_torch(

@@ -15,7 +15,7 @@ from benchmarks.arithmetic import (
     step_seconds,
 )
 from benchmarks.rows import Row, measure
-from normuon_core.configurations import ProductConfiguration, product_configuration
+from normuon_core.kernels.tiles import ProductConfiguration, product_configuration
 
 
 def run(*arguments: str):
@@ -130,7 +130,7 @@ def test_tuning_never_keeps_a_fast_wrong_configuration():
 def test_tuning_keeps_other_architectures(tmp_path):
     chosen = {tune.Problem(True, 64, 64, 64, 2): ProductConfiguration(64, 64, 64, 4, 3, 4)}
     tables = {"sm80": {"general": [], "symmetric": []}, "sm90": {"general": [1], "symmetric": [1]}}
-    path = tmp_path / "configurations.json"
+    path = tmp_path / "tiles.json"
     tune.write(tune.with_table(tables, "sm90", chosen), path)
     written = json.loads(path.read_text())
     assert written["sm80"] == tables["sm80"]

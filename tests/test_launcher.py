@@ -8,30 +8,30 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from optax_normuon import launcher
+from optax_normuon.kernels import backend
 
 
 @pytest.fixture
 def with_gpu(monkeypatch):
     """As on a machine whose kernels could run."""
-    monkeypatch.setattr(launcher, "_missing", lambda: None)
+    monkeypatch.setattr(backend, "_missing", lambda: None)
 
 
 def test_auto_takes_the_kernels_where_they_run(with_gpu, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert launcher.takes_kernels("auto", [jnp.float32, jnp.bfloat16])
-    assert not launcher.takes_kernels("auto", [jnp.float32, jnp.float64])
-    assert not launcher.takes_kernels("xla", [jnp.float32])
+    assert backend.takes_kernels("auto", [jnp.float32, jnp.bfloat16])
+    assert not backend.takes_kernels("auto", [jnp.float32, jnp.float64])
+    assert not backend.takes_kernels("xla", [jnp.float32])
 
 
 def test_auto_leaves_arrays_that_may_be_sharded_to_xla(with_gpu, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 8)
-    assert not launcher.takes_kernels("auto", [jnp.float32])
-    assert launcher.takes_kernels("triton", [jnp.float32])
+    assert not backend.takes_kernels("auto", [jnp.float32])
+    assert backend.takes_kernels("triton", [jnp.float32])
     taken = []
 
     def local(x):
-        taken.append(launcher.takes_kernels("auto", [x.dtype]))
+        taken.append(backend.takes_kernels("auto", [x.dtype]))
         return x
 
     mesh = jax.make_mesh((1,), ("one",))
@@ -67,8 +67,8 @@ def test_importing_jax_triton_leaves_tritons_cache_as_it_was(monkeypatch, before
         monkeypatch.setenv("TRITON_CACHE_DIR", before)
     monkeypatch.delitem(sys.modules, "jax_triton", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
-    launcher._jax_triton.cache_clear()
-    assert launcher._jax_triton() is sys.modules["jax_triton"]
-    launcher._jax_triton.cache_clear()
+    backend.load_jax_triton.cache_clear()
+    assert backend.load_jax_triton() is sys.modules["jax_triton"]
+    backend.load_jax_triton.cache_clear()
     monkeypatch.delitem(sys.modules, "jax_triton")
     assert os.environ.get("TRITON_CACHE_DIR") == before

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from normuon_core import POLYNOMIALS
-from normuon_core.polar_iteration import FEW_ROWS, GRAM_RATE, gram_saves, iterate
+from normuon_core.cost import GRAM_RATE, gram_saves
+from normuon_core.polar_iteration import FEW_ROWS, iterate
 from optax_normuon import orthogonalize, polar_factor
 
 SHAPE = (3, 6, 10)

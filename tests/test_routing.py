@@ -22,7 +22,7 @@ from tables import leaf_rows, read_table, unfolded
 
 import optax_normuon
 from optax_normuon import MatrixLayout, describe, layout_by_path, normuon
-from optax_normuon.layout import find_routes, resolve_layouts
+from optax_normuon.leaves.layout import find_routes, resolve_layouts
 
 ADAMW = "AdamW"
 

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from meshes import collectives, compiled_step, counts, draw, mesh_of, put, step_of
 
 import optax_normuon
+from normuon_core.cost import Iteration
 from normuon_core.placement import Spread, place
 from normuon_core.polar_iteration import gram_restarts
 from optax_normuon import MatrixLayout, normuon
@@ -240,7 +241,8 @@ def test_a_lonely_matrix_stays_divided():
 def test_a_lonely_large_matrix_takes_two_gram_matrices():
     assert len(gram_restarts(5, 512)) + 1 == 2
     spread = Spread(1, 1024, 8192, column_parts=8)
-    placement = place(spread, 5, form="standard", itemsize=4, symmetric=False, shard_itemsize=4)
+    asked = Iteration(5, compute_dtype="float32", on_gpu=False, symmetric=False)
+    placement = place(spread, asked, may_stay=True)
     assert placement.strategy == "shards"
     assert placement.bytes_sent == 2 * 7 / 8 * 2 * 1024**2 * 4
 
@@ -449,10 +451,10 @@ def test_describe_shows_where_each_group_goes():
     text = optax_normuon.describe(params, layout, mesh=mesh, param_specs=specs)
     rows = [line.split("  ") for line in text.split("\n\n")[1].splitlines()[2:]]
     cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
-    assert cells[0][:6] == ["1 x (512, 65536)", "- x fsdp+tp", "shards", "1", "1", "0"]
-    assert cells[1][:6] == ["6 x (2048, 1024)", "fsdp x tp", "owners", "8", "1", "2"]
+    assert cells[0][:6] == ["1 x (512, 65536)", "- x fsdp+tp", "xla", "shards", "1", "1"]
+    assert cells[1][:6] == ["6 x (2048, 1024)", "fsdp x tp", "xla", "owners", "8", "1"]
     sent = 2 * 7 / 8 * 2048 * 1024 * 2
-    assert float(cells[1][7]) == pytest.approx(sent, rel=1e-2)
+    assert float(cells[1][8]) == pytest.approx(sent, rel=1e-2)
     placed = put({"w": np.ones((8, 4), np.float32)}, {"w": P("fsdp")}, mesh)
     assert "fsdp x -" in optax_normuon.describe(placed, ALIKE_LAYOUT)
     assert "strategy" not in optax_normuon.describe({"w": jnp.ones((8, 4))}, ALIKE_LAYOUT)

@@ -8,7 +8,8 @@ import optax
 import pytest
 
 from optax_normuon import MatrixLayout, normuon, scale_by_normuon
-from optax_normuon.stacking import MatrixStack, MatrixStage, on_matrices
+from optax_normuon.matrices.on_matrices import on_matrices
+from optax_normuon.matrices.stack import MatrixStack, MatrixStage
 
 LAYOUT = MatrixLayout(-2, -1)
 TREE = {"a": (5, 4, 6), "b": (4, 6), "c": (6, 4), "d": (4, 6), "e": (2, 3, 4, 6)}

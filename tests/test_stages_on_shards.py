@@ -10,9 +10,10 @@ from jax.sharding import NamedSharding
 from normuon_core import RECIPES
 from normuon_core.placement import Placement
 from optax_normuon import MatrixLayout
-from optax_normuon.neuron_norm import neuron_norm_stage
-from optax_normuon.orthogonalization import orthogonalization_stage
-from optax_normuon.stacking import MatrixStage, chain_stages, on_matrices
+from optax_normuon.matrices.on_matrices import on_matrices
+from optax_normuon.matrices.stack import MatrixStage, chain_stages
+from optax_normuon.stages.neuron_norm import neuron_norm_stage
+from optax_normuon.stages.orthogonalization import orthogonalization_stage
 from tests.meshes import collectives, mesh_of
 
 # Too lonely and too wide to be worth a move: the polar factor alone stays divided.

@@ -1,17 +1,17 @@
 """NorMuon and the Muon family in PyTorch, the twin of `optax_normuon`: one function a stage."""
 
 from normuon_core import MatrixLayout
-from torch_ref.adamw import adamw
 from torch_ref.description import describe
-from torch_ref.momentum import bias_corrected_momentum, heavy_ball_momentum, lerp_momentum
-from torch_ref.neuron_norm import normalize_neurons
 from torch_ref.optimizer import NorMuon
-from torch_ref.orthogonalization import polar_factor
 from torch_ref.parameter_groups import param_groups
-from torch_ref.product import product
-from torch_ref.remainder import join_remainder, split_remainder
-from torch_ref.shape_scaling import scale_by_shape
-from torch_ref.weight_decay import add_cautious_weight_decay
+from torch_ref.stages.adamw import adamw
+from torch_ref.stages.momentum import bias_corrected_momentum, heavy_ball_momentum, lerp_momentum
+from torch_ref.stages.neuron_norm import normalize_neurons
+from torch_ref.stages.orthogonalization import polar_factor
+from torch_ref.stages.product import product
+from torch_ref.stages.remainder import join_remainder, split_remainder
+from torch_ref.stages.shape_scaling import scale_by_shape
+from torch_ref.stages.weight_decay import add_cautious_weight_decay
 
 __all__ = [
     "MatrixLayout",

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from torch_ref.local import is_dtensor
+from torch_ref.leaves.dtensor import is_dtensor
 
 
 def restore_state(

@@ -10,9 +10,9 @@ from torch import nn
 from normuon_core import MatrixView, Recipe, find_recipe
 from normuon_core.shape_rules import ShapeRule, shape_factor
 from normuon_core.table import Total, leaf_table, totals_table
+from torch_ref.leaves.routing import Layouts, Owned, Route, question, route
 from torch_ref.optimizer import NorMuon
 from torch_ref.parameter_groups import check_options, grouped, optimizer_of, printed_shape
-from torch_ref.routing import Layouts, Owned, Route, question, route
 
 _HEADER = ["path", "shape", "matrices x (out, in)", "optimizer", "scale", "why"]
 

@@ -13,9 +13,9 @@ import torch
 
 from normuon_core import RECIPES, MatrixLayout, Recipe
 from normuon_core.shape_rules import ShapeRule, shape_factor
-from torch_ref.dtypes import working_dtype
-from torch_ref.group_keys import ADAMW, MATRIX, NOTES, Group
-from torch_ref.groups import group_recipe, parameter_name, parameter_view
+from torch_ref.leaves.dtypes import working_dtype
+from torch_ref.leaves.group_keys import ADAMW, MATRIX, NOTES, Group
+from torch_ref.leaves.groups import group_recipe, parameter_name, parameter_view
 
 State = Mapping[str, Any]
 

@@ -1,7 +1,6 @@
 """NorMuon and the Muon family as one PyTorch optimizer, assembled from a Recipe."""
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,48 +11,31 @@ from normuon_core import (
     Coefficients,
     Decay,
     MatrixLayout,
-    MatrixView,
     Momentum,
     NeuronNorm,
     Polar,
     Recipe,
     ShapeRule,
 )
-from normuon_core.polar_iteration import Algorithm
-from torch_ref.adamw import adamw
-from torch_ref.checkpoint import picklable, restore_state, unpickled
-from torch_ref.dtypes import rounded_product, working_dtype
-from torch_ref.group_keys import (
-    ADAMW,
+from normuon_core.cost import Algorithm
+from torch_ref.checkpoint import picklable, unpickled
+from torch_ref.group_checks import check_gradients, check_process_group, settle_group
+from torch_ref.kernels.backend import Backend
+from torch_ref.leaves.group_keys import (
     MATRIX,
     Group,
-    adamw_keywords,
     read_group,
-    settle_adamw,
 )
-from torch_ref.groups import (
-    group_recipe,
-    parameter_name,
-    parameter_view,
-    settle_group,
-)
-from torch_ref.launcher import Backend
-from torch_ref.local import is_dtensor, local, local_state
-from torch_ref.matrix_state import create_matrix_state, with_moments_joined
-from torch_ref.matrix_weight import MatrixWeight, step_matrices
-from torch_ref.part import Part, cut, whole_region
-from torch_ref.remainder import add_to_weight, read_weight
-from torch_ref.saved_groups import read_state_dict
-from torch_ref.stack_stages import Orthogonalizer
+from torch_ref.leaves.groups import parameter_view
+from torch_ref.saved_groups import loading_hooks
+from torch_ref.stages.stack import Orthogonalizer
+from torch_ref.steps.groups import step_groups
+from torch_ref.steps.state import KeptState
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from torch_ref.data_parallel import DataParallel
-    from torch_ref.placement import Sharding
-
-_Given = tuple[Group, list[tuple[torch.Tensor, torch.Tensor]]]
-"""A group, and its parameters that have a gradient, with it."""
+    from torch_ref.steps.data_parallel import DataParallel
 
 # A group's layout and recipe are part of a state dict: let torch.load read them with
 # weights_only=True.
@@ -113,7 +95,7 @@ class NorMuon(torch.optim.Optimizer):
         (batch, rows, columns) in the working dtype to one of the same shape. Not saved in state
         dicts.
       adam_b1, adam_b2, adam_eps, adam_weight_decay: of AdamW groups. adam_nesterov, adam_eps_root: as
-        in `optax.adamw`, see `torch_ref.adamw.adamw`.
+        in `optax.adamw`, see `torch_ref.stages.adamw.adamw`.
       adam_moment_dtype: of AdamW's first moment, a floating dtype; None is float32, or the
         parameter's where that is wider.
       momentum_dtype: of the momentum buffer; None is float32, or the parameter's where that is
@@ -132,7 +114,7 @@ class NorMuon(torch.optim.Optimizer):
         gradients; their mean is what all of them step by. Not settable by group.
 
     Raises:
-      ValueError, TypeError: settings that do not fit, see `torch_ref.groups.settle_group`.
+      ValueError, TypeError: settings that do not fit, see `torch_ref.group_checks.settle_group`.
 
     Source: NorMuon, arXiv 2510.05491; each recipe names its own.
     """
@@ -218,7 +200,8 @@ class NorMuon(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             settle_group(group, index, given)
-            self._check_process_group(group, index)
+            if self._parallel is not None:
+                check_process_group(group, index)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -248,17 +231,8 @@ class NorMuon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_gradients()
-        self._count_steps()
-        adamw_groups, matrix_groups = [], []
-        for group in self.param_groups:
-            chosen = adamw_groups if group["optimizer"] == ADAMW else matrix_groups
-            chosen.append((group, _with_gradient(group)))
-        self._step_adamw_groups(adamw_groups)
-        if self._parallel is None:
-            self._step_matrix_groups(matrix_groups)
-        else:
-            self._step_replicated(matrix_groups, self._parallel)
+        check_gradients(self.param_groups)
+        step_groups(self.param_groups, KeptState(self.state, self._parallel))
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -280,30 +254,7 @@ class NorMuon(torch.optim.Optimizer):
         Raises:
           ValueError: groups, options or state that do not fit; nothing is then changed.
         """
-        orthogonalizers = [group["orthogonalizer"] for group in self.param_groups]
-        groups = {param: group for group in self.param_groups for param in group["params"]}
-        loaded: dict[str, Any] = {}
-
-        def shard(param: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-            sharding = self._placed(param, groups[param], tuple(whole.shape))
-            return whole if sharding is None else sharding.shard_of(whole)
-
-        def read(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            loaded.update(read_state_dict(optimizer.param_groups, saved, optimizer.defaults))
-            return loaded
-
-        def join(param: torch.Tensor, state: Mapping[str, Any]) -> Mapping[str, Any]:
-            group = groups[param]
-            rule = None if group["optimizer"] != MATRIX else group_recipe(group).neuron_norm
-            if rule is None:
-                return state
-            return with_moments_joined(state, parameter_view(group, param), rule)
-
-        def restore(optimizer: torch.optim.Optimizer) -> None:
-            restore_state(optimizer, loaded, shard, join)
-            for group, own in zip(optimizer.param_groups, orthogonalizers, strict=True):
-                group["orthogonalizer"] = own
-
+        read, restore = loading_hooks(self, partial(KeptState, parallel=self._parallel))
         # Last of the hooks before loading and first of those after: they see what ours saw.
         before = self.register_load_state_dict_pre_hook(read)
         after = self.register_load_state_dict_post_hook(restore, prepend=True)
@@ -327,226 +278,8 @@ class NorMuon(torch.optim.Optimizer):
         # Loading a state dict comes by here too.
         self.__dict__.setdefault("_parallel", None)
 
-    def _check_process_group(self, group: Group, index: int) -> None:
-        if self._parallel is None:
-            return
-        for position, param in enumerate(group["params"]):
-            if is_dtensor(param):
-                raise ValueError(
-                    f"{parameter_name(group, index, position)}: a DTensor with placements"
-                    f" {tuple(param.placements)} on {param.device_mesh} is divided already, and its"
-                    " gradient is summed by whoever made it; leave process_group out."
-                )
-
-    def _check_gradients(self) -> None:
-        for index, group in enumerate(self.param_groups):
-            for position, param in enumerate(group["params"]):
-                if param.grad is not None and param.grad.layout != torch.strided:
-                    raise RuntimeError(
-                        f"{parameter_name(group, index, position)}: NorMuon does not support a"
-                        f" gradient of layout {param.grad.layout}; make it dense (sparse=False in"
-                        " torch.nn.Embedding), or give the parameter to torch.optim.SparseAdam."
-                    )
-                if param.grad is not None and is_dtensor(param):
-                    from torch_ref.placement import check_gradient
-
-                    check_gradient(param, param.grad, parameter_name(group, index, position))
-
-    def _count_steps(self) -> None:
-        """One more for every parameter that has a gradient, on the parameter's own device."""
-        counters: dict[torch.device, list[torch.Tensor]] = defaultdict(list)
-        for group in self.param_groups:
-            for param, _ in _with_gradient(group):
-                zero = torch.zeros((), dtype=torch.int64, device=param.device)
-                step = self.state[param].setdefault("step", zero)
-                counters[step.device].append(step)
-        for steps in counters.values():
-            torch._foreach_add_(steps, 1)  # pyright: ignore[reportPrivateImportUsage]
-
-    def _sharding(self, param: torch.Tensor) -> "Sharding | None":
-        """How a parameter's state lies over ranks; None where one process has all of it."""
-        if self._parallel is not None and param in self._parallel.owned:
-            return self._parallel.owned[param].sharding
-        if not is_dtensor(param):
-            return None
-        from torch_ref.placement import sharding_of
-
-        return sharding_of(param)
-
-    def _step_matrix_groups(self, groups: list[_Given]) -> None:
-        """Matrices that are whole on this process, or DTensors."""
-        whole: list[MatrixWeight] = []
-        sharded: list[tuple[MatrixWeight, Sharding]] = []
-        for group, given in groups:
-            recipe = group_recipe(group)
-            for param, gradient in given:
-                view, sharding = parameter_view(group, param), self._sharding(param)
-                self._create_matrix_state(param, view, group, recipe)
-                if sharding is None:
-                    part = Part(view, whole_region(view.stored_shape))
-                    whole.append(self._matrix_weight(param, gradient, part, group, recipe))
-                    continue
-                from torch_ref.placement import local_gradient
-
-                shard, gradient = local(param), local_gradient(param, gradient)
-                weight = self._matrix_weight(
-                    param, gradient, sharding.part(view), group, recipe, shard=shard
-                )
-                sharded.append((weight, sharding))
-        _step_whole(whole)
-        if sharded:
-            from torch_ref.sharded_step import step_sharded_matrices
-
-            step_sharded_matrices(sharded)
-
-    def _step_replicated(self, groups: list[_Given], parallel: "DataParallel") -> None:
-        """Matrices of plain data parallelism: while one stack is stepped, the next one's gradients are
-        on their way, and so are the parameters of the one before. No other stack has buffers then."""
-        gradients: dict[torch.Tensor, torch.Tensor] = {}
-        settings: dict[torch.Tensor, tuple[Group, Recipe]] = {}
-        for group, given in groups:
-            recipe = group_recipe(group)
-            for param, gradient in given:
-                gradients[param], settings[param] = gradient, (group, recipe)
-                self._create_matrix_state(param, parameter_view(group, param), group, recipe)
-        stacks = parallel.stacks(gradients, lambda param: settings[param][0]["max_stack_bytes"])
-        neighbours = zip([None, *stacks[:-1]], stacks, [*stacks[1:], None], strict=True)
-        for before, stack, following in neighbours:
-            if before is None:
-                stack.reduce()
-            if following is not None:
-                following.reduce()
-            _step_whole(
-                [
-                    self._matrix_weight(
-                        param, gradient, part, *settings[param], shard=cut(param, part.region)
-                    )
-                    for param, part, gradient in stack.own_gradients()
-                ]
-            )
-            if before is not None:
-                before.finish()
-            stack.gather()
-        if stacks:
-            stacks[-1].finish()
-
-    def _create_matrix_state(
-        self, param: torch.Tensor, view: MatrixView, group: Group, recipe: Recipe
-    ) -> None:
-        state, zeros = self.state[param], partial(self._zeros, param, group)
-        create_matrix_state(state, view, group, param.dtype, recipe.neuron_norm, zeros=zeros)
-        if _has_remainder(param, group) and "remainder" not in state:
-            state["remainder"] = zeros(view.stored_shape, torch.uint16)
-
-    def _placed(
-        self, param: torch.Tensor, group: Group, shape: tuple[int, ...]
-    ) -> "Sharding | None":
-        """How an array of a parameter's state lies; None where one process has all of it."""
-        sharding = self._sharding(param)
-        if sharding is None or shape == tuple(param.shape):
-            return sharding
-        return sharding.of_moment(parameter_view(group, param), shape)
-
-    def _zeros(
-        self, param: torch.Tensor, group: Group, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> torch.Tensor:
-        placed = self._placed(param, group, shape)
-        if placed is not None:
-            return placed.zeros(shape, dtype, param.device)
-        if shape == tuple(param.shape):
-            return torch.zeros_like(param, dtype=dtype)
-        return param.new_zeros(shape, dtype=dtype)
-
-    def _matrix_weight(
-        self,
-        param: torch.Tensor,
-        gradient: torch.Tensor,
-        part: Part,
-        group: Group,
-        recipe: Recipe,
-        *,
-        shard: torch.Tensor | None = None,
-    ) -> MatrixWeight:
-        state = local_state(self.state[param])
-        return MatrixWeight(
-            param if shard is None else shard,
-            gradient,
-            state["remainder"] if _has_remainder(param, group) else None,
-            state,
-            part=part,
-            group=group,
-            recipe=recipe,
-            step=state["step"],
-        )
-
-    def _step_adamw_groups(self, groups: list[_Given]) -> None:
-        for group, _ in groups:
-            settle_adamw(group)
-        given = [(param, gradient, group) for group, pairs in groups for param, gradient in pairs]
-        gradients = [gradient for _, gradient, _ in given]
-        if self._parallel is not None:
-            gradients = self._parallel.mean(gradients)
-        for (param, _, group), gradient in zip(given, gradients, strict=True):
-            self._step_adamw(param, gradient, group)
-
-    def _step_adamw(self, param: torch.Tensor, gradient: torch.Tensor, group: Group) -> None:
-        group = adamw_keywords(group)
-        state, sharding = self.state[param], self._sharding(param)
-        dtype = working_dtype(param.dtype)
-        kept = {"exp_avg": group["adam_moment_dtype"] or dtype, "exp_avg_sq": dtype}
-        if _has_remainder(param, group):
-            kept["remainder"] = torch.uint16
-        for key, own in kept.items():
-            if key not in state:
-                state[key] = self._zeros(param, group, tuple(param.shape), own)
-        if sharding is not None:
-            from torch_ref.placement import local_gradient
-
-            param, gradient = local(param), local_gradient(param, gradient)
-            state = local_state(state)
-        remainder = state["remainder"] if "remainder" in kept else None
-        increment, exp_avg, exp_avg_sq = adamw(
-            gradient.to(dtype),
-            read_weight(param, remainder),
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            lr=rounded_product(group["lr"], group["lr_mul"], dtype),
-            b1=group["adam_b1"],
-            b2=group["adam_b2"],
-            eps=group["adam_eps"],
-            weight_decay=rounded_product(group["adam_weight_decay"], group["wd_mul"], dtype),
-            nesterov=group["adam_nesterov"],
-            eps_root=group["adam_eps_root"],
-            step=state["step"],
-        )
-        state["exp_avg"].copy_(exp_avg)
-        state["exp_avg_sq"].copy_(exp_avg_sq)
-        add_to_weight(param, remainder, increment)
-
 
 def _data_parallel(group: "ProcessGroup") -> "DataParallel":
-    from torch_ref.data_parallel import DataParallel
+    from torch_ref.steps.data_parallel import DataParallel
 
     return DataParallel(group)
-
-
-def _step_whole(weights: list[MatrixWeight]) -> None:
-    """A step of matrices that this process has whole, by kernels or by PyTorch's own operations."""
-    by_backend: dict[bool, list[MatrixWeight]] = defaultdict(list)
-    for weight in weights:
-        by_backend[weight.takes_kernels].append(weight)
-    for by_kernels, members in by_backend.items():
-        if by_kernels:
-            from torch_ref.kernel_step import step_matrices_with_kernels
-
-            step_matrices_with_kernels(members)
-        else:
-            step_matrices(members)
-
-
-def _with_gradient(group: Group) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [(p, p.grad) for p in group["params"] if p.grad is not None and p.numel() > 0]
-
-
-def _has_remainder(param: torch.Tensor, group: Group) -> bool:
-    return group["bf16_remainder"] and param.dtype == torch.bfloat16

@@ -8,9 +8,9 @@ from torch import nn
 
 from normuon_core import MatrixLayout
 from normuon_core.table import leaf_table
-from torch_ref.group_keys import ADAMW, Group, unknown_key
+from torch_ref.leaves.group_keys import ADAMW, Group, unknown_key
+from torch_ref.leaves.routing import Layouts, Owned, Route, question, route
 from torch_ref.optimizer import NorMuon
-from torch_ref.routing import Layouts, Owned, Route, question, route
 
 _SHARED = ("lr_mul", "wd_mul", "bf16_remainder")
 _DECIDED = {"self", "params", "lr", "layout", "optimizer", "process_group"}

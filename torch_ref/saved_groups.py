@@ -3,13 +3,15 @@
 `torch.optim.Optimizer.load_state_dict` takes whatever a file has for this optimizer's options and state.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from torch_ref.checkpoint import restore_state
 from torch_ref.foreign_state import translated_group, translated_state
-from torch_ref.group_keys import (
+from torch_ref.group_checks import settle_group
+from torch_ref.leaves.group_keys import (
     ADAMW,
     ADAMW_KEYS,
     MATRIX,
@@ -18,7 +20,9 @@ from torch_ref.group_keys import (
     settle_adamw,
     unknown_key,
 )
-from torch_ref.groups import parameter_name, settle_group
+from torch_ref.leaves.groups import group_recipe, parameter_name, parameter_view
+from torch_ref.matrices.state import with_moments_joined
+from torch_ref.steps.state import KeptState
 
 _KEPT = {
     MATRIX: ("momentum", "second_moment", "remainder", "step"),
@@ -112,3 +116,38 @@ def _check_state(state: Mapping[str, Any], param: torch.Tensor, optimizer: str, 
                 f"{name}: the file's {key} has shape {tuple(value.shape)}; write the groups, and the"
                 " parameters in them, in the order of the run that made the file."
             )
+
+
+def loading_hooks(
+    optimizer: torch.optim.Optimizer, kept_state: Callable[..., KeptState]
+) -> tuple[Callable, Callable]:
+    """What runs before and after `torch.optim.Optimizer.load_state_dict`.
+
+    Args:
+      kept_state: from the optimizer's state to what knows where it lies.
+    """
+    orthogonalizers = [group["orthogonalizer"] for group in optimizer.param_groups]
+    groups = {param: group for group in optimizer.param_groups for param in group["params"]}
+    loaded: dict[str, Any] = {}
+
+    def shard(param: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+        sharding = kept_state(optimizer.state).placed(param, groups[param], tuple(whole.shape))
+        return whole if sharding is None else sharding.shard_of(whole)
+
+    def read(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+        loaded.update(read_state_dict(optimizer.param_groups, saved, optimizer.defaults))
+        return loaded
+
+    def join(param: torch.Tensor, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        group = groups[param]
+        rule = None if group["optimizer"] != MATRIX else group_recipe(group).neuron_norm
+        if rule is None:
+            return state
+        return with_moments_joined(state, parameter_view(group, param), rule)
+
+    def restore(optimizer: torch.optim.Optimizer) -> None:
+        restore_state(optimizer, loaded, shard, join)
+        for group, own in zip(optimizer.param_groups, orthogonalizers, strict=True):
+            group["orthogonalizer"] = own
+
+    return read, restore

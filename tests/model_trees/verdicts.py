@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from optax_normuon.paths import named_leaves
-from optax_normuon.routing import Route, route
+from optax_normuon.leaves.paths import named_leaves
+from optax_normuon.leaves.routing import Route, route
 
 from .fixtures import Fixture
 from .roles import Role

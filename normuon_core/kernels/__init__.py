@@ -1,0 +1,1 @@
+"""The Triton kernels of both frameworks: source, geometry, launches, tiles."""

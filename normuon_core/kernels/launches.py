@@ -1,0 +1,306 @@
+"""How each kernel is launched: grid, constants, configuration. Arrays are the frameworks' to bind.
+
+Nothing here depends on how many matrices a stack holds but the grid, so that the update of one matrix
+does not depend on its neighbours. Configurations of the products come from a committed table
+(`tiles.py`) and are never searched for at run time.
+
+A launch is made for shapes and for the form of a recipe's rules. No hyperparameter that is a number
+is among its arguments: numbers may change from step to step and may be traced, so they travel in
+arrays (`source.RATES`) or as the kernels' own scalars, and key no cache and no compilation.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from normuon_core.hyperparameters import check_choice
+from normuon_core.kernels import source
+from normuon_core.kernels.geometry import Geometry, norm_parts, padded
+from normuon_core.kernels.tiles import ProductConfiguration
+from normuon_core.recipes import EpsRule, Momentum, MomentumRule, NeuronNorm
+
+_NEURON_TILE = {True: (8, 1024), False: (128, 64)}
+"""Neurons and inputs that a program of `neuron_squares` takes, by NEURONS_ON_SHORT."""
+
+_NEURONS_A_BLOCK = 256
+"""Neurons that a program of `statistics` takes."""
+
+_CACHED = 4096
+"""Launches to remember: building one takes as long as a small kernel runs."""
+
+
+_TILE_WARPS = 8
+"""Warps of the kernels that work on a tile: a small weight has few tiles, so each loads much at once."""
+
+
+class Output(NamedTuple):
+    """What a launch writes. `dtype`: a name, as "float32"."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """One kernel with all but its arrays and scalars; the same object for the same launch.
+
+    Attributes:
+      kernel: of `source.py`. grid: how many programs. constants: its constexpr arguments.
+      outputs: follow the inputs in the kernel's arguments.
+      aliases: for an output its place among the inputs, whose buffer it overwrites.
+      uses_descriptors: whether it sets up the tensor memory accelerator.
+    """
+
+    kernel: Any
+    grid: int
+    constants: Mapping[str, Any]
+    outputs: Sequence[Output]
+    aliases: Mapping[int, int] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+    uses_descriptors: bool = False
+
+
+Launcher = Callable[[Launch, Sequence[Any]], tuple[Any, ...]]
+"""(launch, its inputs) -> its outputs. Scalars among the inputs are Python's ints and floats."""
+
+
+def _power_of_two(count: int) -> int:
+    return 2 ** math.ceil(math.log2(count))
+
+
+class MomentumForm(NamedTuple):
+    """A momentum rule without its number; "none" takes the gradient itself."""
+
+    rule: MomentumRule | Literal["none"]
+    nesterov: bool
+
+    @classmethod
+    def of(cls, record: Momentum | None) -> "MomentumForm":
+        return cls("none", False) if record is None else cls(record.rule, bool(record.nesterov))
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        if self.rule != "none":
+            check_choice("momentum rule", self.rule, MomentumRule)
+        return {"RULE": self.rule, "NESTEROV": self.nesterov}
+
+
+class NeuronNormForm(NamedTuple):
+    """How the second moment divides an update, without its numbers."""
+
+    eps_rule: EpsRule
+    rescale: EpsRule | None
+
+    @classmethod
+    def of(cls, record: NeuronNorm | None) -> "NeuronNormForm | None":
+        return None if record is None else cls(record.eps_rule, record.rescale)
+
+    def check(self) -> None:
+        """Raises a ValueError for a rule that the kernels do not know."""
+        check_choice("eps_rule", self.eps_rule, EpsRule)
+        if self.rescale is not None:
+            check_choice("rescale", self.rescale, EpsRule)
+
+
+@functools.lru_cache(maxsize=_CACHED)
+def squares(geometry: Geometry, count: int, rule: MomentumForm) -> Launch:
+    """Inputs: g, m, rates, leaf start. For `count` matrices."""
+    short, long = norm_parts(geometry)
+    return Launch(
+        source.squares,
+        grid=count * short.parts * long.parts,
+        constants={
+            **geometry.constants,
+            **rule.constants,
+            "SHORT_PARTS": short.parts,
+            "SHORT_CELL": short.cell,
+            "SHORT_CUTS": short.cuts,
+            "LONG_PARTS": long.parts,
+            "LONG_CELL": long.cell,
+            "LONG_CUTS": long.cuts,
+        },
+        outputs=[Output((count, short.parts, long.parts), "float32")],
+        num_warps=_TILE_WARPS,
+    )
+
+
+@functools.lru_cache(maxsize=_CACHED)
+def feed(
+    geometry: Geometry,
+    count: int,
+    rule: MomentumForm,
+    stack: int,
+    *,
+    eps_rule: EpsRule,
+    compute_dtype: str,
+    momentum: Output,
+    first: bool,
+) -> Launch:
+    """Inputs: g, m, rates, partials, the two starts, norm scale, eps, x scale, x.
+
+    `first` into a stack of `stack` matrices, whose buffer is then not among the inputs.
+    """
+    check_choice("eps_rule", eps_rule, EpsRule)
+    # Of all devices, each of which has as many.
+    ways = math.prod(geometry.whole) // (geometry.short * geometry.long)
+    parts = ways * math.prod(side.parts for side in norm_parts(geometry))
+    return Launch(
+        source.feed,
+        grid=count * geometry.tiles,
+        constants={
+            **geometry.constants,
+            "PITCH": geometry.pitch,
+            **rule.constants,
+            "EPS_RULE": eps_rule,
+            "TILES": geometry.tiles,
+            "PARTS": parts,
+            "PARTS_PADDED": _power_of_two(parts),
+        },
+        outputs=[Output((stack, geometry.short, geometry.pitch), compute_dtype), momentum],
+        aliases={1: 1} if first else {0: 9, 1: 1},
+        num_warps=_TILE_WARPS,
+    )
+
+
+@functools.lru_cache(maxsize=_CACHED)
+def product(
+    count: int,
+    m: int,
+    n: int,
+    k: int,
+    *,
+    dtype: str,
+    configuration: ProductConfiguration,
+    multiprocessors: int,
+    b_transposed: bool,
+    symmetric: bool,
+    addends: int,
+    has_diagonal: bool,
+) -> Launch:
+    """Inputs: a, b, d, e, alpha, beta, gamma, diagonal, count. Rows are `padded`."""
+    rows, columns = math.ceil(m / configuration.tile_m), math.ceil(n / configuration.tile_n)
+    width = configuration.tile_n // configuration.tile_m
+    tiles = rows * columns - (width * columns * (columns - 1) // 2 if symmetric else 0)
+    return Launch(
+        source.product,
+        grid=min(tiles * count, multiprocessors * configuration.programs_a_multiprocessor),
+        constants={
+            "M": m,
+            "N": n,
+            "K": k,
+            "PITCH_A": padded(k),
+            "PITCH_B": padded(k if b_transposed else n),
+            "PITCH_C": padded(n),
+            "B_TRANSPOSED": b_transposed,
+            "SYMMETRIC": symmetric,
+            "ADDENDS": addends,
+            "HAS_DIAGONAL": has_diagonal,
+            "TILE_M": configuration.tile_m,
+            "TILE_N": configuration.tile_n,
+            "TILE_K": configuration.tile_k,
+        },
+        outputs=[Output((count, m, padded(n)), dtype)],
+        num_warps=configuration.num_warps,
+        num_stages=configuration.num_stages,
+        uses_descriptors=True,
+    )
+
+
+@functools.lru_cache(maxsize=_CACHED)
+def neuron_squares(geometry: Geometry, count: int) -> Launch:
+    """Inputs: v, stack start."""
+    block, part = _NEURON_TILE[geometry.neurons_on_short]
+    blocks, slices = math.ceil(geometry.neurons / block), math.ceil(geometry.inputs / part)
+    return Launch(
+        source.neuron_squares,
+        grid=count * blocks * slices,
+        constants={
+            "SHORT": geometry.short,
+            "LONG": geometry.long,
+            "PITCH": geometry.pitch,
+            "NEURONS_ON_SHORT": geometry.neurons_on_short,
+            "BLOCKS": blocks,
+            "BLOCK": block,
+            "SLICES": slices,
+            "SLICE": part,
+        },
+        outputs=[Output((count, slices, geometry.neurons), "float32")],
+    )
+
+
+def _blocks(geometry: Geometry) -> int:
+    return math.ceil(geometry.whole_neurons / _NEURONS_A_BLOCK)
+
+
+@functools.lru_cache(maxsize=_CACHED)
+def statistics(
+    geometry: Geometry, count: int, rule: NeuronNormForm | None, second_moment: Output
+) -> Launch:
+    """Inputs: partials, second moment, rates, eps, leaf start, first of the partials."""
+    if rule is not None:
+        rule.check()
+    _, part = _NEURON_TILE[geometry.neurons_on_short]
+    return Launch(
+        source.statistics,
+        grid=count * _blocks(geometry),
+        constants={
+            "NEURONS": geometry.neurons,
+            "INPUTS": geometry.inputs,
+            "MATRICES_A_RATE": geometry.matrices_a_rate,
+            "NORMALIZE": rule is not None,
+            "EPS_RULE": "max" if rule is None else rule.eps_rule,
+            "SLICES": math.ceil(geometry.inputs / part),
+            "BLOCKS": _blocks(geometry),
+            "BLOCK": _NEURONS_A_BLOCK,
+        },
+        outputs=[
+            second_moment,
+            Output((count, geometry.neurons), "float32"),
+            Output((count, _blocks(geometry), 2), "float32"),
+        ],
+        aliases={} if rule is None else {0: 1},
+    )
+
+
+@functools.lru_cache(maxsize=_CACHED)
+def finish(
+    geometry: Geometry,
+    count: int,
+    rule: NeuronNormForm | None,
+    *,
+    rms: bool,
+    cautious: bool,
+    decay_inside_scale: bool,
+    delta: Output,
+    first: bool,
+) -> Launch:
+    """Inputs: v, p, rates, scales, decays, factors, sums, eps, rms floor, the two starts, delta.
+
+    rms: whether the scale divides by the update's norm, as the shape rule of that name does.
+    """
+    if rule is not None:
+        rule.check()
+    return Launch(
+        source.finish,
+        grid=count * geometry.tiles,
+        constants={
+            **geometry.constants,
+            "PITCH": geometry.pitch,
+            "NEURONS_ON_SHORT": geometry.neurons_on_short,
+            "INPUTS": geometry.inputs,
+            "NORMALIZE": rule is not None,
+            "RESCALE": None if rule is None else rule.rescale,
+            "RMS": rms,
+            "CAUTIOUS": cautious,
+            "DECAY_INSIDE_SCALE": decay_inside_scale,
+            "TILES": geometry.tiles,
+            "BLOCKS": _blocks(geometry),
+            "BLOCKS_PADDED": _power_of_two(_blocks(geometry)),
+        },
+        outputs=[delta],
+        aliases={} if first else {0: 11},
+        num_warps=_TILE_WARPS,
+    )

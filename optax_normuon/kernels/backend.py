@@ -1,0 +1,82 @@
+"""Which backend runs a step, and what the kernels lack where they cannot."""
+
+import functools
+import os
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+Backend = Literal["xla", "triton", "auto"]
+
+
+_DTYPES = ("float16", "bfloat16", "float32")
+
+
+def check_backend(backend: str) -> None:
+    """Raises a ValueError unless `backend` is one, and there: see `takes_kernels`."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend={backend!r} is unknown; use one of {get_args(Backend)}.")
+    if backend == "triton" and (missing := _missing()) is not None:
+        raise ValueError(f"backend='triton' {missing}; or use backend='auto'.")
+
+
+def takes_kernels(backend: Backend, dtypes: Iterable[Any], *, placed: bool = False) -> bool:
+    """Whether the kernels run: asked for, or "auto" on a CUDA device with jax-triton, unless arrays may
+    be spread over several.
+
+    Args:
+      placed: whether it is known how they are spread.
+
+    Raises:
+      ValueError: asked for in vain, on another device or for a dtype the kernels do not take.
+    """
+    other = {name for dtype in dtypes if (name := jnp.dtype(dtype).name) not in _DTYPES}
+    if backend == "triton":
+        check_backend(backend)
+        if other:
+            raise ValueError(
+                f"backend='triton' takes {', '.join(_DTYPES)}, not {', '.join(sorted(other))}; use"
+                " backend='auto'."
+            )
+        return True
+    if backend != "auto" or other or _missing() is not None:
+        return False
+    return placed or not _is_partitioned()
+
+
+def _is_partitioned() -> bool:
+    """Whether arrays may be spread over devices, which the compiler cannot split a kernel's call over.
+
+    Within `jax.shard_map` they are one device's own.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    in_shard_map = not mesh.empty and set(mesh.manual_axes) == set(mesh.axis_names)
+    return jax.device_count() > 1 and not in_shard_map
+
+
+def _missing() -> str | None:
+    """What the kernels lack here, and the remedy; None if nothing."""
+    device = jax.local_devices()[0]
+    if device.platform != "gpu" or not hasattr(device, "compute_capability"):
+        return f"needs a CUDA device, and JAX sees {device.device_kind}; install JAX for CUDA"
+    if load_jax_triton() is None:
+        return "needs jax-triton, which is not installed: pip install 'optax-normuon[triton]'"
+    return None
+
+
+@functools.cache
+def load_jax_triton():
+    """jax_triton, or None. Its import empties TRITON_CACHE_DIR, and with it empty PyTorch's own Triton
+    cannot start in this process."""
+    before = os.environ.get("TRITON_CACHE_DIR")
+    try:
+        import jax_triton
+    except ImportError:
+        return None
+    if before:
+        os.environ["TRITON_CACHE_DIR"] = before
+    else:
+        os.environ.pop("TRITON_CACHE_DIR", None)
+    return jax_triton

@@ -1,0 +1,42 @@
+"""Routing by path and shape, with layouts of the caller's own for the paths that a pattern meets."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from optax_normuon.leaves.question import refuse_doubts
+from optax_normuon.leaves.routing import LeafLayout, route
+
+
+@dataclass(frozen=True)
+class LayoutByPath:
+    """What `layout_by_path` returns: routing by path and shape, with overrides."""
+
+    overrides: Mapping[str, LeafLayout]
+
+    def __call__(self, params) -> Any:
+        """The tree of layouts, for composing layouts of one's own.
+
+        Raises:
+          ValueError: leaves that can be read in two ways, or a pattern that meets no leaf.
+        """
+        routes = route(params, self.overrides)
+        refuse_doubts(params, routes, self.overrides)
+        return jax.tree_util.tree_map_with_path(lambda path, _: routes[path].layout, params)
+
+
+def layout_by_path(overrides: Mapping[str, LeafLayout]) -> LayoutByPath:
+    """A layout that routes by path and shape except where a pattern says otherwise.
+
+    Args:
+      overrides: from path patterns (`fnmatch` style, `*` crosses `/`) to a `MatrixLayout`, an
+        `optax.contrib.MuonDimensionNumbers`, or None for AdamW. The first pattern that fits counts.
+
+    Returns:
+      A callable for the `layout` argument.
+
+    Example: `normuon(0.02, layout=layout_by_path({"*/conv/kernel": None}))`.
+    """
+    return LayoutByPath(dict(overrides))

@@ -1,0 +1,86 @@
+"""The PartitionSpec of every array of an optimizer's state."""
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from normuon_core.layout import MatrixView
+from optax_normuon.leaves.boxes import unbox
+from optax_normuon.leaves.paths import KeyPath, named_leaves
+from optax_normuon.mesh.specs import (
+    SpecTree,
+    _as_axes,
+    _check_rank,
+    _given,
+    _spec,
+    found_views,
+    matrix_statistic_axes,
+    partition_spec,
+    statistic_axes,
+)
+
+
+def state_specs(tx: optax.GradientTransformation, params, specs: SpecTree):
+    """PartitionSpecs of an optimizer's state: for `jax.jit`, `jax.device_put` and Orbax.
+
+    What belongs to a parameter lies as the parameter does; axes that a statistic reduces, and in a
+    statistic the output axes of a leaf with `output_splits`, are not divided. Counters are on every
+    device.
+
+        shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(tx, params, specs))
+        state = jax.jit(tx.init, out_shardings=shardings)(params)
+
+    Args:
+      tx: any transformation, ours within others' wrappers too: a state's leaf belongs to the parameter
+        whose path ends its own.
+      params: arrays or abstract arrays.
+      specs: see `normuon`'s `param_specs`.
+
+    Returns:
+      A tree like the state, of PartitionSpecs, or of NamedShardings where `specs` are.
+
+    Raises:
+      ValueError: see `normuon`.
+    """
+    given = _given(specs, params)
+    mesh = next((s.mesh for s in given.values() if isinstance(s, NamedSharding)), None)
+    owners = []
+    parameters = unbox(params)
+    boxes = dict(zip(parameters.paths, parameters.places, strict=True))
+    for path, name, leaf in named_leaves(params):
+        spec, shape = _spec(given[path]), np.shape(leaf)
+        _check_rank(name, shape, spec, mesh)
+        axes = _as_axes(spec, len(shape))
+        owners.append((path, shape, axes))
+        if boxes[path] != path:
+            # A statistic of another shape stands outside of its parameter's box.
+            owners.append((boxes[path], shape, axes))
+    # The longest path first: another parameter's path may end it.
+    owners.sort(key=lambda owner: len(owner[0]), reverse=True)
+
+    def spec_of(path, leaf):
+        spec = _spec_of_state(path, np.shape(leaf), owners, views)
+        return spec if mesh is None else NamedSharding(mesh, spec)
+
+    state, views = found_views(tx, params)
+    return jax.tree_util.tree_map_with_path(spec_of, state)
+
+
+def _spec_of_state(
+    path: KeyPath, shape: tuple[int, ...], owners, views: Mapping[KeyPath, MatrixView]
+) -> PartitionSpec:
+    for own, whole, axes in owners:
+        # One key more: the statistics of a split leaf may be a tuple.
+        found = _ends_with(path, own) or _ends_with(path[:-1], own)
+        if found and len(shape) == len(whole):
+            if own in views and shape != whole:
+                return partition_spec(matrix_statistic_axes(shape, views[own], axes))
+            return partition_spec(statistic_axes(shape, whole, axes))
+    return PartitionSpec()
+
+
+def _ends_with(path: KeyPath, end: KeyPath) -> bool:
+    return len(path) >= len(end) and path[len(path) - len(end) :] == end

@@ -1,0 +1,1 @@
+"""The stages of a step, each as a transformation of its own."""

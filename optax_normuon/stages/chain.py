@@ -1,0 +1,48 @@
+"""The stages of a recipe as one Optax chain, and the names of what its state holds."""
+
+from typing import Any, NamedTuple
+
+import optax
+
+from optax_normuon.stages.momentum import MomentumState
+from optax_normuon.stages.neuron_norm import NeuronNormState
+from optax_normuon.stages.weight_decay import WeightDecayState
+
+
+def chain_of_stages(
+    direction: optax.GradientTransformation,
+    increment: optax.GradientTransformation,
+    rate: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+    """Stages 1 to 3, stages 4 and 5, and the learning rate, one after the other.
+
+    Args:
+      direction: `optax.chain` of the momentum and of stages 2 and 3 on matrices.
+    """
+    return optax.chain(direction, increment, rate)
+
+
+class ChainState(NamedTuple):
+    """The state of `chain_of_stages`, which is nested tuples, by names.
+
+    Attributes:
+      momentum, norm, decay, rate: of the stages; `norm` is None without stage 3.
+      polar: of stage 2, which keeps nothing.
+    """
+
+    momentum: MomentumState
+    polar: Any
+    norm: NeuronNormState | None
+    decay: WeightDecayState
+    rate: Any
+
+    @classmethod
+    def of(cls, state: Any) -> "ChainState":
+        """From the chain's own state."""
+        (momentum, (polar, *norm)), decay, rate = state
+        return cls(momentum, polar, norm[0] if norm else None, decay, rate)
+
+    def as_state(self) -> Any:
+        """As the chain keeps it."""
+        norm = [] if self.norm is None else [self.norm]
+        return (self.momentum, (self.polar, *norm)), self.decay, self.rate

@@ -1,0 +1,116 @@
+"""Stage 5: each matrix scaled by its shape, and by `lr_mul`."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from normuon_core.layout import MatrixView
+from normuon_core.shape_rules import RMS_FLOOR, ShapeRule, check_shape_rule, shape_factor
+from optax_normuon.leaves.injection import refuse_injection_of_static_arguments
+from optax_normuon.leaves.layout import LayoutTree, resolve_layouts
+from optax_normuon.leaves.multipliers import MultiplierTree, resolve_multipliers
+from optax_normuon.leaves.precision import working_dtype
+from optax_normuon.matrices.views import join_blocks, split_blocks
+
+
+@refuse_injection_of_static_arguments
+def scale_by_shape(
+    rule: ShapeRule = "original",
+    *,
+    lr_mul: MultiplierTree = None,
+    layout: LayoutTree = None,
+) -> optax.GradientTransformation:
+    """Multiplies each matrix by a factor of its shape (outputs r, inputs c), each leaf by `lr_mul`.
+
+    | rule | factor | from |
+    | --- | --- | --- |
+    | `original` | sqrt(max(1, r/c)) | Keller Jordan's Muon |
+    | `match_rms_adamw` | 0.2 sqrt(max(r, c)) | Moonlight: AdamW's learning rates carry over |
+    | `spectral` | sqrt(r/c) | arXiv 2310.17813 |
+    | `max_dim` | sqrt(max(r, c)) | modded-nanogpt, 2024-10 |
+    | `rms` | 0.2 sqrt(r c) / (Frobenius norm of v) | NorMuon's paper |
+    | `none` | 1 | |
+
+    Args:
+      rule: a name from the table; each block of a split leaf gets its own factor.
+      lr_mul: see `normuon`.
+      layout: see `normuon`; leaves that are no matrices get `lr_mul` alone.
+
+    Returns:
+      A stateless transformation: float32 arithmetic, or the update's dtype where that is wider.
+
+    Raises:
+      ValueError: an unknown rule, or see `normuon`.
+    """
+    check_shape_rule(rule)
+
+    def init(params):
+        views = resolve_layouts(layout, params)
+        resolve_multipliers(lr_mul, params, views, what="lr_mul")
+        return optax.EmptyState()
+
+    def update(updates, state, params=None):
+        like = updates if params is None else params
+        views = resolve_layouts(layout, like)
+        factors = resolve_multipliers(lr_mul, like, views, what="lr_mul")
+
+        def scale(path, v):
+            if v is None:
+                return None
+            v = v.astype(working_dtype(v.dtype))
+            return v * scale_factor(rule, v, views.get(path), factors.on(path))
+
+        scaled = jax.tree_util.tree_map_with_path(scale, updates, is_leaf=lambda leaf: leaf is None)
+        return scaled, state
+
+    return optax.GradientTransformation(init, update)
+
+
+def scale_factor(rule: ShapeRule, v, view: MatrixView | None, lr_factor):
+    """What one leaf is multiplied by: a scalar or an array of v's dtype that broadcasts to the leaf.
+
+    Args:
+      v: the leaf, whose norms the `rms` rule takes. view: None for a leaf that is no matrix.
+      lr_factor: a number or a broadcastable array. A number's, or a NumPy array's, product with the
+        shape's factor is taken in double precision and rounded once.
+    """
+    if view is None:
+        return jnp.asarray(lr_factor, v.dtype)
+    factors = [shape_factor(rule, run.size, view.inputs) for run in view.runs]
+    if rule != "rms" and len(set(factors)) == 1:
+        return jnp.asarray(lr_factor * factors[0], v.dtype)
+    if isinstance(lr_factor, float):
+        factors, lr_factor = [factor * lr_factor for factor in factors], 1.0
+    if rule == "rms":
+        norms = _norms(v, view)
+        factors = [
+            factor / jnp.maximum(norm, RMS_FLOOR)
+            for factor, norm in zip(factors, norms, strict=True)
+        ]
+    # One number for each output neuron, which broadcasts over the inputs; unless these are folded.
+    runs = []
+    for run, factor in zip(view.runs, factors, strict=True):
+        _, rows, columns = view.block_stack_shape(run.size)
+        if view.folded is None:
+            rows, columns = (rows, 1) if view.output_is_rows else (1, columns)
+        shape = (view.matrices(run), rows, columns)
+        runs.append(jnp.broadcast_to(jnp.asarray(factor, v.dtype), shape))
+    return jnp.asarray(lr_factor, v.dtype) * join_blocks(runs, view)
+
+
+def _norms(v, view: MatrixView) -> list:
+    """The norm of every matrix of each run of output blocks, (matrices, 1, 1)."""
+    stored = {view.stored_axis(axis) for axis in view.input_axes}
+    if view.folded is not None:
+        # There may be matrices beside the inputs.
+        stored.discard(view.folded[0])
+    squares = jnp.sum(jnp.square(v), axis=tuple(stored), keepdims=True)
+    lies = jax.typeof(squares).sharding
+    if any(lies.spec):
+        # So few numbers may be on every device; blocks need not end where a device's part does.
+        squares = jax.reshard(squares, NamedSharding(lies.mesh, PartitionSpec()))
+    return [
+        jnp.sqrt(jnp.sum(block, axis=(-2, -1), keepdims=True))
+        for block in split_blocks(squares, view)
+    ]

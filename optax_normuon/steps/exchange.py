@@ -1,0 +1,91 @@
+"""What travels of a stack by kernels over a mesh: `normuon_core.fused_step.Exchange` in JAX."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from normuon_core.fused_step import Piece
+from normuon_core.kernels.geometry import Geometry, padded
+from normuon_core.placement import Placement
+from optax_normuon.mesh.cut import Cut
+from optax_normuon.mesh.owners import Owners, Sides
+from optax_normuon.mesh.specs import Specs
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """See `normuon_core.fused_step.Exchange`; within a `jax.shard_map`.
+
+    Attributes:
+      owners: the way of its matrices, their rows being the short side.
+      geometry: of one device's parts. count: of the stack.
+    """
+
+    owners: Owners
+    geometry: Geometry
+    count: int
+
+    @classmethod
+    def of(
+        cls, cut: Cut, placement: Placement, specs: Specs, *, geometry: Geometry, count: int
+    ) -> "Exchange":
+        """For a stack of `count` matrices."""
+        return cls(Owners.of(cut, placement, specs, count=count), geometry, count)
+
+    @property
+    def owned(self) -> int:
+        return self.owners.each
+
+    def gather_partials(self, partials):
+        gathered = self.owners.gather_parts(partials)
+        return gathered.reshape(len(partials), -1)
+
+    def to_owners(self, x):
+        _, long = self.geometry.whole
+        whole = self.owners.to_owners(self.owners.replicas_share(x[..., : self.geometry.long]))
+        return _widened(whole, padded(long))
+
+    def to_holders(self, v):
+        _, long = self.geometry.whole
+        return _widened(self.owners.to_holders(v[..., :long], self.count), self.geometry.pitch)
+
+    def statistics_to_owners(self, pieces: Sequence[tuple[Piece, Any]]):
+        own = [x[piece.start : piece.start + piece.count] for piece, x in pieces]
+        x = self._beside_reduced(jnp.concatenate(own))
+        return self.owners.statistic_to_owners(x, self._sides).reshape(self.owned, -1)
+
+    def statistics_to_holders(self, statistics: Sequence[Any], sums):
+        sent = [(self._beside_reduced(x), self._sides) for x in statistics]
+        # Numbers of a whole matrix, which no side divides.
+        flat = sums.reshape(self.owned, 1, -1)
+        numbers = [(flat[..., i : i + 1], Sides(False, False)) for i in range(flat.shape[-1])]
+        back = self.owners.statistics_to_holders(sent + numbers, self.count)
+        known = [x.reshape(self.count, -1) for x in back[: len(sent)]]
+        numbers = jnp.concatenate(back[len(sent) :], axis=-1)
+        return known, numbers.reshape(self.count, *sums.shape[1:])
+
+    def rates_to_owners(self, pieces: Sequence[Piece]):
+        rates = pieces[0].block.leaf.rates
+        if len(rates) == 1:
+            return rates, self.geometry.matrices_a_rate
+        rows = [
+            piece.block.leaf.rates[
+                (piece.start + jnp.arange(piece.count)) // piece.block.geometry.matrices_a_rate
+            ]
+            for piece in pieces
+        ]
+        return self.owners.own_rows(jnp.concatenate(rows)), 1
+
+    @property
+    def _sides(self) -> Sides:
+        return Sides(self.geometry.neurons_on_short, not self.geometry.neurons_on_short)
+
+    def _beside_reduced(self, x):
+        return x[:, :, None] if self.geometry.neurons_on_short else x[:, None, :]
+
+
+def _widened(x, pitch: int) -> jax.Array:
+    return jnp.pad(x, [(0, 0), (0, 0), (0, pitch - x.shape[-1])])

@@ -1,0 +1,266 @@
+"""JAX arrays through `normuon_core.fused_step`: the step of matrices by kernels.
+
+All arithmetic of a step is in the kernels that PyTorch runs as well, in the same order. State and
+updates are those of the chain of transformations that the kernels stand for.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from normuon_core.fused_step import Leaf, Piece, step_stack
+from normuon_core.kernels.source import RATES
+from normuon_core.layout import MatrixView, Run
+from normuon_core.recipes import Recipe
+from normuon_core.shape_rules import shape_factor
+from optax_normuon.kernels import launcher
+from optax_normuon.kernels.engine import Kernels, left_to_xla
+from optax_normuon.leaves.boxes import unbox
+from optax_normuon.leaves.layout import Views
+from optax_normuon.leaves.multipliers import Multipliers
+from optax_normuon.leaves.paths import named_leaves
+from optax_normuon.leaves.precision import as_schedule
+from optax_normuon.matrices.plan import Stack, plan
+from optax_normuon.mesh.collectives import run_on_mesh
+from optax_normuon.mesh.placed_leaf import PlacedLeaf, place_leaf
+from optax_normuon.mesh.specs import Axes, Specs
+from optax_normuon.stages.chain import ChainState
+from optax_normuon.stages.momentum import MomentumState
+from optax_normuon.stages.neuron_norm import NeuronNormState
+from optax_normuon.stages.weight_decay import WeightDecayState
+from optax_normuon.steps.exchange import Exchange
+from optax_normuon.steps.weights import LaidOut, Stepped, Weight, lying_arrays, with_leading_batch
+
+
+def step_weights(
+    leaves: Sequence[PlacedLeaf],
+    weights: Sequence[Weight],
+    rates,
+    engine: Kernels,
+    specs: Specs | None = None,
+) -> list[Stepped]:
+    """All stages of all weights; under `vmap` of weights with one more batch axis.
+
+    Args:
+      weights: on a mesh one device's parts of them.
+      rates: (runs, `kernels.RATES`) float32; a weight's matrices are cut into as many equal runs.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def step(weights, rates):
+        return _step_weights(leaves, weights, rates.reshape(-1, RATES), engine, specs)
+
+    @step.def_vmap
+    def _(axis_size, in_batched, weights, rates):
+        weights, rates = jax.tree.map(
+            lambda x, batched: x if batched else jnp.broadcast_to(x, (axis_size, *x.shape)),
+            (weights, rates),
+            tuple(in_batched),
+        )
+        wider = [
+            leaf._replace(
+                view=with_leading_batch(leaf.view, axis_size),
+                local=with_leading_batch(leaf.local, axis_size),
+            )
+            for leaf in leaves
+        ]
+        result = step_weights(wider, weights, rates.reshape(-1, RATES), engine, specs)
+        return result, jax.tree.map(lambda _: True, result)
+
+    return step(list(weights), rates)
+
+
+def _step_weights(
+    leaves: Sequence[PlacedLeaf],
+    weights: Sequence[Weight],
+    rates,
+    engine: Kernels,
+    specs: Specs | None,
+):
+    laid_out = [
+        LaidOut(leaf, weight, rates, engine.recipe)
+        for leaf, weight in zip(leaves, weights, strict=True)
+    ]
+    dtypes = {i: weight.gradient.dtype for i, weight in enumerate(weights)}
+    stacks = plan(dict(enumerate(leaves)), dtypes, engine, specs, ceiling=engine.ceiling)
+    done: list[Leaf] = []
+    for stack in _in_order(stacks):
+        placement, cut = stack.placement, stack.alike.cut
+        assert placement.form is not None
+        assert placement.dtype is not None
+        pieces = [
+            Piece(laid_out[each.leaf].blocks[each.run], each.start, each.stop - each.start)
+            for each in stack.pieces
+        ]
+        exchange = None
+        if specs is not None and cut is not None and placement.strategy == "owners":
+            geometry = pieces[0].block.geometry
+            exchange = Exchange.of(cut, placement, specs, geometry=geometry, count=stack.count)
+            _wait_for_the_last_but_one(pieces[0].block.leaf, done)
+        step_stack(
+            launcher.launch,
+            launcher.describe_device(),
+            pieces,
+            engine.recipe,
+            form=placement.form,
+            dtype=placement.dtype,
+            exchange=exchange,
+        )
+        done.append(pieces[-1].block.leaf)
+    return [weight.stepped() for weight in laid_out]
+
+
+def _in_order(stacks: Sequence[Stack[int]]) -> list[Stack[int]]:
+    """The smallest group first and the second smallest last: no other group's work hides their ways."""
+    groups = [list(group) for _, group in groupby(stacks, key=lambda stack: stack.alike)]
+    ascending = sorted(groups, key=lambda g: g[0].alike.rows * g[0].alike.columns * g[0].group)
+    return [stack for g in (*ascending[:1], *ascending[2:], *ascending[1:2]) for stack in g]
+
+
+def _wait_for_the_last_but_one(leaf: Leaf, done: Sequence[Leaf]) -> None:
+    """So that one stack travels while another is worked on, and no more are in memory."""
+    if len(done) > 1 and done[-2] is not leaf:
+        before = done[-2]
+        leaf.gradient, before.delta = jax.lax.optimization_barrier((leaf.gradient, before.delta))
+
+
+def with_kernels(
+    chain: optax.GradientTransformation,
+    engine: Kernels,
+    *,
+    views: Views,
+    specs: Specs | None,
+    learning_rate: optax.ScalarOrSchedule,
+    decay_rate: optax.Schedule,
+    lr_factors: Multipliers,
+    wd_factors: Multipliers,
+) -> optax.GradientTransformation:
+    """The chain of a recipe's stages for matrices, its update made by the kernels.
+
+    `chain` is a `chain_of_stages`: its state is kept as it is, so that a checkpoint does not know which
+    backend wrote it. Gradients and
+    parameters are taken in their own dtypes.
+    """
+    recipe = engine.recipe
+    beta2 = 0.0 if recipe.neuron_norm is None else recipe.neuron_norm.beta2
+    mu, rate = as_schedule(recipe.momentum.momentum), as_schedule(learning_rate)
+
+    def update(updates, state, params=None):
+        before = ChainState.of(state)
+        count = optax.safe_increment(before.momentum.count)
+        rates = [
+            mu(before.momentum.count),
+            count,
+            beta2,
+            decay_rate(before.decay.count),
+            rate(before.rate.count),
+        ]
+        rates = jnp.stack([jnp.asarray(value).astype(jnp.float32) for value in rates])
+
+        given = {path: leaf for path, _, leaf in named_leaves(updates)}
+        dtypes = {path: leaf.dtype for path, leaf in given.items()}
+        placed = {path: place_leaf(views[path], path, specs) for path in given}
+        left_out = left_to_xla(placed, dtypes, engine, specs)
+        kept = before
+        if left_out:
+            rest = jax.tree_util.tree_map_with_path(
+                lambda path, leaf: leaf if path in left_out else None, updates
+            )
+            rest, rest_state = chain.update(rest, state, params)
+            kept = ChainState.of(rest_state)
+            updates = jax.tree.map(
+                lambda made, leaf: leaf if made is None else made,
+                rest,
+                updates,
+                is_leaf=lambda leaf: leaf is None,
+            )
+            placed = {path: leaf for path, leaf in placed.items() if path not in left_out}
+
+        parameters = {path: leaf for path, _, leaf in named_leaves(params)}
+        momenta = {path: leaf for path, _, leaf in named_leaves(kept.momentum.momentum)}
+        moments = _moments_by_path(kept.norm, params)
+        weights = [
+            Weight(
+                given[path],
+                parameters[path],
+                momenta[path],
+                moments.get(path, ()),
+                _scales(recipe, leaf.view, lr_factors.on(path)),
+                _decays(leaf.view, wd_factors.on(path)),
+            )
+            for path, leaf in placed.items()
+        ]
+        leaves = list(placed.values())
+
+        def step(weights, rates):
+            return step_weights(leaves, weights, rates, engine, specs)
+
+        if specs is None:
+            stepped = step(weights, rates[None])
+        else:
+            lying = [lying_arrays(*each) for each in zip(leaves, weights, strict=True)]
+            stepped = run_on_mesh(
+                step,
+                specs,
+                (weights, rates[None]),
+                (lying, Axes(((), ()))),
+                [Stepped(own.parameter, own.momentum, own.second_moment) for own in lying],
+            )
+        found = dict(zip(placed, stepped, strict=True))
+
+        updates = _replaced(updates, {path: each.delta for path, each in found.items()})
+        momenta = {path: each.momentum for path, each in found.items()}
+        if kept.norm is not None:
+            moments |= {path: each.second_moment for path, each in found.items()}
+            kept = kept._replace(norm=NeuronNormState(_with_moments(params, moments)))
+        after = kept._replace(
+            momentum=MomentumState(count, _replaced(kept.momentum.momentum, momenta)),
+            decay=WeightDecayState(optax.safe_increment(before.decay.count)),
+            rate=before.rate._replace(count=optax.safe_increment(before.rate.count)),
+        )
+        return updates, after.as_state()
+
+    return optax.GradientTransformation(chain.init, update)
+
+
+def _moments_by_path(norm: NeuronNormState | None, params) -> dict[Any, Any]:
+    """The second moment of every weight, as the state keeps it."""
+    if norm is None:
+        return {}
+    parameters = unbox(params)
+    kept = parameters.tree.flatten_up_to(norm.second_moment)
+    return dict(zip(parameters.paths, kept, strict=True))
+
+
+def _with_moments(params, moments: Mapping[Any, Any]):
+    parameters = unbox(params)
+    return parameters.tree.unflatten([moments[path] for path in parameters.paths])
+
+
+def _replaced(tree, leaves: Mapping[Any, Any]):
+    return jax.tree_util.tree_map_with_path(lambda path, old: leaves.get(path, old), tree)
+
+
+def _scales(recipe: Recipe, view: MatrixView, lr_factor) -> tuple:
+    """k lr_mul for each matrix of a run, rounded once where `lr_mul` is no JAX array."""
+    return tuple(
+        _each(lr_factor * shape_factor(recipe.shape_scale, run.size, view.inputs), view, run)
+        for run in view.runs
+    )
+
+
+def _decays(view: MatrixView, wd_factor) -> tuple:
+    return tuple(_each(wd_factor, view, run) for run in view.runs)
+
+
+def _each(value, view: MatrixView, run: Run) -> jax.Array:
+    if np.ndim(value):
+        value = value.reshape(view.unfolded(value.shape))
+        value = value[tuple(slice(None) if a in view.batch_axes else 0 for a in range(value.ndim))]
+        value = value[..., None]
+    return jnp.broadcast_to(jnp.asarray(value, jnp.float32), (*view.batch_shape, run.blocks))

@@ -1,0 +1,138 @@
+"""One weight as the kernels take it, and what a step makes of it."""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from normuon_core.fused_step import Block, Leaf
+from normuon_core.kernels.geometry import block_geometries
+from normuon_core.layout import MatrixView
+from normuon_core.recipes import Recipe
+from optax_normuon.kernels.polar import output_of, row_major_strides
+from optax_normuon.matrices.views import as_leaf, as_stack, join_statistic, split_statistic
+from optax_normuon.mesh.placed_leaf import PlacedLeaf, state_axes
+from optax_normuon.mesh.specs import Axes, unfolded_axes
+
+
+class Weight(NamedTuple):
+    """One weight's arrays in a step.
+
+    Attributes:
+      gradient, parameter, momentum: of the weight's shape.
+      second_moment: as the state keeps it, see `on_matrices`; empty without stage 3.
+      scales, decays: one array for each run of output blocks, over the batch axes and then the blocks,
+        float32.
+    """
+
+    gradient: Any
+    parameter: Any
+    momentum: Any
+    second_moment: Any
+    scales: tuple
+    decays: tuple
+
+
+class Stepped(NamedTuple):
+    """What a step makes of a `Weight`."""
+
+    delta: Any
+    momentum: Any
+    second_moment: Any
+
+
+def with_leading_batch(view: MatrixView, size: int) -> MatrixView:
+    """The view of `size` such arrays stacked along a new first axis."""
+
+    def moved(axes):
+        return tuple(axis + 1 for axis in axes)
+
+    return replace(
+        view,
+        shape=(size, *view.shape),
+        batch_axes=(0, *moved(view.batch_axes)),
+        row_axes=moved(view.row_axes),
+        column_axes=moved(view.column_axes),
+        folded=None if view.folded is None else (view.folded[0] + 1, view.folded[1]),
+    )
+
+
+class LaidOut:
+    """A weight as the kernels take it, and the way back."""
+
+    def __init__(self, placed: PlacedLeaf, weight: Weight, rates, recipe: Recipe):
+        view = placed.local
+        self.placed, self.view, self.weight, self.recipe = placed, view, weight, recipe
+        # What no stride can reach is brought to a stack first.
+        self.in_place = view.strides() is not None
+        laid_out = view if self.in_place else view.stacked
+        gradient, parameter, momentum = (
+            x if self.in_place else as_stack(x, view)
+            for x in (weight.gradient, weight.parameter, weight.momentum)
+        )
+        moments = [None] * len(view.runs)
+        if recipe.neuron_norm is not None:
+            moments = [_flat(x) for x in split_statistic(weight.second_moment, view)]
+        self.leaf = Leaf(
+            gradient=gradient,
+            parameter=parameter,
+            momentum=momentum,
+            rates=rates,
+            momentum_output=output_of(momentum),
+            delta_output=output_of(parameter),
+        )
+        rule = recipe.neuron_norm
+        geometries = block_geometries(
+            laid_out,
+            row_major_strides(laid_out),
+            whole=placed.view,
+            axis="output" if rule is None else rule.axis,
+            rates=len(rates),
+        )
+        self.blocks = [
+            Block(
+                self.leaf,
+                geometry,
+                view.matrices(run),
+                moment,
+                scale.reshape(-1),
+                decay.reshape(-1),
+            )
+            for run, geometry, moment, scale, decay in zip(
+                view.runs, geometries, moments, weight.scales, weight.decays, strict=True
+            )
+        ]
+
+    def stepped(self) -> Stepped:
+        delta, momentum = (
+            x if self.in_place else as_leaf(x, self.view)
+            for x in (self.leaf.delta, self.leaf.momentum)
+        )
+        kept = self.weight.second_moment
+        if self.recipe.neuron_norm is not None:
+            moments = [
+                _moment_of(block).reshape(old.shape)
+                for block, old in zip(self.blocks, split_statistic(kept, self.view), strict=True)
+            ]
+            kept = join_statistic(moments, self.view, like=kept)
+        return Stepped(delta, momentum, kept)
+
+
+def _flat(moment):
+    """(matrices, rows or 1, columns or 1) as (matrices, neurons)."""
+    return moment.reshape(len(moment), -1)
+
+
+def _moment_of(block: Block):
+    return jnp.concatenate(block.new_moments) if block.new_moments else block.second_moment
+
+
+def lying_arrays(leaf: PlacedLeaf, weight: Weight) -> Weight:
+    """How a weight's arrays lie on the mesh."""
+    own = leaf.axes
+    of_view = unfolded_axes(leaf.view, own)
+    batch = Axes((*(of_view[axis] for axis in leaf.view.batch_axes), ()))
+    moment = jax.tree.map(lambda x: state_axes(x.shape, leaf), weight.second_moment)
+    runs = len(leaf.view.runs)
+    return Weight(own, own, own, moment, (batch,) * runs, (batch,) * runs)

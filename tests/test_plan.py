@@ -1,0 +1,94 @@
+"""`describe` prints the plan that the step makes: by each engine, group by group."""
+
+from itertools import groupby
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from optax_normuon import MatrixLayout, describe, normuon
+from optax_normuon.matrices import on_matrices
+from tests.meshes import mesh_of
+
+SHAPES = {
+    "up": (64, 256),
+    "down": (256, 64),
+    "experts": (4, 64, 256),
+    "lonely": (16, 4096),
+    "qkv": (64, 96),
+    "cut_through": (64, 96),
+    "bias": (64,),
+}
+SPECS = {
+    "up": P("fsdp", "tp"),
+    "down": P("tp", "fsdp"),
+    "experts": P("tp", "fsdp"),
+    "lonely": P(None, ("fsdp", "tp")),
+    "qkv": P("fsdp"),
+    "cut_through": P(None, "fsdp"),
+    "bias": P("fsdp"),
+}
+LAYOUT = {
+    "up": MatrixLayout(0, 1),
+    "down": MatrixLayout(1, 0),
+    "experts": MatrixLayout(1, 2),
+    "lonely": MatrixLayout(0, 1),
+    "qkv": MatrixLayout(0, 1, (32, 32, 32)),
+    "cut_through": MatrixLayout(0, 1, (32, 32, 32)),
+    "bias": None,
+}
+PARAMS = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in SHAPES.items()}
+
+
+def lines(engine, stacks):
+    """The cells of `describe` that a plan decides."""
+    for _, group in groupby(stacks, key=lambda stack: stack.alike):
+        first = next(group)
+        alike, placement = first.alike, first.placement
+        yield [
+            f"{first.group} x ({alike.rows}, {alike.columns})",
+            engine,
+            placement.strategy,
+            *map(str, (placement.owners, placement.each, placement.padding)),
+        ]
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """The stacks of every plan that a step makes, by the engine that steps them."""
+    from optax_normuon.steps import fused
+
+    made = []
+    for module in (on_matrices, fused):
+
+        def recorded(leaves, dtypes, engine, specs, *, ceiling, plan=module.plan):
+            stacks = plan(leaves, dtypes, engine, specs, ceiling=ceiling)
+            made.append((engine.name, stacks))
+            return stacks
+
+        monkeypatch.setattr(module, "plan", recorded)
+    return made
+
+
+@pytest.mark.parametrize("sizes", [dict(fsdp=4, tp=2), dict(fsdp=2, tp=2, replica=2)], ids=str)
+@pytest.mark.parametrize("engine", ["xla", "kernels"])
+def test_the_table_is_the_plan_of_the_step(planned, request, engine, sizes):
+    keywords = dict(compute_dtype=jnp.float32, layout=LAYOUT, param_specs=SPECS)
+    if engine == "kernels":
+        request.getfixturevalue("interpreted")
+        keywords["backend"] = "triton"
+    mesh = mesh_of(AxisType.Auto, **sizes)
+    tx = normuon(0.1, **keywords)
+    with jax.set_mesh(mesh):
+        jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), PARAMS)
+        text = describe(PARAMS, mesh=mesh, **keywords)
+    rows = [line.split("  ") for line in text.split("\n\n")[1].splitlines()[2:]]
+    cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    printed = [[row[0], *row[2:7]] for row in cells]
+    ran = [line for each in planned for line in lines(*each)]
+    assert sorted(printed) == sorted(ran)
+    engines = {row[1] for row in printed}
+    assert engines == ({"xla"} if engine == "xla" else {"xla", "kernels"})
+    assert {"owners", "shards"} <= {row[2] for row in printed}

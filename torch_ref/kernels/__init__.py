@@ -1,0 +1,1 @@
+"""The Triton kernels from here: backend, launches, the polar factor."""

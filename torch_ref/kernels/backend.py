@@ -1,0 +1,63 @@
+"""Which backend runs a step, and what the kernels lack where they cannot."""
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+
+Backend = Literal["eager", "triton", "auto"]
+
+
+DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+"""What the kernels take, and its name there."""
+
+
+def check_backend(backend: str) -> None:
+    """Raises a ValueError unless `backend` is one, and there: "triton" needs Triton installed."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"unknown backend {backend!r}; use one of {get_args(Backend)}.")
+    if backend == "triton" and not _has_triton():
+        raise ValueError(
+            "backend='triton' needs Triton, which is not installed: pip install 'optax-normuon[triton]',"
+            " or use backend='auto'."
+        )
+
+
+def takes_kernels(backend: Backend, device: torch.device, dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether the kernels run: asked for, or "auto" on a CUDA device with Triton.
+
+    Raises:
+      ValueError: asked for in vain, on another device or for a dtype the kernels do not take.
+    """
+    fits = all(dtype in DTYPES for dtype in dtypes)
+    if backend == "triton":
+        check_backend(backend)
+        if not fits:
+            raise ValueError(
+                f"backend='triton' takes {', '.join(DTYPES.values())}, not"
+                f" {', '.join(str(d) for d in dtypes if d not in DTYPES)}; use backend='auto'."
+            )
+        if device.type != "cuda" and not is_interpreted():
+            raise ValueError(
+                f"backend='triton' needs a CUDA device, not {device}; use backend='auto', or set"
+                " TRITON_INTERPRET=1 before importing Triton to try the kernels on a CPU, with a"
+                " compute_dtype of float32 or float16."
+            )
+        return True
+    return backend == "auto" and device.type == "cuda" and fits and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def is_interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, as TRITON_INTERPRET=1 asks for."""
+    from triton.runtime import JITFunction
+
+    from normuon_core.kernels import source
+
+    return not isinstance(source.product, JITFunction)

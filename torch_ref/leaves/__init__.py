@@ -1,0 +1,1 @@
+"""What the leaves of a model are: names, dtypes, layouts, settings."""

@@ -1,0 +1,68 @@
+"""What a parameter group says of each of its parameters."""
+
+import torch
+
+from normuon_core import MatrixLayout, MatrixView, Recipe, find_recipe
+from normuon_core.cost import Iteration
+from torch_ref.leaves.dtypes import dtype_name
+from torch_ref.leaves.group_keys import Group
+
+OUT_IN = MatrixLayout(reduction_axis=-1, output_axis=-2)
+"""How `torch.nn.Linear` stores a weight, or a stack of them."""
+
+
+def parameter_name(group: Group, group_index: int, position: int) -> str:
+    """What an error calls a parameter: its place, its name where the group has names, its shape."""
+    place = f"group {group_index}, parameter {position}"
+    if "param_names" in group:
+        place += f" ({group['param_names'][position]})"
+    return f"{place}, of shape {tuple(group['params'][position].shape)}"
+
+
+def group_recipe(group: Group) -> Recipe:
+    """The group's recipe with the group's own keywords put in.
+
+    Raises:
+      ValueError: an unknown recipe or shape rule, or `beta2` for a recipe without neuron
+        normalization.
+    """
+    return find_recipe(group["recipe"]).override(
+        momentum=group["momentum"],
+        nesterov=group["nesterov"],
+        beta2=group["beta2"],
+        shape_scale=group["shape_scale"],
+        coefficients=group["coefficients"],
+        steps=group["steps"],
+        eps=group["eps"],
+    )
+
+
+def parameter_view(group: Group, param: torch.Tensor, name: str = "parameter") -> MatrixView:
+    """Where the group's layout finds the matrices of a parameter.
+
+    Raises:
+      ValueError: a parameter of fewer than two axes, or a layout that does not fit its shape.
+    """
+    if param.ndim < 2:
+        raise ValueError(
+            f"{name}: a parameter of {param.ndim} axes is no matrix; put it in a group with"
+            " optimizer='adamw'."
+        )
+    if group["layout"] is None and param.ndim > 2:
+        inputs = tuple(range(1, param.ndim))
+        raise ValueError(
+            f"{name}: {param.ndim} axes can be read in two ways; give the group"
+            f" layout={MatrixLayout(inputs, 0)} for a convolution, or layout={OUT_IN} for a stack of"
+            " (out, in) matrices. torch_ref.param_groups(model) makes groups with their layouts from"
+            " the modules' types."
+        )
+    return (group["layout"] or OUT_IN).on(tuple(param.shape), name)
+
+
+def kernel_iteration(group: Group) -> Iteration:
+    """The iteration that a group asks for, where the kernels run it."""
+    return Iteration(
+        len(group_recipe(group).polar.coefficients),
+        group["algorithm"],
+        dtype_name(group["compute_dtype"]),
+    )

@@ -1,0 +1,1 @@
+"""Matrices of many leaves as stacks, and the plan of which share one."""

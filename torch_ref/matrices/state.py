@@ -1,0 +1,100 @@
+"""What a weight of matrices keeps between steps: its momentum and its second moments."""
+
+from collections.abc import Mapping
+from itertools import count, takewhile
+from typing import Any, Protocol
+
+import torch
+
+from normuon_core import MatrixView, NeuronNorm
+from normuon_core.neurons import statistic_shape
+from torch_ref.leaves.dtensor import is_dtensor
+from torch_ref.leaves.dtypes import working_dtype
+from torch_ref.leaves.groups import Group
+from torch_ref.matrices.views import from_stack, to_stack
+
+
+def _moment_keys(count: int) -> list[str]:
+    """Under which keys so many second moments are kept.
+
+    Several have a key each, which every form of checkpoint takes. The keys are what
+    `torch.distributed.checkpoint` calls the entries of a list.
+    """
+    if count == 1:
+        return ["second_moment"]
+    return [f"second_moment.{block}" for block in range(count)]
+
+
+def second_moments(state: Mapping[str, Any]) -> list[torch.Tensor]:
+    """A weight's second moments: one, or one for each output block; none where it has no such state."""
+    if "second_moment" in state:
+        return [state["second_moment"]]
+    keys = takewhile(lambda key: key in state, (f"second_moment.{block}" for block in count()))
+    return [state[key] for key in keys]
+
+
+class Zeros(Protocol):
+    """Makes an array of zeros where a parameter's state is kept; `shape` is the whole array's."""
+
+    def __call__(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor: ...
+
+
+def moment_shapes(view: MatrixView, rule: NeuronNorm) -> list[tuple[int, ...]]:
+    """The shape of the second moment: the weight's rank, reduced axes kept as 1.
+
+    The output blocks' stand side by side on the output axis. One for each block only where some blocks'
+    belong to the outputs and others' to the inputs, as those of unequal blocks may in the `longer` rule.
+    """
+    blocks = [
+        statistic_shape(rule.axis, view.block_stack_shape(size), output_is_rows=view.output_is_rows)
+        for size in view.output_sizes
+    ]
+    joined = view.joined_statistic(blocks)
+    return [_as_kept(shape, view) for shape in (blocks if joined is None else [joined])]
+
+
+def _as_kept(statistic: tuple[int, int, int], view: MatrixView) -> tuple[int, ...]:
+    ordered = dict(zip(view.order, view.statistic_shape(statistic), strict=True))
+    return view.fold(tuple(ordered[axis] for axis in range(len(view.order))))
+
+
+def with_moments_joined(
+    state: Mapping[str, Any], view: MatrixView, rule: NeuronNorm
+) -> dict[str, Any]:
+    """A weight's state in which the second moments are kept as they are now.
+
+    An older file may have a list of one array for each output block, or a key for each.
+    """
+    kept = state.get("second_moment")
+    blocks = list(kept) if isinstance(kept, list | tuple) else second_moments(state)
+    rest = {key: value for key, value in state.items() if not key.startswith("second_moment")}
+    whole = not any(map(is_dtensor, blocks))
+    if len(blocks) > 1 and whole and len(moment_shapes(view, rule)) == 1:
+        stacks = [to_stack(block, view) for block in blocks]
+        blocks = [from_stack(torch.cat(stacks, dim=view.output_stack_axis), view)]
+    return rest | dict(zip(_moment_keys(len(blocks)), blocks, strict=True)) if blocks else rest
+
+
+def create_matrix_state(
+    state: dict[str, Any],
+    view: MatrixView,
+    group: Group,
+    dtype: torch.dtype,
+    rule: NeuronNorm | None,
+    *,
+    zeros: Zeros,
+) -> None:
+    """Fills in what the state lacks: "momentum", and the second moments if `rule` is not None.
+
+    Args:
+      view: of the whole weight. dtype: the parameter's.
+    """
+    dtype = working_dtype(dtype)
+    if "momentum" not in state:
+        state["momentum"] = zeros(view.stored_shape, group["momentum_dtype"] or dtype)
+    if rule is None:
+        return
+    shapes = moment_shapes(view, rule)
+    for key, shape in zip(_moment_keys(len(shapes)), shapes, strict=True):
+        if key not in state:
+            state[key] = zeros(shape, dtype)

@@ -1,0 +1,159 @@
+"""Stage 2: the polar factor of a matrix, by odd polynomials in products of the matrix alone."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from normuon_core import Coefficients, Polar
+from normuon_core.cost import Algorithm, Iteration
+from normuon_core.polar_iteration import BEFORE_SQUARING, iterate, range_scales
+from normuon_core.polynomials import POLAR_EXPRESS, find_coefficients, with_steps
+from normuon_core.recipes import EpsRule
+from torch_ref.kernels.backend import Backend, takes_kernels
+from torch_ref.leaves.dtypes import dtype_name, working_dtype
+from torch_ref.stages.norms import sum_of_squares
+from torch_ref.stages.product import product
+
+
+def polar_factor(
+    x: torch.Tensor,
+    *,
+    coefficients: str | Coefficients = POLAR_EXPRESS,
+    steps: int | None = None,
+    norm_scale: float = 1.02,
+    eps: float = 1e-17,
+    eps_rule: EpsRule = "max",
+    compute_dtype: torch.dtype | None = None,
+    algorithm: Algorithm = "auto",
+    backend: Backend = "auto",
+) -> torch.Tensor:
+    """The orthogonal factor U V^T of each matrix x = U S V^T, as far as the polynomials bring it.
+
+    X = x / max(norm_scale |x|, eps), then for each (a, b, c): A = X X^T, X <- a X + (b A + c A^2) X,
+    on the shorter side of X (X^T X for tall matrices). Norm and scaling are done in the working
+    dtype, then X is cast once.
+
+    The Gram form is equal in exact arithmetic and touches the long side only at its start, its
+    restarts and its end: with p(x) = x h(x^2), it iterates R = X X^T <- h(R) R h(R) and Q <- Q
+    h(R), and X <- Q X. In bfloat16 it loses the small singular directions; float16 keeps them.
+
+    Args:
+      x: (..., rows, columns), any floating dtype, not modified.
+      coefficients: a name of `normuon_core.POLYNOMIALS`, or one (a, b, c) a step.
+      steps: how many of them, see `normuon_core.polynomials.with_steps`; None is all.
+      norm_scale, eps, eps_rule: how the norm is kept below 1; with `eps_rule="add"` the denominator
+        is norm_scale |x| + eps. Norms from 1e-15 to 1e16 give the same factor; below the floor it
+        fades to zero.
+      compute_dtype: of the products; None is bfloat16, and float16 where the Gram form runs.
+      algorithm: "standard", "gram", or "auto": the Gram form on CUDA devices where it takes fewer
+        operations, unless `compute_dtype` is bfloat16 (`normuon_core.cost.Iteration`).
+      backend: "triton" for the kernels that JAX runs too, "eager" for PyTorch's own products, or
+        "auto": "triton" on CUDA devices that have it, for the dtypes it takes.
+
+    Returns:
+      (..., rows, columns) in the compute dtype. Zero for a zero matrix; NaN for one that holds a
+      NaN or an infinity, or whose norm overflows the working dtype.
+
+    Raises:
+      ValueError: unknown coefficients or more steps than they have, an unknown `algorithm` or
+        `backend`, or "triton" where there is none.
+
+    Sources: Keller Jordan's Muon; Polar Express, arXiv 2505.16932; Dao-AILab/gram-newton-schulz.
+    """
+    coefficients = find_coefficients(coefficients)
+    if steps is not None:
+        coefficients = with_steps(coefficients, steps)
+    rows, columns = x.shape[-2:]
+    stack = x.reshape(-1, rows, columns)
+    polar = Polar(coefficients, norm_scale, eps, eps_rule)
+    dtypes = [x.dtype] if compute_dtype is None else [x.dtype, compute_dtype]
+    by_kernels = takes_kernels(backend, x.device, dtypes)
+    iteration = Iteration(
+        len(coefficients),
+        algorithm,
+        dtype_name(compute_dtype),
+        on_gpu=by_kernels or x.device.type == "cuda",
+        symmetric=by_kernels,
+    )
+    form, chosen = iteration.form(rows, columns)
+    if by_kernels:
+        from torch_ref.kernels.polar import polar_factors
+
+        return polar_factors(stack, polar, form=form, dtype=chosen).reshape(x.shape)
+    stack = stack.to(working_dtype(x.dtype))
+    stack = normalized(stack, scaled_squares(stack), polar, sides=(rows, columns), dtype=chosen)
+    return polynomial(stack, coefficients, form=form).reshape(x.shape)
+
+
+def scaled_squares(u: torch.Tensor) -> torch.Tensor:
+    """|`BEFORE_SQUARING` u|_F^2 over the last two axes, kept as 1: the sum over the parts of a matrix is
+    what `normalized` takes."""
+    return sum_of_squares(u * BEFORE_SQUARING)
+
+
+def normalized(
+    u: torch.Tensor, squares: torch.Tensor, polar: Polar, *, sides: tuple[int, int], dtype: str
+) -> torch.Tensor:
+    """u over its norm, in the compute dtype, times the first of its `range_scales`.
+
+    The divisor is max(norm_scale |u|, eps), or norm_scale |u| + eps with `eps_rule="add"`.
+
+    Elementwise once the norm is known, so that it works on any part of a matrix.
+
+    Args:
+      u: (batch, rows, columns) in the working dtype: whole matrices or parts of them.
+      squares: `scaled_squares` of each whole matrix, (batch, 1, 1).
+      sides: (rows, columns) of the whole matrices.
+      dtype: the compute dtype, by its name.
+    """
+    norm = squares.sqrt() * polar.norm_scale
+    eps = polar.eps * BEFORE_SQUARING
+    denominator = norm.clamp_min(eps) if polar.eps_rule == "max" else norm + eps
+    # Dividing by an overflowed norm would hand on a silent zero.
+    denominator = denominator.masked_fill(norm.isinf(), math.nan)
+    scale, _ = range_scales(*sides, dtype)
+    return (u * BEFORE_SQUARING / (denominator / scale)).to(getattr(torch, dtype))
+
+
+def polynomial(
+    x: torch.Tensor, coefficients: Coefficients, *, form: Literal["standard", "gram"]
+) -> torch.Tensor:
+    """The iteration on a stack of whole matrices that `normalized` has made."""
+    rows, columns = x.shape[-2:]
+    return iterate(
+        x,
+        coefficients,
+        LibraryProducts(),
+        algorithm=form,
+        short=min(rows, columns),
+        scales=range_scales(rows, columns, str(x.dtype).removeprefix("torch.")),
+    )
+
+
+class LibraryProducts:
+    """`Products` from `torch_ref.stages.product`; X may be tall."""
+
+    def gram(self, x: torch.Tensor, *, alpha: float) -> torch.Tensor:
+        wide = x.shape[-2] <= x.shape[-1]
+        return product(x, x.mT, alpha=alpha) if wide else product(x.mT, x, alpha=alpha)
+
+    def multiply(
+        self,
+        s: torch.Tensor,
+        t: torch.Tensor,
+        *,
+        alpha: float,
+        addends: Sequence[tuple[torch.Tensor, float]] = (),
+        diagonal: float = 0.0,
+    ) -> torch.Tensor:
+        factors = dict(zip(("beta", "gamma"), (factor for _, factor in addends), strict=False))
+        arrays = (array for array, _ in addends)
+        return product(s, t, *arrays, alpha=alpha, diagonal=diagonal, **factors)
+
+    def apply(
+        self, s: torch.Tensor, x: torch.Tensor, *, alpha: float, addend: float = 0.0
+    ) -> torch.Tensor:
+        a, b = (s, x) if x.shape[-2] <= x.shape[-1] else (x, s)
+        return product(a, b, x if addend else None, alpha=alpha, beta=addend)

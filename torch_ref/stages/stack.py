@@ -1,0 +1,143 @@
+"""Stages 2 and 3 on a stack of same-shape matrices, whichever weights they come from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from normuon_core import NeuronNorm, Polar
+from normuon_core.cost import Algorithm, Form, Iteration
+from normuon_core.neurons import neurons_on_rows
+from torch_ref.leaves.dtypes import dtype_name
+from torch_ref.matrices.views import bytes_per_matrix
+from torch_ref.stages.neuron_norm import normalize_neurons
+from torch_ref.stages.orthogonalization import normalized, polynomial, scaled_squares
+
+Orthogonalizer = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StackStages:
+    """What matrices must share to go through the two stages as one stack.
+
+    Attributes:
+      rows, columns: the matrices' stored sides.
+      output_is_rows: which of the two the output neurons are.
+      dtype: the working dtype.
+      device: where the stack is.
+      polar, neuron_norm: the recipe's records; `neuron_norm=None` skips stage 3.
+      compute_dtype, algorithm: as in `polar_factor`.
+      orthogonalizer: takes the place of `polar_factor`; (batch, rows, columns) in the working dtype
+        to the same shape in any dtype, which is then the one that the update is rounded to.
+      max_bytes: the temporary memory that a stack may take, unless one matrix alone needs more.
+    """
+
+    rows: int
+    columns: int
+    output_is_rows: bool
+    dtype: torch.dtype
+    device: torch.device
+    polar: Polar
+    neuron_norm: NeuronNorm | None
+    compute_dtype: torch.dtype | None
+    algorithm: Algorithm
+    orthogonalizer: Orthogonalizer | None
+    max_bytes: int
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        return self.rows, self.columns
+
+    @property
+    def neurons_are_rows(self) -> bool:
+        """Which side the second moment is kept for, where there is one."""
+        axis = "output" if self.neuron_norm is None else self.neuron_norm.axis
+        return neurons_on_rows(axis, *self.sides, self.output_is_rows)
+
+    @property
+    def neurons(self) -> int:
+        """How many numbers the second moment of a matrix has; 0 where there is none."""
+        if self.neuron_norm is None:
+            return 0
+        return self.rows if self.neurons_are_rows else self.columns
+
+    @property
+    def iteration(self) -> Iteration:
+        """What is asked for of stage 2."""
+        return Iteration(
+            len(self.polar.coefficients),
+            self.algorithm,
+            dtype_name(self.compute_dtype),
+            on_gpu=self.device.type == "cuda",
+            symmetric=False,
+        )
+
+    @property
+    def form(self) -> tuple[Form, str]:
+        """The form of the iteration and its compute dtype."""
+        return self.iteration.form(self.rows, self.columns)
+
+    @property
+    def bytes_a_matrix(self) -> int:
+        """The temporary memory that one matrix of a stack takes."""
+        _, compute_dtype = self.form
+        return bytes_per_matrix(
+            self.rows,
+            self.columns,
+            dtype=self.dtype,
+            compute_dtype=getattr(torch, compute_dtype),
+        )
+
+    def __call__(
+        self, u: torch.Tensor, second_moment: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(the update, the new second moment) of a stack u, (batch, rows, columns).
+
+        Raises:
+          ValueError: the orthogonalizer's result has another shape.
+        """
+        return self.finish(self.prepare(u, self.scaled_squares(u)), second_moment)
+
+    def scaled_squares(self, u: torch.Tensor) -> torch.Tensor | None:
+        """As the function of that name, (batch, 1, 1), which the parts of a matrix add up; None where
+        nothing needs it."""
+        return None if self.orthogonalizer is not None else scaled_squares(u)
+
+    def prepare(self, u: torch.Tensor, squares: torch.Tensor | None) -> torch.Tensor:
+        """What `finish` takes, elementwise of u: whole matrices or parts of them.
+
+        Args:
+          u: (batch, rows, columns) in the working dtype.
+          squares: `scaled_squares` of the whole matrices, (batch, 1, 1).
+        """
+        if squares is None:
+            return u
+        _, dtype = self.form
+        return normalized(u, squares, self.polar, sides=self.sides, dtype=dtype)
+
+    def finish(
+        self, x: torch.Tensor, second_moment: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(the update, the new second moment) of a stack of whole matrices that are prepared."""
+        v = self._orthogonalize(x)
+        if self.neuron_norm is None or second_moment is None:
+            return v, None
+        return normalize_neurons(
+            v, second_moment, **vars(self.neuron_norm), output_is_rows=self.output_is_rows
+        )
+
+    @property
+    def prepared_dtype(self) -> torch.dtype:
+        """The dtype of what `prepare` returns."""
+        return self.dtype if self.orthogonalizer is not None else getattr(torch, self.form[1])
+
+    def _orthogonalize(self, x: torch.Tensor) -> torch.Tensor:
+        if self.orthogonalizer is None:
+            return polynomial(x, self.polar.coefficients, form=self.form[0])
+        v = self.orthogonalizer(x)
+        if v.shape != x.shape:
+            raise ValueError(
+                f"the orthogonalizer returned shape {tuple(v.shape)} for a stack of shape"
+                f" {tuple(x.shape)}; return one matrix for each, of the same shape."
+            )
+        return v

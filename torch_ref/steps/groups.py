@@ -1,0 +1,170 @@
+"""One step of all groups: AdamW's parameters, then the matrices, wherever they lie."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from normuon_core import Recipe
+from torch_ref.leaves.dtensor import local, local_state
+from torch_ref.leaves.dtypes import rounded_product, working_dtype
+from torch_ref.leaves.group_keys import ADAMW, Group, adamw_keywords, settle_adamw
+from torch_ref.leaves.groups import group_recipe, parameter_view
+from torch_ref.leaves.part import Part, cut, whole_region
+from torch_ref.stages.adamw import adamw
+from torch_ref.stages.remainder import add_to_weight, read_weight
+from torch_ref.steps.state import KeptState, has_remainder
+from torch_ref.steps.weight import MatrixWeight, step_matrices
+
+if TYPE_CHECKING:
+    from torch_ref.mesh.rectangles import Sharding
+    from torch_ref.steps.data_parallel import DataParallel
+
+Given = tuple[Group, list[tuple[torch.Tensor, torch.Tensor]]]
+"""A group, and its parameters that have a gradient, with it."""
+
+
+def step_groups(groups: Sequence[Group], kept: KeptState) -> None:
+    """One step of every parameter that has a gradient."""
+    _count_steps(groups, kept)
+    adamw_groups, matrix_groups = [], []
+    for group in groups:
+        chosen = adamw_groups if group["optimizer"] == ADAMW else matrix_groups
+        chosen.append((group, _with_gradient(group)))
+    _step_adamw_groups(adamw_groups, kept)
+    if kept.parallel is None:
+        _step_matrix_groups(matrix_groups, kept)
+    else:
+        _step_replicated(matrix_groups, kept, kept.parallel)
+
+
+def _count_steps(groups: Sequence[Group], kept: KeptState) -> None:
+    """One more for every parameter that has a gradient, on the parameter's own device."""
+    counters: dict[torch.device, list[torch.Tensor]] = defaultdict(list)
+    for group in groups:
+        for param, _ in _with_gradient(group):
+            zero = torch.zeros((), dtype=torch.int64, device=param.device)
+            step = kept.state[param].setdefault("step", zero)
+            counters[step.device].append(step)
+    for steps in counters.values():
+        torch._foreach_add_(steps, 1)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _step_matrix_groups(groups: list[Given], kept: KeptState) -> None:
+    """Matrices that are whole on this process, or DTensors."""
+    whole: list[MatrixWeight] = []
+    sharded: list[tuple[MatrixWeight, Sharding]] = []
+    for group, given in groups:
+        recipe = group_recipe(group)
+        for param, gradient in given:
+            view, sharding = parameter_view(group, param), kept.sharding(param)
+            kept.create(param, view, group, recipe)
+            if sharding is None:
+                part = Part(view, whole_region(view.stored_shape))
+                whole.append(kept.weight(param, gradient, part, group, recipe))
+                continue
+                from torch_ref.mesh.rectangles import local_gradient
+
+            shard, gradient = local(param), local_gradient(param, gradient)
+            weight = kept.weight(param, gradient, sharding.part(view), group, recipe, shard=shard)
+            sharded.append((weight, sharding))
+    _step_whole(whole)
+    if sharded:
+        from torch_ref.steps.sharded import step_sharded_matrices
+
+        step_sharded_matrices(sharded)
+
+
+def _step_replicated(groups: list[Given], kept: KeptState, parallel: "DataParallel") -> None:
+    """Matrices of plain data parallelism: while one stack is stepped, the next one's gradients are
+    on their way, and so are the parameters of the one before. No other stack has buffers then."""
+    gradients: dict[torch.Tensor, torch.Tensor] = {}
+    settings: dict[torch.Tensor, tuple[Group, Recipe]] = {}
+    for group, given in groups:
+        recipe = group_recipe(group)
+        for param, gradient in given:
+            gradients[param], settings[param] = gradient, (group, recipe)
+            kept.create(param, parameter_view(group, param), group, recipe)
+    stacks = parallel.stacks(gradients, lambda param: settings[param][0]["max_stack_bytes"])
+    neighbours = zip([None, *stacks[:-1]], stacks, [*stacks[1:], None], strict=True)
+    for before, stack, following in neighbours:
+        if before is None:
+            stack.reduce()
+        if following is not None:
+            following.reduce()
+        _step_whole(
+            [
+                kept.weight(param, gradient, part, *settings[param], shard=cut(param, part.region))
+                for param, part, gradient in stack.own_gradients()
+            ]
+        )
+        if before is not None:
+            before.finish()
+        stack.gather()
+    if stacks:
+        stacks[-1].finish()
+
+
+def _step_adamw_groups(groups: list[Given], kept: KeptState) -> None:
+    for group, _ in groups:
+        settle_adamw(group)
+    given = [(param, gradient, group) for group, pairs in groups for param, gradient in pairs]
+    gradients = [gradient for _, gradient, _ in given]
+    if kept.parallel is not None:
+        gradients = kept.parallel.mean(gradients)
+    for (param, _, group), gradient in zip(given, gradients, strict=True):
+        _step_adamw(param, gradient, group, kept)
+
+
+def _step_adamw(param: torch.Tensor, gradient: torch.Tensor, group: Group, kept: KeptState) -> None:
+    group = adamw_keywords(group)
+    state, sharding = kept.state[param], kept.sharding(param)
+    dtype = working_dtype(param.dtype)
+    dtypes = {"exp_avg": group["adam_moment_dtype"] or dtype, "exp_avg_sq": dtype}
+    if has_remainder(param, group):
+        dtypes["remainder"] = torch.uint16
+    for key, own in dtypes.items():
+        if key not in state:
+            state[key] = kept.zeros(param, group, tuple(param.shape), own)
+    if sharding is not None:
+        from torch_ref.mesh.rectangles import local_gradient
+
+        param, gradient = local(param), local_gradient(param, gradient)
+        state = local_state(state)
+    remainder = state["remainder"] if "remainder" in dtypes else None
+    increment, exp_avg, exp_avg_sq = adamw(
+        gradient.to(dtype),
+        read_weight(param, remainder),
+        state["exp_avg"],
+        state["exp_avg_sq"],
+        lr=rounded_product(group["lr"], group["lr_mul"], dtype),
+        b1=group["adam_b1"],
+        b2=group["adam_b2"],
+        eps=group["adam_eps"],
+        weight_decay=rounded_product(group["adam_weight_decay"], group["wd_mul"], dtype),
+        nesterov=group["adam_nesterov"],
+        eps_root=group["adam_eps_root"],
+        step=state["step"],
+    )
+    state["exp_avg"].copy_(exp_avg)
+    state["exp_avg_sq"].copy_(exp_avg_sq)
+    add_to_weight(param, remainder, increment)
+
+
+def _step_whole(weights: list[MatrixWeight]) -> None:
+    """A step of matrices that this process has whole, by kernels or by PyTorch's own operations."""
+    by_backend: dict[bool, list[MatrixWeight]] = defaultdict(list)
+    for weight in weights:
+        by_backend[weight.takes_kernels].append(weight)
+    for by_kernels, members in by_backend.items():
+        if by_kernels:
+            from torch_ref.steps.fused import step_matrices_with_kernels
+
+            step_matrices_with_kernels(members)
+        else:
+            step_matrices(members)
+
+
+def _with_gradient(group: Group) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(p, p.grad) for p in group["params"] if p.grad is not None and p.numel() > 0]

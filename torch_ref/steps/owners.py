@@ -1,0 +1,192 @@
+"""Which rank orthogonalizes which matrix of the weights on one mesh, and what travels for that.
+
+Decided from shapes and placements alone, once, and then kept: every rank comes to the same plan.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import accumulate, pairwise
+
+from normuon_core import MatrixView
+from normuon_core.stacks import plan_stacks
+from torch_ref.leaves.part import Region, stack_indices
+from torch_ref.mesh.exchange import Route, Tile, route, tiles, to_holders, to_owners
+from torch_ref.stages.stack import StackStages
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A weight over the ranks of a mesh.
+
+    Attributes:
+      view: of the whole weight.
+      regions: what each rank holds of it.
+      stages: what the matrices of each output block go through.
+      moment_shapes, moment_regions: of the second moment, or of each block's; empty where there is none.
+      needs_norm: whether the holders want the norm of each update, for the `rms` rule.
+    """
+
+    view: MatrixView
+    regions: tuple[Region, ...]
+    stages: tuple[StackStages, ...]
+    moment_shapes: tuple[tuple[int, ...], ...]
+    moment_regions: tuple[tuple[Region, ...], ...]
+    needs_norm: bool
+
+    def block_tiles(self, block: int) -> list[tuple[Tile, ...]]:
+        """The tiles of a block's matrices, by their place in the batch."""
+        bounds = list(pairwise([0, *accumulate(self.view.output_sizes)]))
+        return tiles(self.view, self.regions, bounds[block])
+
+    def moment_tiles(self, block: int) -> list[tuple[Tile, ...]]:
+        """The tiles of the block's second moment, each matrix's seen as one row (1, neurons)."""
+        stages = self.stages[block]
+        if stages.neuron_norm is None:
+            return [()] * self.view.stack_shape[0]
+        sizes = self.view.output_sizes
+        widths = sizes if stages.neurons_are_rows == self.view.output_is_rows else (1,) * len(sizes)
+        array, first = (0, sum(widths[:block])) if len(self.moment_shapes) == 1 else (block, 0)
+        view = replace(self.view, shape=self.view.unfolded(self.moment_shapes[array]))
+        found = tiles(view, self.moment_regions[array], (first, first + widths[block]))
+        return [
+            tuple(
+                Tile((0,), t.rows if stages.neurons_are_rows else t.columns, t.holders)
+                for t in each
+            )
+            for each in found
+        ]
+
+    @property
+    def is_whole_where_it_is(self) -> bool:
+        """Whether each matrix is held by one rank, with all its blocks: nothing has to move.
+
+        Only batch axes are divided then, and the second moments are as the weight is.
+        """
+        whole = (0, sum(self.view.output_sizes))
+        return all(
+            len(each) == 1 and len(each[0].holders) == 1
+            for each in tiles(self.view, self.regions, whole)
+        )
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Consecutive matrices of one block of a weight in a stack.
+
+    Attributes:
+      weight, block: which. first: the number in the stack of the first of them.
+      count: how many.
+      here: which of the block's matrices this rank holds parts of, as its own stack counts them.
+      numbers: their numbers in the stack.
+    """
+
+    weight: int
+    block: int
+    first: int
+    count: int
+    here: slice
+    numbers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Matrices of one shape that go through the stages together, each on its owner.
+
+    Attributes:
+      stages: what they go through.
+      slots: where they come from.
+      owned: the numbers of this rank's own.
+      counted: of which matrices this rank adds its part to the norm: of replicas one does.
+      is_divided: whether the norms are sums over ranks.
+      matrices_to_owners, matrices_to_holders: the way of the matrices.
+      statistics: how long a row of statistics is: a number a neuron, and one for the update's norm.
+      statistics_to_owners, statistics_to_holders: the way of the second moments, and of the norms.
+    """
+
+    stages: StackStages
+    slots: tuple[Slot, ...]
+    owned: tuple[int, ...]
+    counted: frozenset[int]
+    is_divided: bool
+    matrices_to_owners: Route
+    matrices_to_holders: Route
+    statistics: int
+    statistics_to_owners: Route
+    statistics_to_holders: Route
+
+
+@lru_cache(maxsize=16)
+def plan(weights: tuple[Spread, ...], *, rank: int, ranks: int) -> tuple[Stack, ...]:
+    """The stacks of a step of these weights, seen by one of the ranks.
+
+    A matrix whose rows and columns some ranks hold whole is done by one of these; any other by the rank
+    that has the least to do so far.
+    """
+    together: dict[tuple[StackStages, bool], list[tuple[int, int]]] = defaultdict(list)
+    for index, weight in enumerate(weights):
+        for block, stages in enumerate(weight.stages):
+            together[stages, weight.needs_norm].append((index, block))
+    load = [0] * ranks
+    result = []
+    for (stages, needs_norm), members in together.items():
+        sizes = [weights[index].view.stack_shape[0] for index, _ in members]
+        each = stages.bytes_a_matrix
+        for cuts in plan_stacks(sizes, each, stages.max_bytes, sharing=ranks):
+            pieces = [(*members[i], start, stop) for i, start, stop in cuts]
+            result.append(_stack(weights, stages, needs_norm, pieces, load, rank))
+    return tuple(result)
+
+
+def _stack(
+    weights: Sequence[Spread],
+    stages: StackStages,
+    needs_norm: bool,
+    pieces: Sequence[tuple[int, int, int, int]],
+    load: list[int],
+    rank: int,
+) -> Stack:
+    ranks = len(load)
+    matrices: list[tuple[Tile, ...]] = []
+    moments: list[tuple[Tile, ...]] = []
+    slots = []
+    for index, block, start, stop in pieces:
+        weight, first = weights[index], len(matrices)
+        matrices += weight.block_tiles(block)[start:stop]
+        moments += weight.moment_tiles(block)[start:stop]
+        batch, _, _ = stack_indices(weight.view, weight.regions[rank])
+        here = [i for i, matrix in enumerate(batch) if start <= matrix < stop]
+        bounds = slice(here[0], here[-1] + 1) if here else slice(0, 0)
+        numbers = tuple(first + batch[i] - start for i in here)
+        slots.append(Slot(index, block, first, stop - start, bounds, numbers))
+    owners = [_owner(each, stages, load) for each in matrices]
+    neurons = stages.neurons
+    norms: list[tuple[Tile, ...]] = [()] * len(matrices)
+    if needs_norm:
+        norms = [
+            (Tile((0,), (neurons,), tuple(sorted({h for t in each for h in t.holders}))),)
+            for each in matrices
+        ]
+    back = [(*moment, *norm) for moment, norm in zip(moments, norms, strict=True)]
+    return Stack(
+        stages=stages,
+        slots=tuple(slots),
+        owned=tuple(i for i, owner in enumerate(owners) if owner == rank),
+        counted=frozenset(
+            i for i, each in enumerate(matrices) if any(t.holders[0] == rank for t in each)
+        ),
+        is_divided=any(len(each) > 1 for each in matrices),
+        matrices_to_owners=route(to_owners(matrices, owners), rank=rank, ranks=ranks),
+        matrices_to_holders=route(to_holders(matrices, owners), rank=rank, ranks=ranks),
+        statistics=neurons + needs_norm,
+        statistics_to_owners=route(to_owners(moments, owners), rank=rank, ranks=ranks),
+        statistics_to_holders=route(to_holders(back, owners), rank=rank, ranks=ranks),
+    )
+
+
+def _owner(matrix: tuple[Tile, ...], stages: StackStages, load: list[int]) -> int:
+    candidates = matrix[0].holders if len(matrix) == 1 else range(len(load))
+    owner = min(candidates, key=load.__getitem__)
+    load[owner] += stages.rows * stages.columns * min(stages.sides)
+    return owner

@@ -1,0 +1,244 @@
+"""One step of weights that are DTensors.
+
+Momentum, decay, scale and rate are elementwise: each rank does them on its shards. For the stages
+between, each matrix has an owner (`torch_ref.steps.owners`). The parts' squares are summed to the
+matrix's norm, X is rounded to the compute dtype where it lies and sent to the owner, which has the
+second moment sent as well; what comes out goes back the same way. For a stack of matrices that is one
+all-reduce of a number a matrix, two all-to-alls of matrices and two of statistics, and nothing within
+the iteration.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from torch_ref.matrices.state import moment_shapes
+from torch_ref.mesh.exchange import Transfer
+from torch_ref.mesh.rectangles import Sharding, mesh_group
+from torch_ref.stages.norms import frobenius_norm
+from torch_ref.stages.stack import StackStages
+from torch_ref.steps.owners import Spread, Stack, plan
+from torch_ref.steps.weight import MatrixWeight, step_matrices
+
+
+@dataclass(frozen=True)
+class ShardedWeight:
+    """A weight during one step: this rank's shard, and how the whole of it lies."""
+
+    shard: MatrixWeight
+    sharding: Sharding
+
+    def spread(self, order: Sequence[int]) -> Spread:
+        """Over the ranks of the mesh's group; `order` is each one's place in the mesh."""
+        shard, view = self.shard, self.shard.whole
+        rule = shard.recipe.neuron_norm
+        shapes = [] if rule is None else moment_shapes(view, rule)
+        placed = [(self.sharding, view.stored_shape)]
+        placed += [(self.sharding.of_moment(view, shape), shape) for shape in shapes]
+        regions, *moments = (
+            tuple(each.regions(shape)[place] for place in order) for each, shape in placed
+        )
+        return Spread(
+            view=view,
+            regions=regions,
+            stages=tuple(shard.stages(block) for block in range(len(view.output_sizes))),
+            moment_shapes=tuple(shapes),
+            moment_regions=tuple(moments),
+            needs_norm=shard.recipe.shape_scale == "rms",
+        )
+
+
+def step_sharded_matrices(weights: Iterable[tuple[MatrixWeight, Sharding]]) -> None:
+    """One step of all weights: this rank's shard of each, and how the whole of it lies.
+
+    Those of one mesh go together. Every rank of a mesh must take part, whether it holds anything or not;
+    a rank outside of it has nothing to do.
+    """
+    meshes: dict[DeviceMesh, list[ShardedWeight]] = defaultdict(list)
+    for shard, sharding in weights:
+        if sharding.mesh.get_coordinate() is not None:
+            meshes[sharding.mesh].append(ShardedWeight(shard, sharding))
+    for mesh, members in meshes.items():
+        group, order = mesh_group(mesh)
+        spreads = [weight.spread(order) for weight in members]
+        moving, resting = [], []
+        for weight, spread in zip(members, spreads, strict=True):
+            chosen = resting if spread.is_whole_where_it_is else moving
+            chosen.append((weight.shard, spread))
+        step_matrices(shard for shard, _ in resting)
+        stacks = plan(
+            tuple(spread for _, spread in moving), rank=dist.get_rank(group), ranks=len(order)
+        )
+        shards = [shard for shard, _ in moving]
+        for stack in stacks:
+            _step_stack(stack, shards, group)
+
+
+def _step_stack(stack: Stack, shards: Sequence[MatrixWeight], group: dist.ProcessGroup) -> None:
+    exchange = _Exchange(stack, shards, group)
+    prepared = exchange.prepare()
+    x = exchange.matrices_to_owners(prepared)
+    moments = exchange.moments_to_owners()
+    update, statistics = _own_stages(stack.stages, x, moments, stack.statistics)
+    updates = exchange.matrices_to_holders(update)
+    exchange.receive(updates, exchange.statistics_to_holders(statistics))
+
+
+def _own_stages(
+    stages: StackStages, x: torch.Tensor, moments: torch.Tensor, statistics: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the update in `_traveling_dtype`, (owned, 1, statistics)) of whole matrices that are prepared."""
+    if len(x) == 0:
+        return x.to(_traveling_dtype(stages)), moments
+    neurons = stages.neurons
+    shape = (len(x), neurons, 1) if stages.neurons_are_rows else (len(x), 1, neurons)
+    kept = moments[..., :neurons].reshape(shape) if neurons else None
+    update, updated = stages.finish(x, kept)
+    parts = [] if updated is None else [updated.reshape(len(x), 1, neurons)]
+    if statistics > neurons:
+        parts.append(frobenius_norm(update.to(stages.dtype)))
+    rows = torch.cat(parts, dim=-1) if parts else moments
+    return update.to(_traveling_dtype(stages)), rows
+
+
+def _traveling_dtype(stages: StackStages) -> torch.dtype:
+    """The update's, on its way back: known to ranks that have no matrix of their own too."""
+    return stages.dtype if stages.orthogonalizer is not None else stages.prepared_dtype
+
+
+class _Exchange:
+    """A stack's matrices and statistics between the shards of this rank and the matrices it owns."""
+
+    def __init__(self, stack: Stack, shards: Sequence[MatrixWeight], group: dist.ProcessGroup):
+        self.stack, self.stages, self.shards, self.group = stack, stack.stages, shards, group
+        self.place = {number: place for place, number in enumerate(stack.owned)}
+        # Where in its slot's arrays each matrix is of which this rank holds a part.
+        self.held = {
+            number: (index, place)
+            for index, slot in enumerate(stack.slots)
+            for place, number in enumerate(slot.numbers)
+        }
+
+    def prepare(self) -> list[torch.Tensor]:
+        """X of every slot, (matrices held, rows here, columns here), in the compute dtype."""
+        directions = [
+            self.shards[slot.weight].direction(slot.block)[slot.here] for slot in self.stack.slots
+        ]
+        if self.stages.orthogonalizer is not None:
+            return directions
+        zero = torch.zeros((), dtype=self.stages.dtype, device=self.stages.device)
+        squares = [zero] * sum(slot.count for slot in self.stack.slots)
+        for slot, u in zip(self.stack.slots, directions, strict=True):
+            own = self.stages.scaled_squares(u)
+            assert own is not None
+            for number, square in zip(slot.numbers, own.unbind(), strict=True):
+                if number in self.stack.counted or not self.stack.is_divided:
+                    squares[number] = square.reshape(())
+        total = torch.stack(squares)
+        if self.stack.is_divided:
+            dist.all_reduce(total, group=self.group)
+        of_matrix = total.reshape(-1, 1, 1).split(1)
+        return [
+            self.stages.prepare(u, torch.cat([of_matrix[number] for number in slot.numbers]))
+            if slot.numbers
+            else u.to(self.stages.prepared_dtype)
+            for slot, u in zip(self.stack.slots, directions, strict=True)
+        ]
+
+    def matrices_to_owners(self, slots: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The matrices that this rank owns, (owned, rows, columns)."""
+        dtype, device = self.stages.prepared_dtype, self.stages.device
+        owned = torch.empty(len(self.place), *self.stages.sides, dtype=dtype, device=device)
+
+        def read(transfer: Transfer) -> torch.Tensor:
+            slot, place = self.held[transfer.matrix]
+            return slots[slot][place]
+
+        def write(transfer: Transfer, values: torch.Tensor) -> None:
+            transfer.tile.write(owned[self.place[transfer.matrix]], values)
+
+        self.stack.matrices_to_owners.run(read, write, dtype=dtype, device=device, group=self.group)
+        return owned
+
+    def matrices_to_holders(self, owned: torch.Tensor) -> list[torch.Tensor]:
+        """The updates of every slot, (matrices held, rows here, columns here)."""
+        slots = [
+            owned.new_empty(self.shards[slot.weight].direction(slot.block)[slot.here].shape)
+            for slot in self.stack.slots
+        ]
+
+        def read(transfer: Transfer) -> torch.Tensor:
+            return transfer.tile.read(owned[self.place[transfer.matrix]])
+
+        def write(transfer: Transfer, values: torch.Tensor) -> None:
+            slot, place = self.held[transfer.matrix]
+            slots[slot][place].copy_(values)
+
+        self.stack.matrices_to_holders.run(
+            read, write, dtype=owned.dtype, device=owned.device, group=self.group
+        )
+        return slots
+
+    def moments_to_owners(self) -> torch.Tensor:
+        """The second moments of the matrices that this rank owns, (owned, 1, statistics)."""
+        dtype, device = self.stages.dtype, self.stages.device
+        owned = torch.zeros(len(self.place), 1, self.stack.statistics, dtype=dtype, device=device)
+        kept = [self.shards[slot.weight].second_moment(slot.block) for slot in self.stack.slots]
+
+        def read(transfer: Transfer) -> torch.Tensor:
+            index, place = self.held[transfer.matrix]
+            moment = kept[index]
+            assert moment is not None
+            return moment[self.stack.slots[index].here][place]
+
+        def write(transfer: Transfer, values: torch.Tensor) -> None:
+            transfer.tile.write(owned[self.place[transfer.matrix]], values)
+
+        self.stack.statistics_to_owners.run(
+            read, write, dtype=dtype, device=device, group=self.group
+        )
+        return owned
+
+    def statistics_to_holders(
+        self, owned: torch.Tensor
+    ) -> list[tuple[torch.Tensor | None, torch.Tensor | None]]:
+        """(the new second moment, the norms of the updates) of every slot."""
+        neurons = self.stages.neurons
+        moments = [self.shards[slot.weight].second_moment(slot.block) for slot in self.stack.slots]
+        moments = [
+            None if moment is None else torch.empty_like(moment[slot.here])
+            for moment, slot in zip(moments, self.stack.slots, strict=True)
+        ]
+        norms = [
+            owned.new_zeros(len(slot.numbers), 1, 1) if self.stack.statistics > neurons else None
+            for slot in self.stack.slots
+        ]
+
+        def read(transfer: Transfer) -> torch.Tensor:
+            return transfer.tile.read(owned[self.place[transfer.matrix]])
+
+        def write(transfer: Transfer, values: torch.Tensor) -> None:
+            slot, place = self.held[transfer.matrix]
+            is_norm = transfer.tile.columns == (neurons,)
+            target = norms[slot] if is_norm else moments[slot]
+            assert target is not None
+            target[place].copy_(values.view(target.shape[1:]))
+
+        self.stack.statistics_to_holders.run(
+            read, write, dtype=owned.dtype, device=owned.device, group=self.group
+        )
+        return list(zip(moments, norms, strict=True))
+
+    def receive(
+        self,
+        updates: Sequence[torch.Tensor],
+        statistics: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]],
+    ) -> None:
+        """Hands every slot's matrices back to their weight."""
+        for slot, update, (moment, norm) in zip(self.stack.slots, updates, statistics, strict=True):
+            if slot.numbers:
+                self.shards[slot.weight].receive(slot.block, update, moment, norm)

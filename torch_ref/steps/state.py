@@ -1,0 +1,98 @@
+"""The state of an optimizer's parameters: where it lies over ranks, and its first zeros."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from normuon_core import MatrixView, Recipe
+from torch_ref.leaves.dtensor import is_dtensor, local_state
+from torch_ref.leaves.group_keys import Group
+from torch_ref.leaves.groups import parameter_view
+from torch_ref.leaves.part import Part
+from torch_ref.matrices.state import create_matrix_state
+from torch_ref.steps.weight import MatrixWeight
+
+if TYPE_CHECKING:
+    from torch_ref.mesh.rectangles import Sharding
+    from torch_ref.steps.data_parallel import DataParallel
+
+
+@dataclass(frozen=True)
+class KeptState:
+    """What an optimizer keeps of its parameters.
+
+    Attributes:
+      state: the optimizer's own, changed in place.
+      parallel: who owns which matrix, in plain data parallelism; None elsewhere.
+    """
+
+    state: Mapping[torch.Tensor, dict[str, Any]]
+    parallel: "DataParallel | None"
+
+    def sharding(self, param: torch.Tensor) -> "Sharding | None":
+        """How a parameter's state lies over ranks; None where one process has all of it."""
+        if self.parallel is not None and param in self.parallel.owned:
+            return self.parallel.owned[param].sharding
+        if not is_dtensor(param):
+            return None
+        from torch_ref.mesh.rectangles import sharding_of
+
+        return sharding_of(param)
+
+    def placed(
+        self, param: torch.Tensor, group: Group, shape: tuple[int, ...]
+    ) -> "Sharding | None":
+        """How an array of a parameter's state lies; None where one process has all of it."""
+        sharding = self.sharding(param)
+        if sharding is None or shape == tuple(param.shape):
+            return sharding
+        return sharding.of_moment(parameter_view(group, param), shape)
+
+    def zeros(
+        self, param: torch.Tensor, group: Group, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """An array of a parameter's state, where it lies."""
+        placed = self.placed(param, group, shape)
+        if placed is not None:
+            return placed.zeros(shape, dtype, param.device)
+        if shape == tuple(param.shape):
+            return torch.zeros_like(param, dtype=dtype)
+        return param.new_zeros(shape, dtype=dtype)
+
+    def create(self, param: torch.Tensor, view: MatrixView, group: Group, recipe: Recipe) -> None:
+        """The state of a matrix, if there is none yet."""
+        state, zeros = self.state[param], partial(self.zeros, param, group)
+        create_matrix_state(state, view, group, param.dtype, recipe.neuron_norm, zeros=zeros)
+        if has_remainder(param, group) and "remainder" not in state:
+            state["remainder"] = zeros(view.stored_shape, torch.uint16)
+
+    def weight(
+        self,
+        param: torch.Tensor,
+        gradient: torch.Tensor,
+        part: Part,
+        group: Group,
+        recipe: Recipe,
+        *,
+        shard: torch.Tensor | None = None,
+    ) -> MatrixWeight:
+        """The parameter during one step; `shard` is this process's part of it, None all."""
+        state = local_state(self.state[param])
+        return MatrixWeight(
+            param if shard is None else shard,
+            gradient,
+            state["remainder"] if has_remainder(param, group) else None,
+            state,
+            part=part,
+            group=group,
+            recipe=recipe,
+            step=state["step"],
+        )
+
+
+def has_remainder(param: torch.Tensor, group: Group) -> bool:
+    """Whether the lower half of a float32 weight is kept beside the parameter."""
+    return group["bf16_remainder"] and param.dtype == torch.bfloat16

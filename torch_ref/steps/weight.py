@@ -1,0 +1,258 @@
+"""One step of the weights that hold matrices.
+
+Momentum, decay, scaling and rate are elementwise and run weight by weight; `StackStages` run on
+stacks of many weights' matrices. A weight's momentum is done when its first matrix is due and its
+step is finished when its last one is back, so that only the weights in flight take temporary
+memory.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from normuon_core import Recipe
+from normuon_core.neurons import neurons_on_rows
+from normuon_core.stacks import plan_stacks
+from torch_ref.kernels.backend import takes_kernels
+from torch_ref.leaves.dtypes import rounded, rounded_product, working_dtype
+from torch_ref.leaves.groups import Group
+from torch_ref.leaves.part import Part
+from torch_ref.matrices.state import second_moments
+from torch_ref.matrices.views import from_blocks, from_stack, to_blocks, to_stack
+from torch_ref.stages.momentum import bias_corrected_momentum, heavy_ball_momentum, lerp_momentum
+from torch_ref.stages.remainder import add_to_weight, read_weight
+from torch_ref.stages.shape_scaling import scale_by_shape
+from torch_ref.stages.stack import StackStages
+from torch_ref.stages.weight_decay import add_cautious_weight_decay
+
+DEFAULT_STACK_BYTES = 2**30
+
+
+class MatrixWeight:
+    """One weight, or the part of it that this process holds, during one step.
+
+    Args:
+      param: the part, updated in place.
+      gradient: of the part's shape, not modified.
+      remainder: the lower half of the weight that a bfloat16 parameter stands for, or None.
+      state: the part's "momentum" and second moments, see `matrix_state`; updated in place.
+      part: which part of the weight it is.
+      group: the parameter's group. recipe: the group's, with the group's keywords put in.
+      step: counted from 1, an integer tensor without axes.
+    """
+
+    def __init__(
+        self,
+        param: torch.Tensor,
+        gradient: torch.Tensor,
+        remainder: torch.Tensor | None,
+        state: dict[str, Any],
+        *,
+        part: Part,
+        group: Group,
+        recipe: Recipe,
+        step: torch.Tensor,
+    ):
+        self.param, self.gradient, self.remainder, self.state = param, gradient, remainder, state
+        self.group, self.recipe, self.step = group, recipe, step
+        self.dtype = working_dtype(param.dtype)
+        self.whole, self.view = part.view, part.local
+        self.lr_mul = part.multiplier(group["lr_mul"])
+        self.wd_mul = part.multiplier(group["wd_mul"])
+        self.directions: list[torch.Tensor] | None = None
+        self.runs = self.view.runs
+        self.updates: list[list[torch.Tensor]] = [[] for _ in self.runs]
+        self.moments: list[list[torch.Tensor]] = [[] for _ in self.runs]
+        self.norms: list[list[torch.Tensor]] = [[] for _ in self.runs]
+        self.missing = sum(self.matrices(block) for block in range(len(self.runs)))
+
+    @property
+    def takes_kernels(self) -> bool:
+        """Whether `kernel_step` does this step.
+
+        Raises:
+          ValueError: it was asked for and cannot.
+        """
+        group = self.group
+        if group["orthogonalizer"] is not None:
+            return False
+        dtypes = [self.param.dtype, self.gradient.dtype, self.state["momentum"].dtype]
+        if group["compute_dtype"] is not None:
+            dtypes.append(group["compute_dtype"])
+        return takes_kernels(group["backend"], self.param.device, dtypes)
+
+    def matrices(self, block: int) -> int:
+        """How many matrices a run of blocks holds here."""
+        return self.view.matrices(self.runs[block])
+
+    def sides(self, block: int) -> tuple[int, int]:
+        """(rows, columns) of the whole matrices of a run of blocks."""
+        _, rows, columns = self.whole.block_stack_shape(self.whole.runs[block].size)
+        return rows, columns
+
+    def stages(self, block: int) -> StackStages:
+        """What the matrices of a run of blocks go through in a stack."""
+        rows, columns = self.sides(block)
+        return StackStages(
+            rows=rows,
+            columns=columns,
+            output_is_rows=self.view.output_is_rows,
+            dtype=self.dtype,
+            device=self.param.device,
+            polar=self.recipe.polar,
+            neuron_norm=self.recipe.neuron_norm,
+            compute_dtype=self.group["compute_dtype"],
+            algorithm=self.group["algorithm"],
+            orthogonalizer=self.group["orthogonalizer"],
+            max_bytes=self.group["max_stack_bytes"] or DEFAULT_STACK_BYTES,
+        )
+
+    def direction(self, block: int) -> torch.Tensor:
+        """Stage 1, done once for all runs of blocks: one's part of u, (matrices, rows, columns)."""
+        if self.directions is None:
+            rule, buffer = self.recipe.momentum, self.state["momentum"]
+            gradient = self.gradient.to(self.dtype)
+            keywords = {"momentum": rule.momentum, "nesterov": rule.nesterov}
+            match rule.rule:
+                case "lerp":
+                    u, m = lerp_momentum(gradient, buffer, **keywords)
+                case "heavy_ball":
+                    u, m = heavy_ball_momentum(gradient, buffer, **keywords)
+                case "bias_corrected":
+                    u, m = bias_corrected_momentum(gradient, buffer, **keywords, step=self.step)
+            buffer.copy_(m)
+            self.directions = to_blocks(u, self.view)
+        return self.directions[block]
+
+    def moment_parts(self) -> list[torch.Tensor]:
+        """The second moment of each run of blocks, (matrices, rows, 1) or (matrices, 1, columns).
+
+        Views of what is kept wherever its memory allows.
+        """
+        kept = second_moments(self.state)
+        if len(kept) > 1:
+            blocks, parts = iter([to_stack(each, self.view) for each in kept]), []
+            for run in self.runs:
+                own = [next(blocks) for _ in range(run.blocks)]
+                parts.append(own[0] if len(own) == 1 else torch.stack(own, dim=1).flatten(0, 1))
+            return parts
+        # All blocks' neurons are on one side, or they would not be in one array.
+        assert self.recipe.neuron_norm is not None
+        output_is_rows = self.view.output_is_rows
+        on_rows = neurons_on_rows(self.recipe.neuron_norm.axis, *self.sides(0), output_is_rows)
+        on_outputs = on_rows == output_is_rows
+        return to_blocks(kept[0], self.view, [run.size if on_outputs else 1 for run in self.runs])
+
+    def second_moment(self, block: int) -> torch.Tensor | None:
+        """That of a run of blocks, (matrices, rows, 1) or (matrices, 1, columns)."""
+        return None if self.recipe.neuron_norm is None else self.moment_parts()[block]
+
+    def keep_moments(self, parts: Sequence[torch.Tensor]) -> None:
+        """Keeps the new second moments, which are like `moment_parts`."""
+        kept = second_moments(self.state)
+        if len(kept) == 1:
+            kept[0].copy_(from_blocks(parts, self.view).reshape(kept[0].shape))
+            return
+        blocks = [
+            block
+            for part, run in zip(parts, self.runs, strict=True)
+            for block in part.unflatten(0, (-1, run.blocks)).unbind(1)
+        ]
+        for each, block in zip(kept, blocks, strict=True):
+            each.copy_(from_stack(block, self.view).reshape(each.shape))
+
+    def receive(
+        self,
+        block: int,
+        update: torch.Tensor,
+        moment: torch.Tensor | None,
+        norm: torch.Tensor | None = None,
+    ) -> None:
+        """Takes a run's next matrices back; the last of the weight's finishes its step.
+
+        Args:
+          update: (matrices, rows, columns). moment: (matrices, rows, 1) or (matrices, 1, columns).
+          norm: of each whole matrix's update, (matrices, 1, 1), where parts do not tell it.
+        """
+        self.updates[block].append(update)
+        if moment is not None:
+            self.moments[block].append(moment)
+        if norm is not None:
+            self.norms[block].append(norm)
+        self.missing -= len(update)
+        if self.missing == 0:
+            self._finish()
+
+    def _finish(self) -> None:
+        if self.recipe.neuron_norm is not None:
+            self.keep_moments([torch.cat(parts) for parts in self.moments])
+        weights = to_blocks(read_weight(self.param, self.remainder), self.view)
+        increments = [
+            self._increment(block, torch.cat(parts).to(self.dtype), weight)
+            for block, (parts, weight) in enumerate(zip(self.updates, weights, strict=True))
+        ]
+        self.directions, self.updates, self.moments = None, [], []
+        add_to_weight(self.param, self.remainder, from_blocks(increments, self.view))
+
+    def _increment(self, block: int, v: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Stages 4 to 6 on a run of blocks, (matrices, rows, columns) in the working dtype."""
+        rule = self.recipe.decay
+        lr = rounded(self.group["lr"], self.dtype)
+        weight_decay = rounded(self.group["weight_decay"], self.dtype)
+        if rule.rate_power == 2:
+            weight_decay = rounded_product(lr, weight_decay, self.dtype)
+        decay = partial(
+            add_cautious_weight_decay,
+            param=weight,
+            weight_decay=weight_decay,
+            wd_mul=self._over_stack(self.wd_mul, block),
+            cautious=rule.cautious,
+            direction=v,
+        )
+        scale = partial(
+            scale_by_shape,
+            rule=self.recipe.shape_scale,
+            output_is_rows=self.view.output_is_rows,
+            lr_mul=self._over_stack(self.lr_mul, block),
+            direction=v,
+            sides=self.sides(block),
+            norm=torch.cat(self.norms[block]) if self.norms[block] else None,
+        )
+        return (scale(decay(v)) if rule.inside_scale else decay(scale(v))) * -lr
+
+    def _over_stack(self, value: float | torch.Tensor, block: int) -> float | torch.Tensor:
+        """A multiplier over the batch axes as (matrices, 1, 1) of a run of blocks."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.reshape(-1).repeat_interleave(self.runs[block].blocks).reshape(-1, 1, 1)
+
+
+def step_matrices(weights: Iterable[MatrixWeight]) -> None:
+    """One step of all weights, their same-shape matrices in one stack, cut to its bound."""
+    stacks: dict[StackStages, list[tuple[MatrixWeight, int]]] = defaultdict(list)
+    for weight in weights:
+        for block in range(len(weight.runs)):
+            stacks[weight.stages(block)].append((weight, block))
+    for stages, members in stacks.items():
+        sizes = [weight.matrices(block) for weight, block in members]
+        for cuts in plan_stacks(sizes, stages.bytes_a_matrix, stages.max_bytes):
+            piece = [(*members[i], slice(start, stop)) for i, start, stop in cuts]
+            _step_piece(stages, piece)
+
+
+def _step_piece(stages: StackStages, piece: list[tuple[MatrixWeight, int, slice]]) -> None:
+    """One stack, as (weight, run of blocks, which of its matrices)."""
+    u = torch.cat([weight.direction(block)[part] for weight, block, part in piece])
+    moments = [
+        moment[part]
+        for weight, block, part in piece
+        if (moment := weight.second_moment(block)) is not None
+    ]
+    v, updated = stages(u, torch.cat(moments) if moments else None)
+    sizes = [part.stop - part.start for _, _, part in piece]
+    new_moments = [None] * len(piece) if updated is None else updated.split(sizes)
+    for (weight, block, _), update, moment in zip(piece, v.split(sizes), new_moments, strict=True):
+        weight.receive(block, update, moment)
