@@ -34,7 +34,7 @@ test: $(INSTALLED)  ## run tests/ and parity_tests/
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
 
 # What most users' programs come by, compiled as theirs are: the other tests spare XLA its optimizations.
-ORDINARY := tests/test_flax.py tests/test_remainder.py tests/test_polar_factor.py parity_tests/test_golden.py
+ORDINARY := tests/in_jax/test_flax.py tests/in_jax/test_remainder.py tests/in_jax/test_polar_factor.py parity_tests/test_golden.py
 
 test-ordinary: export ORDINARY_XLA := 1
 test-ordinary: override ARGS := $(ORDINARY) $(ARGS)

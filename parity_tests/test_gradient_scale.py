@@ -11,7 +11,7 @@ import torch
 from jax.sharding import NamedSharding
 
 from optax_normuon import MatrixLayout, muon, normuon, polar_factor
-from tests.meshes import collectives, mesh_of
+from tests.in_jax.meshes import collectives, mesh_of
 from torch_ref import NorMuon
 from torch_ref import polar_factor as torch_polar_factor
 

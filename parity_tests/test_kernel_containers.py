@@ -10,8 +10,8 @@ import optax
 import pytest
 
 from parity_tests.interpreted import interpreted_kernels
-from tests.containers import CONTAINERS, draw
-from tests.test_containers import optimizer, step
+from tests.in_jax.containers import CONTAINERS, draw
+from tests.in_jax.test_containers import optimizer, step
 
 
 def run(container, **keywords):

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from optax_normuon import MatrixLayout, describe, normuon, older_state, state_specs
-from tests.meshes import mesh_of
+from tests.in_jax.meshes import mesh_of
 
 D, HEADS, SIZE = 8, 4, 6
 

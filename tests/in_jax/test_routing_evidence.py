@@ -6,10 +6,10 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from tables import leaf_rows, totals
 
 import optax_normuon
 from optax_normuon import RECIPES, MatrixLayout, describe, muon, normuon
+from tests.in_jax.tables import leaf_rows, totals
 
 
 def tree_of(leaves):

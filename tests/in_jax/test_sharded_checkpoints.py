@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import saved_run
-from meshes import mesh_of
+
+from tests.in_jax import saved_run
+from tests.in_jax.meshes import mesh_of
 
 BOUND = 1.1e-5
 """Relative to the largest entry of a leaf, four times what was measured between meshes: 2.6e-6."""
@@ -53,7 +54,7 @@ def test_a_run_killed_in_a_save_goes_on_from_the_last_complete_one(tmp_path):
         [sys.executable, saved_run.__file__, str(tmp_path)],
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
     ) as run:
         assert run.stdout.readline().strip() == "saving"
         run.kill()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 WINGS = ["leaves", "mesh", "matrices", "kernels", "stages", "steps"]
 """Of both frameworks, from the ground up; the optimizers stand above them all."""
 

@@ -1,9 +1,9 @@
 """Tables for people: leaves that are alike take one line, and nothing is lost by that."""
 
 import pytest
-from tables import unfolded
 
 from normuon_core.table import Total, fold, leaf_table, table, totals_table
+from tests.in_jax.tables import unfolded
 
 PATHS = {
     "layers": ([f"layers/{i}/up" for i in range(12)], ["layers/{0..11}/up"]),

@@ -10,9 +10,9 @@ import numpy as np
 import optax
 from flax import nnx
 from flax.training.train_state import TrainState
-from tables import leaf_rows
 
 from optax_normuon import MatrixLayout, describe, layout_by_path, normuon, with_bf16_remainder
+from tests.in_jax.tables import leaf_rows
 
 INPUTS = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
 TARGETS = np.tanh(INPUTS @ np.random.default_rng(1).normal(size=(8, 3)).astype(np.float32))

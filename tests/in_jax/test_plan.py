@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from optax_normuon import MatrixLayout, describe, normuon
 from optax_normuon.matrices import on_matrices
-from tests.meshes import mesh_of
+from tests.in_jax.meshes import mesh_of
 
 SHAPES = {
     "up": (64, 256),

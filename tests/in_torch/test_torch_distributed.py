@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import optax_normuon
-from parity_tests import distributed_cases as cases
 from parity_tests.compare import infinity_distance
-from parity_tests.ranks import run_on_ranks
+from tests.in_torch import distributed_cases as cases
+from tests.in_torch.ranks import run_on_ranks
 
 RANKS = [4, 2, 1]
 

@@ -9,13 +9,13 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from meshes import collectives, compiled_step, counts, draw, mesh_of, put, step_of
 
 import optax_normuon
 from normuon_core.cost import Iteration
 from normuon_core.placement import Spread, place
 from normuon_core.polar_iteration import gram_restarts
 from optax_normuon import MatrixLayout, normuon
+from tests.in_jax.meshes import collectives, compiled_step, counts, draw, mesh_of, put, step_of
 
 EXPLICIT, AUTO = AxisType.Explicit, AxisType.Auto
 LAYOUT = {

@@ -1,9 +1,10 @@
 """Routing against the recorded trees of public models: none wrong, few asked about."""
 
 import pytest
-from model_trees.__main__ import counted, report
-from model_trees.fixtures import read_all
-from model_trees.verdicts import judge
+
+from tests.model_trees.__main__ import counted, report
+from tests.model_trees.fixtures import read_all
+from tests.model_trees.verdicts import judge
 
 FIXTURES = {fixture.name: fixture for fixture in read_all()}
 MOST_ASKED = 0.05

@@ -1,6 +1,6 @@
 """A small run on a mesh that Orbax saves after every step; as a script one to be killed in a save.
 
-`python tests/saved_run.py DIRECTORY` trains until the third save has begun and then waits in it.
+`python tests/in_jax/saved_run.py DIRECTORY` trains until the third save has begun and then waits in it.
 """
 
 import sys
@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from meshes import draw, mesh_of, put, step_of
 from orbax.checkpoint._src.path import atomicity
 
 from optax_normuon import MatrixLayout, normuon, state_specs
+from tests.in_jax.meshes import draw, mesh_of, put, step_of
 
 SHAPES = {"a": (16, 32), "b": (16, 32), "qkv": (16, 32), "bias": (16,)}
 SPECS = {"a": P("fsdp", "tp"), "b": P("fsdp", "tp"), "qkv": P("fsdp"), "bias": P("fsdp")}

@@ -23,8 +23,8 @@ from jax.sharding import AxisType, NamedSharding
 from normuon_core import RECIPES, Polar
 from normuon_core.polynomials import POLAR_EXPRESS
 from optax_normuon import describe, muon, normuon, state_specs, with_bf16_remainder
-from tests.containers import CONTAINERS, draw, factors, layouts, specs
-from tests.meshes import mesh_of
+from tests.in_jax.containers import CONTAINERS, draw, factors, layouts, specs
+from tests.in_jax.meshes import mesh_of
 
 # One step of the iteration: the tables are about trees, and one step compiles fastest.
 SHORT = dataclasses.replace(RECIPES["normuon"], polar=Polar(POLAR_EXPRESS[:1]))

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tables import leaf_rows
 
 import optax_normuon
 from examples.gpt import GPT, GPTConfig, parameter_count, rotate
+from tests.in_jax.tables import leaf_rows
 
 TINY = GPTConfig(width=32, depth=2, heads=2, context=16)
 

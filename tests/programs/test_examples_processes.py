@@ -15,7 +15,7 @@ import pytest
 from examples.mesh import read_mesh
 from examples.processes import join
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ARGUMENTS = {
     "corpus": Path(asyncio.__file__).parent,
     **dict(width=32, depth=1, heads=2, context=32, batch=8, steps=6, optimizers="normuon"),
