@@ -13,7 +13,7 @@ import torch
 import torch_ref
 from normuon_core import RECIPES, MatrixLayout, Recipe
 from normuon_core.fused_step import KernelProducts
-from normuon_core.kernels import launches
+from normuon_core.kernels import geometry
 from parity_tests import oracle
 from parity_tests.compare import frobenius_distance, infinity_distance
 from parity_tests.half_precision import HARD_SPECTRA
@@ -58,7 +58,7 @@ class Stack:
         self.exact = self.plain.double()
         *sides, columns = values.shape
         self.padded = torch.full(
-            (*sides, launches.padded(columns)), torch.nan, dtype=dtype, device=DEVICE
+            (*sides, geometry.padded(columns)), torch.nan, dtype=dtype, device=DEVICE
         )
         self.padded[..., :columns] = self.plain
 
@@ -335,5 +335,5 @@ def test_a_matrix_does_not_feel_its_neighbours():
 def test_a_norm_may_be_summed_in_a_few_parts(monkeypatch):
     """As that of a matrix of more than 1024 tiles is: here three parts of three tiles, for eight."""
     gradients = draw(["several tiles"])
-    monkeypatch.setattr(launches, "MOST_PARTS", 3)
+    monkeypatch.setattr(geometry, "MOST_PARTS", 3)
     assert largest_distance(train(NORMUON, gradients), train_oracle(NORMUON, gradients)) <= BOUND
