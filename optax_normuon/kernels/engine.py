@@ -1,8 +1,8 @@
 """The engine that steps matrices by kernels, as the plan sees it."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -11,11 +11,10 @@ from normuon_core.kernels.geometry import bytes_a_matrix
 from normuon_core.neurons import neurons_on_rows
 from normuon_core.placement import Placement, Spread, place
 from normuon_core.recipes import Recipe
+from optax_normuon.leaves.paths import KeyPath
 from optax_normuon.matrices.plan import Alike, plan
 from optax_normuon.mesh.placed_leaf import PlacedLeaf
 from optax_normuon.mesh.specs import Specs
-
-Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -72,11 +71,11 @@ class Kernels:
 
 
 def left_to_xla(
-    leaves: Mapping[Key, PlacedLeaf],
-    dtypes: Mapping[Key, Any],
+    leaves: Mapping[KeyPath, PlacedLeaf],
+    dtypes: Mapping[KeyPath, Any],
     engine: Kernels,
     specs: Specs | None,
-) -> set[Key]:
+) -> set[KeyPath]:
     """The leaves that no kernel steps: too lonely to be moved, or fused and cut through their blocks."""
     if specs is None:
         return set()

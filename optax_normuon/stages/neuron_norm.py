@@ -73,7 +73,8 @@ def neuron_norm_stage(
     NeuronNorm(beta2, axis, eps, eps_rule, rescale)
 
     def reduced_axis(stack):
-        return -1 if neurons_on_rows(axis, *stack.sides, stack.output_axis == -2) else -2
+        rows, columns = stack.sides
+        return -1 if neurons_on_rows(axis, rows, columns, stack.output_axis == -2) else -2
 
     def init(stack):
         shape = list(stack.values.shape)

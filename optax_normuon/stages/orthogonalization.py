@@ -184,7 +184,8 @@ def orthogonalization_stage(
         u = stack.values.astype(working_dtype(stack.values.dtype))
         u = u * BEFORE_SQUARING
         squares = stack.sum_over(jnp.square(u), (-2, -1))
-        scale, _ = range_scales(*stack.sides, chosen)
+        rows, columns = stack.sides
+        scale, _ = range_scales(rows, columns, chosen)
         x = (_normalize(u, squares, norm_scale, eps, eps_rule) * scale).astype(chosen)
         return stack.with_values(x, fed=Fed(form, kernels))
 

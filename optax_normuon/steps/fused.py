@@ -48,7 +48,7 @@ def step_weights(
 
     Args:
       weights: on a mesh one device's parts of them.
-      rates: (runs, `kernels.RATES`) float32; a weight's matrices are cut into as many equal runs.
+      rates: (runs, `source.RATES`) float32; a weight's matrices are cut into as many equal runs.
     """
 
     @jax.custom_batching.custom_vmap

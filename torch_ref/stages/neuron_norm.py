@@ -44,7 +44,8 @@ def normalize_neurons(
     """
     NeuronNorm(beta2, axis, eps, eps_rule, rescale)
     dtype = working_dtype(second_moment.dtype)
-    on_rows = neurons_on_rows(axis, *v.shape[-2:], output_is_rows)
+    rows, columns = v.shape[-2:]
+    on_rows = neurons_on_rows(axis, rows, columns, output_is_rows)
     along = -1 if on_rows else -2
     size = v.shape[along]
     lifted = v.to(dtype)

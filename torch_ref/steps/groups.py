@@ -64,7 +64,7 @@ def _step_matrix_groups(groups: list[Given], kept: KeptState) -> None:
                 part = Part(view, whole_region(view.stored_shape))
                 whole.append(kept.weight(param, gradient, part, group, recipe))
                 continue
-                from torch_ref.mesh.rectangles import local_gradient
+            from torch_ref.mesh.rectangles import local_gradient
 
             shard, gradient = local(param), local_gradient(param, gradient)
             weight = kept.weight(param, gradient, sharding.part(view), group, recipe, shard=shard)

@@ -3,15 +3,15 @@
 Decided from shapes and placements alone, once, and then kept: every rank comes to the same plan.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 from normuon_core import MatrixView
-from normuon_core.stacks import plan_stacks
 from torch_ref.leaves.part import Region, stack_indices
+from torch_ref.matrices.plan import plan as plan_of_matrices
 from torch_ref.mesh.exchange import Route, Tile, route, tiles, to_holders, to_owners
 from torch_ref.stages.stack import StackStages
 
@@ -117,6 +117,21 @@ class Stack:
     statistics_to_holders: Route
 
 
+class _Together(NamedTuple):
+    """What matrices on a mesh must have in common to share a stack."""
+
+    stages: StackStages
+    needs_norm: bool
+
+    @property
+    def bytes_a_matrix(self) -> int:
+        return self.stages.bytes_a_matrix
+
+    @property
+    def max_bytes(self) -> int:
+        return self.stages.max_bytes
+
+
 @lru_cache(maxsize=16)
 def plan(weights: tuple[Spread, ...], *, rank: int, ranks: int) -> tuple[Stack, ...]:
     """The stacks of a step of these weights, seen by one of the ranks.
@@ -124,18 +139,16 @@ def plan(weights: tuple[Spread, ...], *, rank: int, ranks: int) -> tuple[Stack, 
     A matrix whose rows and columns some ranks hold whole is done by one of these; any other by the rank
     that has the least to do so far.
     """
-    together: dict[tuple[StackStages, bool], list[tuple[int, int]]] = defaultdict(list)
-    for index, weight in enumerate(weights):
-        for block, stages in enumerate(weight.stages):
-            together[stages, weight.needs_norm].append((index, block))
+    members = [
+        (_Together(stages, weight.needs_norm), (index, block), weight.view.stack_shape[0])
+        for index, weight in enumerate(weights)
+        for block, stages in enumerate(weight.stages)
+    ]
     load = [0] * ranks
     result = []
-    for (stages, needs_norm), members in together.items():
-        sizes = [weights[index].view.stack_shape[0] for index, _ in members]
-        each = stages.bytes_a_matrix
-        for cuts in plan_stacks(sizes, each, stages.max_bytes, sharing=ranks):
-            pieces = [(*members[i], start, stop) for i, start, stop in cuts]
-            result.append(_stack(weights, stages, needs_norm, pieces, load, rank))
+    for (stages, needs_norm), pieces in plan_of_matrices(members, ranks=ranks):
+        own = [(*block, start, stop) for block, start, stop in pieces]
+        result.append(_stack(weights, stages, needs_norm, own, load, rank))
     return tuple(result)
 
 

@@ -6,7 +6,6 @@ step is finished when its last one is back, so that only the weights in flight t
 memory.
 """
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -15,11 +14,11 @@ import torch
 
 from normuon_core import Recipe
 from normuon_core.neurons import neurons_on_rows
-from normuon_core.stacks import plan_stacks
 from torch_ref.kernels.backend import takes_kernels
 from torch_ref.leaves.dtypes import rounded, rounded_product, working_dtype
 from torch_ref.leaves.groups import Group
 from torch_ref.leaves.part import Part
+from torch_ref.matrices.plan import plan
 from torch_ref.matrices.state import second_moments
 from torch_ref.matrices.views import from_blocks, from_stack, to_blocks, to_stack
 from torch_ref.stages.momentum import bias_corrected_momentum, heavy_ball_momentum, lerp_momentum
@@ -71,7 +70,7 @@ class MatrixWeight:
 
     @property
     def takes_kernels(self) -> bool:
-        """Whether `kernel_step` does this step.
+        """Whether the kernels do this step (`steps.fused`).
 
         Raises:
           ValueError: it was asked for and cannot.
@@ -232,18 +231,16 @@ class MatrixWeight:
 
 def step_matrices(weights: Iterable[MatrixWeight]) -> None:
     """One step of all weights, their same-shape matrices in one stack, cut to its bound."""
-    stacks: dict[StackStages, list[tuple[MatrixWeight, int]]] = defaultdict(list)
-    for weight in weights:
-        for block in range(len(weight.runs)):
-            stacks[weight.stages(block)].append((weight, block))
-    for stages, members in stacks.items():
-        sizes = [weight.matrices(block) for weight, block in members]
-        for cuts in plan_stacks(sizes, stages.bytes_a_matrix, stages.max_bytes):
-            piece = [(*members[i], slice(start, stop)) for i, start, stop in cuts]
-            _step_piece(stages, piece)
+    members = [
+        (weight.stages(block), (weight, block), weight.matrices(block))
+        for weight in weights
+        for block in range(len(weight.runs))
+    ]
+    for stages, pieces in plan(members):
+        _step_stack(stages, [(weight, block, slice(a, b)) for (weight, block), a, b in pieces])
 
 
-def _step_piece(stages: StackStages, piece: list[tuple[MatrixWeight, int, slice]]) -> None:
+def _step_stack(stages: StackStages, piece: list[tuple[MatrixWeight, int, slice]]) -> None:
     """One stack, as (weight, run of blocks, which of its matrices)."""
     u = torch.cat([weight.direction(block)[part] for weight, block, part in piece])
     moments = [
