@@ -15,7 +15,10 @@ from benchmarks import mesh_rates, mesh_steps, sharded
 from benchmarks.collectives import Collective, by_kind, bytes_bound, collectives
 from benchmarks.paper_model import LLAMAS, PaperRates, step_on_paper
 
-MESH = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+# On virtual CPU devices, wherever the tests run.
+MESH = Mesh(
+    np.array(jax.devices("cpu")[:8]).reshape(2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2
+)
 
 
 def made_by(function, x):
