@@ -21,7 +21,7 @@ export PIP_DEFAULT_TIMEOUT ?= 60
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 15
 
 venv: $(INSTALLED)  ## install the locked packages and the project into .venv
 

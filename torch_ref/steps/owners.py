@@ -17,7 +17,7 @@ from torch_ref.stages.stack import StackStages
 
 
 @dataclass(frozen=True)
-class Spread:
+class WeightOnRanks:
     """A weight over the ranks of a mesh.
 
     Attributes:
@@ -133,7 +133,7 @@ class _Together(NamedTuple):
 
 
 @lru_cache(maxsize=16)
-def plan(weights: tuple[Spread, ...], *, rank: int, ranks: int) -> tuple[Stack, ...]:
+def plan(weights: tuple[WeightOnRanks, ...], *, rank: int, ranks: int) -> tuple[Stack, ...]:
     """The stacks of a step of these weights, seen by one of the ranks.
 
     A matrix whose rows and columns some ranks hold whole is done by one of these; any other by the rank
@@ -153,7 +153,7 @@ def plan(weights: tuple[Spread, ...], *, rank: int, ranks: int) -> tuple[Stack, 
 
 
 def _stack(
-    weights: Sequence[Spread],
+    weights: Sequence[WeightOnRanks],
     stages: StackStages,
     needs_norm: bool,
     pieces: Sequence[tuple[int, int, int, int]],

@@ -21,7 +21,7 @@ from torch_ref.mesh.exchange import Transfer
 from torch_ref.mesh.rectangles import Sharding, mesh_group
 from torch_ref.stages.norms import frobenius_norm
 from torch_ref.stages.stack import StackStages
-from torch_ref.steps.owners import Spread, Stack, plan
+from torch_ref.steps.owners import Stack, WeightOnRanks, plan
 from torch_ref.steps.weight import MatrixWeight, step_matrices
 
 
@@ -32,7 +32,7 @@ class ShardedWeight:
     shard: MatrixWeight
     sharding: Sharding
 
-    def spread(self, order: Sequence[int]) -> Spread:
+    def on_ranks(self, order: Sequence[int]) -> WeightOnRanks:
         """Over the ranks of the mesh's group; `order` is each one's place in the mesh."""
         shard, view = self.shard, self.shard.whole
         rule = shard.recipe.neuron_norm
@@ -42,7 +42,7 @@ class ShardedWeight:
         regions, *moments = (
             tuple(each.regions(shape)[place] for place in order) for each, shape in placed
         )
-        return Spread(
+        return WeightOnRanks(
             view=view,
             regions=regions,
             stages=tuple(shard.stages(block) for block in range(len(view.output_sizes))),
@@ -64,14 +64,14 @@ def step_sharded_matrices(weights: Iterable[tuple[MatrixWeight, Sharding]]) -> N
             meshes[sharding.mesh].append(ShardedWeight(shard, sharding))
     for mesh, members in meshes.items():
         group, order = mesh_group(mesh)
-        spreads = [weight.spread(order) for weight in members]
+        on_ranks = [weight.on_ranks(order) for weight in members]
         moving, resting = [], []
-        for weight, spread in zip(members, spreads, strict=True):
-            chosen = resting if spread.is_whole_where_it_is else moving
-            chosen.append((weight.shard, spread))
+        for weight, held in zip(members, on_ranks, strict=True):
+            chosen = resting if held.is_whole_where_it_is else moving
+            chosen.append((weight.shard, held))
         step_matrices(shard for shard, _ in resting)
         stacks = plan(
-            tuple(spread for _, spread in moving), rank=dist.get_rank(group), ranks=len(order)
+            tuple(held for _, held in moving), rank=dist.get_rank(group), ranks=len(order)
         )
         shards = [shard for shard, _ in moving]
         for stack in stacks:
