@@ -5,6 +5,8 @@ from optax_normuon.description import describe
 from optax_normuon.leaves.injection import STATIC_ARGS, inject_hyperparams
 from optax_normuon.leaves.layout_by_path import layout_by_path
 from optax_normuon.leaves.multipliers import multipliers_by_path
+from optax_normuon.matrices.on_matrices import on_matrices
+from optax_normuon.matrices.stack import MatrixStack, MatrixStage, chain_stages
 from optax_normuon.mesh.state_specs import state_specs
 from optax_normuon.older_states import older_state
 from optax_normuon.optimizer import muon, normuon, scale_by_normuon
@@ -24,9 +26,12 @@ __all__ = [
     "RECIPES",
     "STATIC_ARGS",
     "MatrixLayout",
+    "MatrixStack",
+    "MatrixStage",
     "Recipe",
     "add_cautious_weight_decay",
     "bias_corrected_momentum",
+    "chain_stages",
     "describe",
     "heavy_ball_momentum",
     "inject_hyperparams",
@@ -37,6 +42,7 @@ __all__ = [
     "normalize_neurons",
     "normuon",
     "older_state",
+    "on_matrices",
     "orthogonalize",
     "polar_express",
     "polar_factor",

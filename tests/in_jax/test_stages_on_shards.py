@@ -9,9 +9,7 @@ from jax.sharding import NamedSharding
 
 from normuon_core import RECIPES
 from normuon_core.placement import Placement
-from optax_normuon import MatrixLayout
-from optax_normuon.matrices.on_matrices import on_matrices
-from optax_normuon.matrices.stack import MatrixStage, chain_stages
+from optax_normuon import MatrixLayout, MatrixStage, chain_stages, on_matrices
 from optax_normuon.stages.neuron_norm import neuron_norm_stage
 from optax_normuon.stages.orthogonalization import orthogonalization_stage
 from tests.in_jax.meshes import collectives, mesh_of
