@@ -17,7 +17,7 @@ if int(importlib.metadata.version("jaxlib").split(".")[1]) < 11:
 if "ORDINARY_XLA" not in os.environ:
     os.environ["XLA_FLAGS"] = f"{QUICK_COMPILATION} {os.environ.get('XLA_FLAGS', '')}"
 
-# JAX keeps many small objects alive, and collecting them again and again takes a sixth of the time.
+# JAX keeps many small objects alive, and collecting them again and again takes a seventh of the time.
 gc.set_threshold(200_000, 20, 20)
 
 import jax  # noqa: E402 - XLA reads its flags once, at import

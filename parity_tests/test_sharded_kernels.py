@@ -27,12 +27,12 @@ LAYOUT = {
     "qkv": MatrixLayout(0, 1, (8, 4, 4)),
 }
 SHAPES = {
-    "a": (12, 20),
-    "b": (12, 20),
-    "c": (12, 20),
-    "experts": (2, 12, 10),
-    "heads": (12, 2, 5),
-    "qkv": (4, 16),
+    "a": (16, 40),
+    "b": (16, 40),
+    "c": (16, 40),
+    "experts": (4, 24, 8),
+    "heads": (16, 4, 4),
+    "qkv": (8, 16),
 }
 SPECS = {
     "a": P("fsdp", "tp"),
@@ -104,27 +104,28 @@ def test_the_norm_of_the_rms_rule_comes_home_with_the_statistics(interpreted):
 
 
 def test_a_lonely_matrix_stays_and_the_others_are_the_same(interpreted):
-    """In float16 Gram form, by XLA's products; relative difference measured: 2.8e-4 of the
+    """In float16 Gram form, by XLA's products; relative difference measured: 3.4e-4 of the
     update."""
-    keywords = dict(algorithm="auto")
+    # With one step alone a move would be cheaper.
+    keywords = dict(algorithm="auto", steps=2)
     one, other = (
         steps(optimizer(**keywords), count=1),
-        steps(optimizer(**keywords), mesh_of(2, 2), count=1),
+        steps(optimizer(**keywords), mesh_of(4, 2), count=1),
     )
     first = draw(0)
     for name in SHAPES:
         update, expected = other[0][name] - first[name], one[0][name] - first[name]
         error = np.linalg.norm(update - expected) / np.linalg.norm(expected)
-        assert error < 1.2e-3 if name == "c" else error == 0, name
+        assert 0 < error < 1.2e-3 if name == "c" else error == 0, name
 
 
 def test_a_lonely_matrix_may_be_all_there_is(interpreted):
     """No kernel runs then."""
     layout, params = {"c": LAYOUT["c"]}, {"c": draw(0)["c"]}
     updates = []
-    for mesh in (None, mesh_of(2, 2)):
-        tx = optimizer(algorithm="auto", layout=layout)
+    for mesh in (None, mesh_of(4, 2)):
+        tx = optimizer(algorithm="auto", layout=layout, steps=2)
         lies = None if mesh is None else NamedSharding(mesh, SPECS["c"])
         placed = jax.device_put(params, lies)
         updates.append(jax.jit(tx.update)(placed, tx.init(placed), placed)[0]["c"])
-    assert np.linalg.norm(updates[1] - updates[0]) < 1.2e-3 * np.linalg.norm(updates[0])
+    assert 0 < np.linalg.norm(updates[1] - updates[0]) < 1.2e-3 * np.linalg.norm(updates[0])
