@@ -13,7 +13,7 @@ from normuon_core.cost import Form
 from normuon_core.kernels import launches
 from normuon_core.kernels.geometry import Geometry, Span
 from normuon_core.kernels.launches import Launcher, MomentumForm, NeuronNormForm, Output
-from normuon_core.kernels.tiles import product_configuration
+from normuon_core.kernels.tiles import has_gluon, product_configuration
 from normuon_core.polar_iteration import iterate, range_scales
 from normuon_core.polynomials import Coefficients
 from normuon_core.recipes import Momentum, NeuronNorm, Polar, Recipe
@@ -31,6 +31,11 @@ class Device:
     architecture: str
     multiprocessors: int
     interpreted: bool = False
+
+    @property
+    def takes_hopper_kernels(self) -> bool:
+        """Whether kernels that are written for this architecture alone run here."""
+        return self.architecture == "sm90" and not self.interpreted and has_gluon()
 
 
 @dataclass
@@ -160,6 +165,7 @@ class KernelProducts:
                 dtype=self.dtype,
                 symmetric=symmetric,
                 architecture=self.device.architecture,
+                hopper=self.device.takes_hopper_kernels,
             ),
             multiprocessors=self.device.multiprocessors,
             b_transposed=turned,

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 from normuon_core.hyperparameters import check_choice
 from normuon_core.kernels import source
 from normuon_core.kernels.geometry import Geometry, norm_parts, padded
-from normuon_core.kernels.tiles import ProductConfiguration
+from normuon_core.kernels.tiles import HopperConfiguration, ProductConfiguration
 from normuon_core.recipes import EpsRule, Momentum, MomentumRule, NeuronNorm
 
 _NEURON_TILE = {True: (8, 1024), False: (128, 64)}
@@ -30,6 +30,9 @@ _NEURONS_A_BLOCK = 256
 _CACHED = 4096
 """Launches to remember: building one takes as long as a small kernel runs."""
 
+
+_DESCRIPTOR_BYTES = 128
+"""What CUDA makes a descriptor for the tensor memory accelerator take."""
 
 _TILE_WARPS = 8
 """Warps of the kernels that work on a tile: a small weight has few tiles, so each loads much at once."""
@@ -47,20 +50,27 @@ class Launch:
     """One kernel with all but its arrays and scalars; the same object for the same launch.
 
     Attributes:
-      kernel: of `source.py`. grid: how many programs. constants: its constexpr arguments.
-      outputs: follow the inputs in the kernel's arguments.
+      kernel: of `source.py` or `hopper.py`. grid: how many programs.
+      sizes: integers that follow the inputs in the kernel's arguments. outputs: follow these.
+      constants: its constexpr arguments.
       aliases: for an output its place among the inputs, whose buffer it overwrites.
-      uses_descriptors: whether it sets up the tensor memory accelerator.
+      descriptors: for the tensor memory accelerator, how many a program sets up at the most.
     """
 
     kernel: Any
     grid: int
     constants: Mapping[str, Any]
     outputs: Sequence[Output]
+    sizes: Sequence[int] = ()
     aliases: Mapping[int, int] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3
-    uses_descriptors: bool = False
+    descriptors: int = 0
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Global memory that its programs keep their descriptors in."""
+        return self.grid * self.descriptors * _DESCRIPTOR_BYTES
 
 
 Launcher = Callable[[Launch, Sequence[Any]], tuple[Any, ...]]
@@ -173,7 +183,7 @@ def product(
     k: int,
     *,
     dtype: str,
-    configuration: ProductConfiguration,
+    configuration: ProductConfiguration | HopperConfiguration,
     multiprocessors: int,
     b_transposed: bool,
     symmetric: bool,
@@ -181,32 +191,60 @@ def product(
     has_diagonal: bool,
 ) -> Launch:
     """Inputs: a, b, d, e, alpha, beta, gamma, diagonal, count. Rows are `padded`."""
-    rows, columns = math.ceil(m / configuration.tile_m), math.ceil(n / configuration.tile_n)
-    width = configuration.tile_n // configuration.tile_m
-    tiles = rows * columns - (width * columns * (columns - 1) // 2 if symmetric else 0)
+    sizes = {
+        "M": m,
+        "N": n,
+        "K": k,
+        "PITCH_A": padded(k),
+        "PITCH_B": padded(k if b_transposed else n),
+        "PITCH_C": padded(n),
+    }
+    form = {
+        "B_TRANSPOSED": b_transposed,
+        "SYMMETRIC": symmetric,
+        "ADDENDS": addends,
+        "HAS_DIAGONAL": has_diagonal,
+    }
+    outputs = [Output((count, m, padded(n)), dtype)]
+    if isinstance(configuration, HopperConfiguration):
+        from normuon_core.kernels import hopper
+
+        tiles = _tiles(m, n, hopper.TILE_M, configuration.tile_n, symmetric)
+        return Launch(
+            hopper.product,
+            grid=min(tiles * count, multiprocessors),
+            sizes=tuple(sizes.values()),
+            constants={
+                **form,
+                "TILE_N": configuration.tile_n,
+                "STAGES": configuration.stages,
+                "SLOTS": configuration.slots,
+            },
+            outputs=outputs,
+            descriptors=hopper.DESCRIPTORS,
+        )
+    tiles = _tiles(m, n, configuration.tile_m, configuration.tile_n, symmetric)
     return Launch(
         source.product,
         grid=min(tiles * count, multiprocessors * configuration.programs_a_multiprocessor),
         constants={
-            "M": m,
-            "N": n,
-            "K": k,
-            "PITCH_A": padded(k),
-            "PITCH_B": padded(k if b_transposed else n),
-            "PITCH_C": padded(n),
-            "B_TRANSPOSED": b_transposed,
-            "SYMMETRIC": symmetric,
-            "ADDENDS": addends,
-            "HAS_DIAGONAL": has_diagonal,
+            **sizes,
+            **form,
             "TILE_M": configuration.tile_m,
             "TILE_N": configuration.tile_n,
             "TILE_K": configuration.tile_k,
         },
-        outputs=[Output((count, m, padded(n)), dtype)],
+        outputs=outputs,
         num_warps=configuration.num_warps,
         num_stages=configuration.num_stages,
-        uses_descriptors=True,
+        descriptors=2,
     )
+
+
+def _tiles(m: int, n: int, tile_m: int, tile_n: int, symmetric: bool) -> int:
+    """How many tiles of one product are computed."""
+    rows, columns, width = math.ceil(m / tile_m), math.ceil(n / tile_n), tile_n // tile_m
+    return rows * columns - (width * columns * (columns - 1) // 2 if symmetric else 0)
 
 
 @functools.lru_cache(maxsize=_CACHED)

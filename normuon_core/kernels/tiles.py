@@ -1,4 +1,4 @@
-"""Which tile the product kernel works on: a committed table by GPU architecture, dtype and size.
+"""Which product kernel runs, and on which tile: a committed table by GPU architecture and size.
 
 `python -m benchmarks.tune` measures the candidates on a GPU and rewrites `tiles.json`.
 """
@@ -21,25 +21,35 @@ class ProductConfiguration(NamedTuple):
     programs_a_multiprocessor: int
 
 
+class HopperConfiguration(NamedTuple):
+    """Of the kernel in `hopper.py`: a tile's columns, stages of the ring, buffers for what leaves."""
+
+    tile_n: int
+    stages: int
+    slots: int
+
+
 FLOAT32 = ProductConfiguration(64, 64, 32, 4, 3, 1)
 """No tensor core multiplies float32 exactly, and the table has no entries for it."""
 
 
 def product_configuration(
-    m: int, n: int, k: int, *, dtype: str, symmetric: bool, architecture: str
-) -> ProductConfiguration:
+    m: int, n: int, k: int, *, dtype: str, symmetric: bool, architecture: str, hopper: bool = False
+) -> ProductConfiguration | HopperConfiguration:
     """The entry nearest in size, by the distance of the logarithms; the first on a tie.
 
     Args:
       architecture: as "sm90"; one without a table of its own takes the newest older one's, else the
         oldest.
+      hopper: whether the kernel in `hopper.py` can run. It is taken where the entry has it.
     """
     if dtype == "float32":
         return FLOAT32
     entries = _table(architecture)["symmetric" if symmetric else "general"]
-    return ProductConfiguration(
-        *min(entries, key=lambda entry: _distance(entry["size"], (m, n, k)))["configuration"]
-    )
+    nearest = min(entries, key=lambda entry: _distance(entry["size"], (m, n, k)))
+    if hopper and "hopper" in nearest:
+        return HopperConfiguration(*nearest["hopper"])
+    return ProductConfiguration(*nearest["configuration"])
 
 
 def _distance(size, other) -> float:
@@ -56,3 +66,12 @@ def _table(architecture: str) -> dict:
 
 def _number(architecture: str) -> int:
     return int(architecture.removeprefix("sm"))
+
+
+@functools.cache
+def has_gluon() -> bool:
+    """Whether the Triton that is installed compiles the kernels in `hopper.py`."""
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (3, 6)

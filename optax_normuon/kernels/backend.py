@@ -1,7 +1,6 @@
 """Which backend runs a step, and what the kernels lack where they cannot."""
 
-import functools
-import os
+import importlib.util
 from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
@@ -23,7 +22,7 @@ def check_backend(backend: str) -> None:
 
 
 def takes_kernels(backend: Backend, dtypes: Iterable[Any], *, placed: bool = False) -> bool:
-    """Whether the kernels run: asked for, or "auto" on a CUDA device with jax-triton, unless arrays may
+    """Whether the kernels run: asked for, or "auto" on a CUDA device with Triton, unless arrays may
     be spread over several.
 
     Args:
@@ -61,22 +60,6 @@ def _missing() -> str | None:
     device = jax.local_devices()[0]
     if device.platform != "gpu" or not hasattr(device, "compute_capability"):
         return f"needs a CUDA device, and JAX sees {device.device_kind}; install JAX for CUDA"
-    if load_jax_triton() is None:
-        return "needs jax-triton, which is not installed: pip install 'optax-normuon[triton]'"
+    if importlib.util.find_spec("triton") is None:
+        return "needs Triton, which is not installed: pip install 'optax-normuon[triton]'"
     return None
-
-
-@functools.cache
-def load_jax_triton():
-    """jax_triton, or None. Its import empties TRITON_CACHE_DIR, and with it empty PyTorch's own Triton
-    cannot start in this process."""
-    before = os.environ.get("TRITON_CACHE_DIR")
-    try:
-        import jax_triton
-    except ImportError:
-        return None
-    if before:
-        os.environ["TRITON_CACHE_DIR"] = before
-    else:
-        os.environ.pop("TRITON_CACHE_DIR", None)
-    return jax_triton

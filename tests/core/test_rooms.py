@@ -17,7 +17,7 @@ WINGS = ["leaves", "mesh", "matrices", "kernels", "stages", "steps"]
 OWN = {"normuon_core", "optax_normuon", "torch_ref"}
 MAY_IMPORT = {
     "normuon_core": {"normuon_core", "numpy", "triton"},
-    "optax_normuon": {"normuon_core", "optax_normuon", "jax", "numpy", "optax", "jax_triton"},
+    "optax_normuon": {"normuon_core", "optax_normuon", "jax", "numpy", "optax", "triton"},
     "torch_ref": {"normuon_core", "torch_ref", "torch", "numpy", "triton"},
 }
 

@@ -47,13 +47,15 @@ def launch(launch: "Launch", inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
     dtypes = tuple(x.dtype for x in (*inputs, *outputs) if isinstance(x, torch.Tensor))
     compiled = _COMPILED.setdefault(launch, {}) if device.type == "cuda" else {}
     aligned = all(_is_aligned(x) for x in (*inputs, *outputs))
-    with _scratch_on(device) if launch.uses_descriptors else contextlib.nullcontext():
+    with _scratch_on(device) if launch.descriptors else contextlib.nullcontext():
         if aligned and (device, dtypes) in compiled:
             kernel = compiled[device, dtypes]
-            kernel[launch.grid, 1, 1](*inputs, *outputs, *launch.constants.values())
+            arguments = (*inputs, *launch.sizes, *outputs, *launch.constants.values())
+            kernel[launch.grid, 1, 1](*arguments)
             return tuple(outputs)
         kernel = launch.kernel[(launch.grid,)](
             *inputs,
+            *launch.sizes,
             *outputs,
             **launch.constants,
             num_warps=launch.num_warps,

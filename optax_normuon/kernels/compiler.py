@@ -1,0 +1,120 @@
+"""Launches as machine code: each kernel is compiled once for a signature, several at one time.
+
+Triton keeps what it has compiled on disk, so that the next process finds it there.
+"""
+
+import functools
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from normuon_core.kernels.launches import Launch
+
+POINTERS = {
+    "float32": "*fp32",
+    "float16": "*fp16",
+    "bfloat16": "*bf16",
+    "uint8": "*u8",
+}
+"""Triton's name for an array of each dtype that a kernel takes."""
+
+_SCALARS = {float: "fp32", int: "i32"}
+
+_MOST_WORKERS = 8
+
+_PARSES_IN_THREADS = sys.version_info >= (3, 12, 2) or (3, 11, 8) <= sys.version_info < (3, 12)
+"""Before, threads that parse Python at one time make each other fail (python/cpython#106905)."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel for one signature.
+
+    Attributes:
+      name: in the code. ptx: the code. shared_bytes: of shared memory that a program takes.
+      num_warps: of a program, those included that a specialised kernel adds to the ones it is given.
+    """
+
+    name: str
+    ptx: str
+    shared_bytes: int
+    num_warps: int
+
+
+def compile_ahead(launch: "Launch", arguments: Sequence[str], capability: int) -> Future[Compiled]:
+    """Starts to compile a launch's kernel, unless that has been done.
+
+    Args:
+      arguments: Triton's types of all that is no constant, in order; see `types_of`.
+      capability: the GPU's compute capability, 90 for 9.0.
+    """
+    constants = tuple(launch.constants.items())
+    return _compile_ahead(
+        launch.kernel, tuple(arguments), constants, launch.num_warps, launch.num_stages, capability
+    )
+
+
+def types_of(arguments: Sequence[Any]) -> list[str]:
+    """Triton's types of numbers and of arrays."""
+    return [_SCALARS.get(type(x)) or POINTERS[x.dtype.name] for x in arguments]
+
+
+@functools.cache
+def _compile_ahead(
+    kernel: Any,
+    arguments: tuple[str, ...],
+    constants: tuple[tuple[str, Any], ...],
+    num_warps: int,
+    num_stages: int,
+    capability: int,
+) -> Future[Compiled]:
+    return _workers().submit(
+        _compile, kernel, arguments, dict(constants), num_warps, num_stages, capability
+    )
+
+
+@functools.cache
+def _workers() -> ThreadPoolExecutor:
+    """Triton compiles outside of Python for the most part, so that threads run side by side."""
+    most = _MOST_WORKERS if _PARSES_IN_THREADS else 1
+    return ThreadPoolExecutor(min(most, os.cpu_count() or 1), "compile kernels")
+
+
+def _compile(
+    kernel: Any,
+    arguments: tuple[str, ...],
+    constants: Mapping[str, Any],
+    num_warps: int,
+    num_stages: int,
+    capability: int,
+) -> Compiled:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source_class = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        source_class = GluonASTSource
+    names = [name for name in kernel.arg_names if name not in constants]
+    types = dict(zip(names, arguments, strict=True))
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    # XLA's buffers lie at multiples of 128 bytes, and the accelerator needs multiples of 16.
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*")
+    }
+    compiled: Any = triton.compile(
+        source_class(kernel, signature, constants, aligned),
+        target=GPUTarget("cuda", capability, 32),
+        # No contraction of a * b + c into one rounding: two compilers need not agree on where.
+        options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False},
+    )
+    made = compiled.metadata
+    return Compiled(made.name, compiled.asm["ptx"], made.shared, made.num_warps)
