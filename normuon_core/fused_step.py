@@ -5,8 +5,10 @@ A gradient goes squares -> feed -> products -> neuron_squares -> statistics -> f
 parts of a matrix meet at its owner after `feed`, and are parted again before `finish`: an `Exchange`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
 from normuon_core.cost import Form
@@ -45,7 +47,8 @@ class Leaf:
     Attributes:
       gradient, parameter, momentum: of the weight's shape. delta: None until the first matrix is done.
       rates: (runs of the batch, `source.RATES`) float32.
-      momentum_output, delta_output: their shapes and dtypes.
+      momentum_output, parameter_output: their shapes and dtypes; delta has the parameter's.
+      adds: whether the step is added to the parameter, in its place. Then there is no delta.
     """
 
     gradient: Any
@@ -53,7 +56,8 @@ class Leaf:
     momentum: Any
     rates: Any
     momentum_output: Output
-    delta_output: Output
+    parameter_output: Output
+    adds: bool = False
     delta: Any = None
 
 
@@ -83,6 +87,61 @@ class Piece(NamedTuple):
     block: Block
     start: int
     count: int
+
+
+class Together(NamedTuple):
+    """Pieces that one launch covers: alike in all but the weight, and side by side in the stack.
+
+    Attributes:
+      span: of the first of them; `count` is each one's.
+    """
+
+    pieces: tuple[Piece, ...]
+    span: Span
+
+    @property
+    def first(self) -> Block:
+        return self.pieces[0].block
+
+    @property
+    def leaves(self) -> tuple[Leaf, ...]:
+        return tuple(piece.block.leaf for piece in self.pieces)
+
+    @property
+    def matrices(self) -> slice:
+        """Their places in the stack."""
+        start = self.span.stack_start
+        return slice(start, start + len(self.pieces) * self.span.count)
+
+
+def launched_together(pieces: Sequence[Piece]) -> list[Together]:
+    """A stack's pieces by launches, of `launches.MOST_LEAVES` at the most and as even as can be."""
+    result, start = [], 0
+    for _, run in groupby(pieces, key=_what_a_launch_shares):
+        alike = list(run)
+        rounds = math.ceil(len(alike) / launches.MOST_LEAVES)
+        size = math.ceil(len(alike) / rounds)
+        for first in range(0, len(alike), size):
+            own = tuple(alike[first : first + size])
+            result.append(Together(own, Span(own[0].start, start, own[0].count)))
+            start += len(own) * own[0].count
+    return result
+
+
+def _what_a_launch_shares(piece: Piece) -> tuple:
+    block, leaf = piece.block, piece.block.leaf
+    return (
+        block.geometry,
+        block.batch,
+        piece.start,
+        piece.count,
+        id(leaf.rates),
+        leaf.gradient.dtype,
+        leaf.momentum_output,
+        leaf.parameter_output,
+        leaf.adds,
+        leaf.delta is None,
+    )
 
 
 class Exchange(Protocol):
@@ -189,8 +248,8 @@ def polar_factors_of_pieces(
     form: Form,
     dtype: str,
     exchange: Exchange | None = None,
-) -> tuple[Any, list[Span]]:
-    """Stages 1 and 2 of a stack: (the stack, where each piece lies in it).
+) -> tuple[Any, list[Together]]:
+    """Stages 1 and 2 of a stack: (the stack, where its pieces lie in it).
 
     The stack is (count, short, padded long) in the compute dtype; what is beyond `long` is not
     written. With an `exchange` it is the owner's, and the places are those of the parts.
@@ -200,42 +259,47 @@ def polar_factors_of_pieces(
     check_products(device, dtype, geometry.whole)
     total = sum(piece.count for piece in pieces)
     scales = range_scales(*geometry.whole, dtype)
-    spans, x, start = [], None, 0
-    for piece in pieces:
-        own, leaf = piece.block.geometry, piece.block.leaf
-        span = Span(piece.start, start, piece.count)
-        spans.append(span)
-        start += piece.count
+    x, groups = None, launched_together(pieces)
+    for group in groups:
+        own, span, leaves = group.first.geometry, group.span, group.leaves
+        gradients = tuple(leaf.gradient for leaf in leaves)
+        momenta = tuple(leaf.momentum for leaf in leaves)
+        rates = leaves[0].rates
         # Gradient and momentum are read twice, the second time from the cache if they fit.
         (partials,) = launch(
-            launches.squares(own, piece.count, rule),
-            [leaf.gradient, leaf.momentum, leaf.rates, span.leaf_start],
+            launches.squares(own, span.count, rule, len(leaves)),
+            [gradients, momenta, rates, span.leaf_start, span.count],
         )
         if exchange is not None:
             partials = exchange.gather_partials(partials)
-        x, leaf.momentum = launch(
+        x, momenta = launch(
             launches.feed(
                 own,
-                piece.count,
+                span.count,
                 rule,
                 total,
                 eps_rule=polar.eps_rule,
                 compute_dtype=dtype,
-                momentum=leaf.momentum_output,
+                momentum=leaves[0].momentum_output,
                 first=x is None,
+                leaves=len(leaves),
             ),
             [
-                leaf.gradient,
-                leaf.momentum,
-                leaf.rates,
+                gradients,
+                momenta,
+                rates,
                 partials,
-                *span[:2],
+                span.leaf_start,
+                span.count,
+                span.stack_start,
                 polar.norm_scale,
                 polar.eps,
                 scales[0],
-                leaf.rates if x is None else x,
+                rates if x is None else x,
             ],
         )
+        for leaf, new in zip(leaves, momenta, strict=True):
+            leaf.momentum = new
     if exchange is not None:
         x, total = exchange.to_owners(x), exchange.owned
     v = iterate_stack(
@@ -248,7 +312,7 @@ def polar_factors_of_pieces(
         form=form,
         dtype=dtype,
     )
-    return v, spans
+    return v, groups
 
 
 def iterate_stack(
@@ -299,7 +363,7 @@ def step_stack(
 
     With an `exchange` all pieces are cut alike and have their neurons on the same side.
     """
-    v, spans = polar_factors_of_pieces(
+    v, groups = polar_factors_of_pieces(
         launch,
         device,
         pieces,
@@ -309,48 +373,56 @@ def step_stack(
         dtype=dtype,
         exchange=exchange,
     )
-    needs_statistics = recipe.neuron_norm is not None or recipe.shape_scale == "rms"
+    statistics: list[tuple[Any, Any]] = [(None, None)] * len(groups)
+    if recipe.neuron_norm is not None or recipe.shape_scale == "rms":
+        if exchange is None:
+            statistics = _statistics(launch, v, groups, recipe)
+        else:
+            statistics = _owners_statistics(launch, v, groups, recipe, exchange)
     if exchange is not None:
-        statistics = [(None, None)] * len(pieces)
-        if needs_statistics:
-            statistics = _owners_statistics(launch, v, pieces, spans, recipe, exchange)
         v = exchange.to_holders(v)
-    elif needs_statistics:
-        statistics = _statistics(launch, v, pieces, spans, recipe)
-    else:
-        statistics = [(None, None)] * len(pieces)
-    for piece, span, (factors, sums) in zip(pieces, spans, statistics, strict=True):
-        _finish_piece(launch, v, piece.block, span, recipe, factors, sums)
+    for group, (factors, sums) in zip(groups, statistics, strict=True):
+        _finish(launch, v, group, recipe, factors, sums)
 
 
 def _statistics(
-    launch: Launcher, v, pieces: Sequence[Piece], spans: Sequence[Span], recipe: Recipe
+    launch: Launcher, v, groups: Sequence[Together], recipe: Recipe
 ) -> list[tuple[Any, Any]]:
-    """For each piece (factors, sums) as `finish` takes them; second moments are replaced."""
+    """For each group (factors, sums) as `finish` takes them; second moments are replaced."""
     rule, result = recipe.neuron_norm, []
-    partials = _neuron_squares(launch, v, pieces, spans)
-    for piece, span, (own, first) in zip(pieces, spans, partials, strict=True):
-        block, leaf = piece.block, piece.block.leaf
-        old = leaf.rates if rule is None else block.second_moment
-        kept = Output((1,) if rule is None else (block.batch, block.geometry.neurons), "float32")
+    for group, (partials, first) in zip(groups, _neuron_squares(launch, v, groups), strict=True):
+        block, leaves = group.first, group.leaves
+        old = tuple(leaf.rates for leaf in leaves)
+        kept = Output((1,), "float32")
+        if rule is not None:
+            old = tuple(piece.block.second_moment for piece in group.pieces)
+            kept = Output((block.batch, block.geometry.neurons), "float32")
         new, factors, sums = launch(
-            launches.statistics(block.geometry, span.count, NeuronNormForm.of(rule), kept),
-            [own, old, leaf.rates, _eps(rule), span.leaf_start, first],
+            launches.statistics(
+                block.geometry, group.span.count, NeuronNormForm.of(rule), kept, len(leaves)
+            ),
+            [
+                partials,
+                old,
+                leaves[0].rates,
+                _eps(rule),
+                group.span.leaf_start,
+                group.span.count,
+                first,
+            ],
         )
-        block.second_moment = None if rule is None else new
+        if rule is not None:
+            for piece, moment in zip(group.pieces, new, strict=True):
+                piece.block.second_moment = moment
         result.append((factors, sums))
     return result
 
 
 def _owners_statistics(
-    launch: Launcher,
-    v,
-    pieces: Sequence[Piece],
-    spans: Sequence[Span],
-    recipe: Recipe,
-    exchange: Exchange,
+    launch: Launcher, v, groups: Sequence[Together], recipe: Recipe, exchange: Exchange
 ) -> list[tuple[Any, Any]]:
     """As `_statistics`, made by the matrices' owners and sent back to the holders of the parts."""
+    pieces = [piece for group in groups for piece in group.pieces]
     rule, here = recipe.neuron_norm, pieces[0].block.geometry
     rates, matrices_a_rate = exchange.rates_to_owners(pieces)
     geometry = replace(here.as_whole, matrices_a_rate=matrices_a_rate)
@@ -360,78 +432,81 @@ def _owners_statistics(
         moments = [(piece, piece.block.second_moment) for piece in pieces]
         old = exchange.statistics_to_owners(moments)
         kept = Output((exchange.owned, geometry.neurons), "float32")
-    new, factors, sums = launch(
+    (new,), factors, sums = launch(
         launches.statistics(geometry, exchange.owned, NeuronNormForm.of(rule), kept),
-        [partials, old, rates, _eps(rule), 0, 0],
+        [partials, (old,), rates, _eps(rule), 0, exchange.owned, 0],
     )
     known = [] if rule is None else [new, factors]
     known, sums = exchange.statistics_to_holders(known, sums)
     result = []
-    for piece, span in zip(pieces, spans, strict=True):
-        own = slice(span.stack_start, span.stack_start + span.count)
-        own_factors = None
+    for group in groups:
+        factors = None if rule is None else known[1][group.matrices]
+        result.append((factors, sums[group.matrices]))
         if rule is not None:
-            own_factors = known[1][own]
-            piece.block.new_moments.append(known[0][own])
-        result.append((own_factors, sums[own]))
+            start = group.span.stack_start
+            for piece in group.pieces:
+                piece.block.new_moments.append(known[0][start : start + piece.count])
+                start += piece.count
     return result
 
 
-def _neuron_squares(launch: Launcher, v, pieces: Sequence[Piece], spans: Sequence[Span]):
-    """For each piece the partial sums that hold its neurons' squares, and its first matrix in them.
+def _neuron_squares(launch: Launcher, v, groups: Sequence[Together]) -> list[tuple[Any, int]]:
+    """For each group the partial sums that hold its neurons' squares, and its first matrix in them.
 
-    One launch for each run of pieces whose neurons lie on the same side.
+    One launch for each run of groups whose neurons lie on the same side.
     """
-    runs: list[list[int]] = []
-    for index, piece in enumerate(pieces):
-        side = piece.block.geometry.neurons_on_short
-        if runs and pieces[runs[-1][0]].block.geometry.neurons_on_short == side:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
     found = []
-    for run in runs:
-        start = spans[run[0]].stack_start
-        count = sum(spans[index].count for index in run)
+    for _, run in groupby(groups, key=lambda group: group.first.geometry.neurons_on_short):
+        alike = list(run)
+        start, stop = alike[0].matrices.start, alike[-1].matrices.stop
         (partials,) = launch(
-            launches.neuron_squares(pieces[run[0]].block.geometry, count), [v, start]
+            launches.neuron_squares(alike[0].first.geometry, stop - start), [v, start]
         )
-        found += [(partials, spans[index].stack_start - start) for index in run]
+        found += [(partials, group.matrices.start - start) for group in alike]
     return found
 
 
-def _finish_piece(
-    launch: Launcher, v, block: Block, span: Span, recipe: Recipe, factors, sums
-) -> None:
-    leaf, rule = block.leaf, recipe.neuron_norm
-    first = leaf.delta is None
-    factors = leaf.rates if factors is None else factors
-    sums = leaf.rates if sums is None else sums
-    (leaf.delta,) = launch(
+def _finish(launch: Launcher, v, group: Together, recipe: Recipe, factors, sums) -> None:
+    """The rest of the step of a group's weights, whose updates or parameters are replaced."""
+    leaves, rule, span = group.leaves, recipe.neuron_norm, group.span
+    adds, first = leaves[0].adds, leaves[0].delta is None
+    rates = leaves[0].rates
+    factors = rates if factors is None else factors
+    sums = rates if sums is None else sums
+    (results,) = launch(
         launches.finish(
-            block.geometry,
+            group.first.geometry,
             span.count,
             NeuronNormForm.of(rule),
             rms=recipe.shape_scale == "rms",
             cautious=recipe.decay.cautious,
             decay_inside_scale=recipe.decay.inside_scale,
-            delta=leaf.delta_output,
+            parameter=leaves[0].parameter_output,
+            add=adds,
             first=first,
+            leaves=len(leaves),
         ),
         [
             v,
-            leaf.parameter,
-            leaf.rates,
-            block.scales,
-            block.decays,
+            tuple(leaf.parameter for leaf in leaves),
+            rates,
+            tuple(piece.block.scales for piece in group.pieces),
+            tuple(piece.block.decays for piece in group.pieces),
             factors,
             sums,
             _eps(rule),
             RMS_FLOOR,
-            *span[:2],
-            leaf.rates if first else leaf.delta,
+            span.leaf_start,
+            span.count,
+            span.stack_start,
+            tuple(rates if adds or first else leaf.delta for leaf in leaves),
         ],
     )
+    for leaf, result in zip(leaves, results, strict=True):
+        if adds:
+            leaf.parameter = result
+        else:
+            leaf.delta = result
 
 
 def _eps(rule: NeuronNorm | None) -> float:

@@ -13,6 +13,7 @@ import torch
 
 import torch_ref.kernels.launcher
 from normuon_core.fused_step import Device
+from normuon_core.kernels.launches import Output
 from optax_normuon.kernels import backend, launcher
 
 _ONE_AT_A_TIME = threading.Lock()
@@ -33,14 +34,20 @@ def interpreted_kernels() -> Iterator[None]:
 
 
 def _launch(launch, inputs):
-    scalars = tuple(value if isinstance(value, int | float) else None for value in inputs)
-    arrays = [value for value, scalar in zip(inputs, scalars, strict=True) if scalar is None]
-    outputs = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in launch.outputs]
-    return jax.pure_callback(_callback(launch, scalars), tuple(outputs), *arrays)
+    arguments, form = jax.tree.flatten(list(inputs))
+    scalars = tuple(value if isinstance(value, int | float) else None for value in arguments)
+    arrays = [value for value, scalar in zip(arguments, scalars, strict=True) if scalar is None]
+    # An `Output` is a tuple as well.
+    outputs = jax.tree.map(
+        lambda each: jax.ShapeDtypeStruct(each.shape, jnp.dtype(each.dtype)),
+        tuple(launch.outputs),
+        is_leaf=lambda each: isinstance(each, Output),
+    )
+    return jax.pure_callback(_callback(launch, form, scalars), outputs, *arrays)
 
 
 @functools.lru_cache
-def _callback(launch, scalars):
+def _callback(launch, form, scalars):
     """The same one for the same launch: JAX compiles a callback anew for every other function."""
 
     def run(*arrays):
@@ -48,7 +55,8 @@ def _callback(launch, scalars):
         given = [_as_tensor(next(rest)) if scalar is None else scalar for scalar in scalars]
         # The interpreter patches Triton's language while it runs: one launch at a time.
         with _ONE_AT_A_TIME:
-            return tuple(map(_as_array, torch_ref.kernels.launcher.launch(launch, given)))
+            results = torch_ref.kernels.launcher.launch(launch, form.unflatten(given))
+        return jax.tree.map(_as_array, results)
 
     return run
 

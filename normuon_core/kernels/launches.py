@@ -51,7 +51,8 @@ class Launch:
 
     Attributes:
       kernel: of `source.py` or `hopper.py`. grid: how many programs.
-      sizes: integers that follow the inputs in the kernel's arguments. outputs: follow these.
+      sizes: integers that follow the inputs in the kernel's arguments. outputs: follow these; a tuple
+        of them is one argument, as a tuple of arrays among the inputs is.
       constants: its constexpr arguments.
       aliases: for an output its place among the inputs, whose buffer it overwrites.
       descriptors: for the tensor memory accelerator, how many a program sets up at the most.
@@ -60,7 +61,7 @@ class Launch:
     kernel: Any
     grid: int
     constants: Mapping[str, Any]
-    outputs: Sequence[Output]
+    outputs: Sequence[Output | tuple[Output, ...]]
     sizes: Sequence[int] = ()
     aliases: Mapping[int, int] = field(default_factory=dict)
     num_warps: int = 4
@@ -73,8 +74,12 @@ class Launch:
         return self.grid * self.descriptors * _DESCRIPTOR_BYTES
 
 
+MOST_LEAVES = 16
+"""Weights that one launch covers: beyond, there is little to save, and kernels take long to compile."""
+
 Launcher = Callable[[Launch, Sequence[Any]], tuple[Any, ...]]
-"""(launch, its inputs) -> its outputs. Scalars among the inputs are Python's ints and floats."""
+"""(launch, its inputs) -> its outputs. Inputs are arrays, tuples of arrays, and Python's ints and
+floats; outputs arrays and tuples of arrays."""
 
 
 def _power_of_two(count: int) -> int:
@@ -116,13 +121,14 @@ class NeuronNormForm(NamedTuple):
 
 
 @functools.lru_cache(maxsize=_CACHED)
-def squares(geometry: Geometry, count: int, rule: MomentumForm) -> Launch:
-    """Inputs: g, m, rates, leaf start. For `count` matrices."""
+def squares(geometry: Geometry, count: int, rule: MomentumForm, leaves: int = 1) -> Launch:
+    """Inputs: gs, ms, rates, leaf start, count. For `count` matrices of each leaf."""
     short, long = norm_parts(geometry)
     return Launch(
         source.squares,
-        grid=count * short.parts * long.parts,
+        grid=leaves * count * short.parts * long.parts,
         constants={
+            "LEAVES": leaves,
             **geometry.constants,
             **rule.constants,
             "SHORT_PARTS": short.parts,
@@ -132,7 +138,7 @@ def squares(geometry: Geometry, count: int, rule: MomentumForm) -> Launch:
             "LONG_CELL": long.cell,
             "LONG_CUTS": long.cuts,
         },
-        outputs=[Output((count, short.parts, long.parts), "float32")],
+        outputs=[Output((leaves * count, short.parts, long.parts), "float32")],
         num_warps=_TILE_WARPS,
     )
 
@@ -148,8 +154,9 @@ def feed(
     compute_dtype: str,
     momentum: Output,
     first: bool,
+    leaves: int = 1,
 ) -> Launch:
-    """Inputs: g, m, rates, partials, the two starts, norm scale, eps, x scale, x.
+    """Inputs: gs, ms, rates, partials, leaf start, count, stack start, norm scale, eps, x scale, x.
 
     `first` into a stack of `stack` matrices, whose buffer is then not among the inputs.
     """
@@ -159,8 +166,9 @@ def feed(
     parts = ways * math.prod(side.parts for side in norm_parts(geometry))
     return Launch(
         source.feed,
-        grid=count * geometry.tiles,
+        grid=leaves * count * geometry.tiles,
         constants={
+            "LEAVES": leaves,
             **geometry.constants,
             "PITCH": geometry.pitch,
             **rule.constants,
@@ -169,8 +177,11 @@ def feed(
             "PARTS": parts,
             "PARTS_PADDED": _power_of_two(parts),
         },
-        outputs=[Output((stack, geometry.short, geometry.pitch), compute_dtype), momentum],
-        aliases={1: 1} if first else {0: 9, 1: 1},
+        outputs=[
+            Output((stack, geometry.short, geometry.pitch), compute_dtype),
+            (momentum,) * leaves,
+        ],
+        aliases={1: 1} if first else {0: 10, 1: 1},
         num_warps=_TILE_WARPS,
     )
 
@@ -275,16 +286,21 @@ def _blocks(geometry: Geometry) -> int:
 
 @functools.lru_cache(maxsize=_CACHED)
 def statistics(
-    geometry: Geometry, count: int, rule: NeuronNormForm | None, second_moment: Output
+    geometry: Geometry,
+    count: int,
+    rule: NeuronNormForm | None,
+    second_moment: Output,
+    leaves: int = 1,
 ) -> Launch:
-    """Inputs: partials, second moment, rates, eps, leaf start, first of the partials."""
+    """Inputs: partials, second moments, rates, eps, leaf start, count, first of the partials."""
     if rule is not None:
         rule.check()
     _, part = _NEURON_TILE[geometry.neurons_on_short]
     return Launch(
         source.statistics,
-        grid=count * _blocks(geometry),
+        grid=leaves * count * _blocks(geometry),
         constants={
+            "LEAVES": leaves,
             "NEURONS": geometry.neurons,
             "INPUTS": geometry.inputs,
             "MATRICES_A_RATE": geometry.matrices_a_rate,
@@ -295,9 +311,9 @@ def statistics(
             "BLOCK": _NEURONS_A_BLOCK,
         },
         outputs=[
-            second_moment,
-            Output((count, geometry.neurons), "float32"),
-            Output((count, _blocks(geometry), 2), "float32"),
+            (second_moment,) * leaves,
+            Output((leaves * count, geometry.neurons), "float32"),
+            Output((leaves * count, _blocks(geometry), 2), "float32"),
         ],
         aliases={} if rule is None else {0: 1},
     )
@@ -312,19 +328,27 @@ def finish(
     rms: bool,
     cautious: bool,
     decay_inside_scale: bool,
-    delta: Output,
+    parameter: Output,
+    add: bool,
     first: bool,
+    leaves: int = 1,
 ) -> Launch:
-    """Inputs: v, p, rates, scales, decays, factors, sums, eps, rms floor, the two starts, delta.
+    """Inputs: v, ps, rates, scales, decays, factors, sums, eps, rms floor, leaf start, count, stack
+    start, results.
 
-    rms: whether the scale divides by the update's norm, as the shape rule of that name does.
+    Args:
+      rms: whether the scale divides by the update's norm, as the shape rule of that name does.
+      add: whether the results are the parameters, overwritten in their place, and not the updates.
+      first: whether nothing of the updates has been written.
     """
     if rule is not None:
         rule.check()
     return Launch(
         source.finish,
-        grid=count * geometry.tiles,
+        grid=leaves * count * geometry.tiles,
         constants={
+            "LEAVES": leaves,
+            "ADD": add,
             **geometry.constants,
             "PITCH": geometry.pitch,
             "NEURONS_ON_SHORT": geometry.neurons_on_short,
@@ -338,7 +362,7 @@ def finish(
             "BLOCKS": _blocks(geometry),
             "BLOCKS_PADDED": _power_of_two(_blocks(geometry)),
         },
-        outputs=[delta],
-        aliases={} if first else {0: 11},
+        outputs=[(parameter,) * leaves],
+        aliases={0: 1} if add else {} if first else {0: 12},
         num_warps=_TILE_WARPS,
     )

@@ -10,6 +10,10 @@ elements apart (a multiple of 16 bytes, as the tensor memory accelerator require
 reached where it lies, through its strides: `squares` and `feed` read gradient and momentum there, and
 `finish` writes the update there, so that no weight is copied or transposed to enter a stack.
 
+One launch covers LEAVES weights that lie alike, `count` matrices of each from `leaf_start` on: what is
+per weight comes as a tuple (gs, ms, ...), and a program picks its own. Small models have many weights,
+and without that a launch would take longer than its work.
+
 Kernels whose name starts with `_` are called by others. An output that is written in part, such as a
 stack that grows weight by weight, comes a second time as the input `..._in`, which is not read; so do
 momentum and second moment, which are read there and overwritten. The launches with all their
@@ -72,6 +76,15 @@ def _direction(g, m, rates, RULE: tl.constexpr, NESTEROV: tl.constexpr):
 
 
 @triton.jit
+def _of_leaf(arrays, leaf, LEAVES: tl.constexpr):
+    """The array of one of the weights that a launch covers."""
+    own = arrays[0]
+    for other in tl.static_range(1, LEAVES):
+        own = tl.where(leaf == other, arrays[other], own)
+    return own
+
+
+@triton.jit
 def _first(
     matrix,
     BATCH_STRIDE: tl.constexpr,
@@ -93,13 +106,15 @@ def _tile(index, SHORT: tl.constexpr, LONG: tl.constexpr):
     return i, j, (i < SHORT) & (j < LONG)
 
 
-@triton.jit(do_not_specialize=["leaf_start"])
+@triton.jit(do_not_specialize=["leaf_start", "count"])
 def squares(
-    g,
-    m,
+    gs,
+    ms,
     rates,
     leaf_start,
+    count,
     partials,
+    LEAVES: tl.constexpr,
     SHORT: tl.constexpr,
     LONG: tl.constexpr,
     BATCH_STRIDE: tl.constexpr,
@@ -122,13 +137,16 @@ def squares(
     matrix.
 
     A side is divided into equal cells, each of them into CUTS parts, the last one of which may be short.
-    g, m: a weight's gradient and momentum. partials: (matrices of the launch, SHORT_PARTS, LONG_PARTS)
-    float32.
+    gs, ms: the weights' gradients and momenta. partials: (matrices of the launch, SHORT_PARTS,
+    LONG_PARTS) float32.
     """
     matrix = tl.program_id(0) // (SHORT_PARTS * LONG_PARTS)
     part = tl.program_id(0) % (SHORT_PARTS * LONG_PARTS)
-    rates += _RATES * ((leaf_start + matrix) // MATRICES_A_RATE)
-    start = _first(leaf_start + matrix, BATCH_STRIDE, OFFSET, SPLITS, SPLIT_STRIDE)
+    g = _of_leaf(gs, matrix // count, LEAVES)
+    m = _of_leaf(ms, matrix // count, LEAVES)
+    in_leaf = leaf_start + matrix % count
+    rates += _RATES * (in_leaf // MATRICES_A_RATE)
+    start = _first(in_leaf, BATCH_STRIDE, OFFSET, SPLITS, SPLIT_STRIDE)
     short_start, short_stop = _part(part // LONG_PARTS, SHORT_CELL, SHORT_CUTS)
     long_start, long_stop = _part(part % LONG_PARTS, LONG_CELL, LONG_CUTS)
     down: tl.constexpr = ((SHORT_CELL + SHORT_CUTS - 1) // SHORT_CUTS + _SIDE - 1) // _SIDE
@@ -161,20 +179,22 @@ def _part(index, CELL: tl.constexpr, CUTS: tl.constexpr):
     return start, tl.minimum(start + width, (cell + 1) * CELL)
 
 
-@triton.jit(do_not_specialize=["leaf_start", "stack_start"])
+@triton.jit(do_not_specialize=["leaf_start", "count", "stack_start"])
 def feed(
-    g,
-    m,
+    gs,
+    ms,
     rates,
     partials,
     leaf_start,
+    count,
     stack_start,
     norm_scale,
     eps,
     x_scale,
     x_in,
     x,
-    m_out,
+    ms_out,
+    LEAVES: tl.constexpr,
     SHORT: tl.constexpr,
     LONG: tl.constexpr,
     PITCH: tl.constexpr,
@@ -195,11 +215,15 @@ def feed(
     """m <- the new momentum; x = u / max(norm_scale |u|, eps), or u / (norm_scale |u| + eps), times
     x_scale, rounded once.
 
-    g, m, m_out: a weight's. partials: from `squares`, (matrices of the launch, PARTS), of all devices
-    that have a part of the matrix. x: the stack, in the compute dtype.
+    gs, ms, ms_out: the weights'. partials: from `squares`, (matrices of the launch, PARTS), of all
+    devices that have a part of the matrix. x: the stack, in the compute dtype.
     """
     matrix = tl.program_id(0) // TILES
-    rates += _RATES * ((leaf_start + matrix) // MATRICES_A_RATE)
+    g = _of_leaf(gs, matrix // count, LEAVES)
+    m = _of_leaf(ms, matrix // count, LEAVES)
+    m_out = _of_leaf(ms_out, matrix // count, LEAVES)
+    in_leaf = leaf_start + matrix % count
+    rates += _RATES * (in_leaf // MATRICES_A_RATE)
     place_in_stack = (stack_start + matrix).to(tl.int64)
     part = tl.arange(0, PARTS_PADDED)
     parts = tl.load(partials + matrix * PARTS + part, mask=part < PARTS, other=0.0)
@@ -215,7 +239,7 @@ def feed(
         divisor = norm + eps
 
     i, j, inside = _tile(tl.program_id(0) % TILES, SHORT, LONG)
-    place = _first(leaf_start + matrix, BATCH_STRIDE, OFFSET, SPLITS, SPLIT_STRIDE)
+    place = _first(in_leaf, BATCH_STRIDE, OFFSET, SPLITS, SPLIT_STRIDE)
     place = place + i.to(tl.int64) * SHORT_STRIDE + j.to(tl.int64) * LONG_STRIDE
     gradient = tl.load(g + place, mask=inside, other=0.0).to(tl.float32)
     if RULE == "none":
@@ -472,17 +496,19 @@ def neuron_squares(
     tl.store(partials + place, total, mask=neuron < neurons)
 
 
-@triton.jit(do_not_specialize=["leaf_start", "first"])
+@triton.jit(do_not_specialize=["leaf_start", "count", "first"])
 def statistics(
     partials,
-    second_moment,
+    second_moments,
     rates,
     eps,
     leaf_start,
+    count,
     first,
-    new_second_moment,
+    new_second_moments,
     factors,
     sums,
+    LEAVES: tl.constexpr,
     NEURONS: tl.constexpr,
     INPUTS: tl.constexpr,
     MATRICES_A_RATE: tl.constexpr,
@@ -492,10 +518,10 @@ def statistics(
     BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Stage 3's statistics of one weight's matrices: q, s <- s + (1 - beta2)(q - s), and t(s).
+    """Stage 3's statistics of the weights' matrices: q, s <- s + (1 - beta2)(q - s), and t(s).
 
-    partials: from `neuron_squares`, whose matrix `first` is this launch's. second_moment: (batch,
-    NEURONS) float32, the weight's. For the matrices of this launch, factors: (matrices, NEURONS)
+    partials: from `neuron_squares`, whose matrix `first` is this launch's. second_moments: (batch,
+    NEURONS) float32, the weights'. For the matrices of this launch, factors: (matrices, NEURONS)
     float32, t for each neuron; sums: (matrices, BLOCKS, 2) float32, of q and q t^2 over one block of
     neurons. Not NORMALIZE: the sum of q alone, for the norm.
     """
@@ -511,8 +537,11 @@ def statistics(
     place = sums + (matrix * BLOCKS + block) * 2
     tl.store(place, tl.sum(q, axis=0))
     if NORMALIZE:
-        beta2 = tl.load(rates + _RATES * ((leaf_start + matrix) // MATRICES_A_RATE) + 2)
-        s = (leaf_start + matrix).to(tl.int64) * NEURONS + neuron
+        second_moment = _of_leaf(second_moments, matrix // count, LEAVES)
+        new_second_moment = _of_leaf(new_second_moments, matrix // count, LEAVES)
+        in_leaf = leaf_start + matrix % count
+        beta2 = tl.load(rates + _RATES * (in_leaf // MATRICES_A_RATE) + 2)
+        s = in_leaf.to(tl.int64) * NEURONS + neuron
         old = tl.load(second_moment + s, mask=inside, other=0.0)
         new = old + (1.0 - beta2) * (q - old)
         tl.store(new_second_moment + s, new, mask=inside)
@@ -526,21 +555,24 @@ def statistics(
         tl.store(place + 1, tl.sum(tl.where(inside, q * t * t, 0.0), axis=0))
 
 
-@triton.jit(do_not_specialize=["leaf_start", "stack_start"])
+@triton.jit(do_not_specialize=["leaf_start", "count", "stack_start"])
 def finish(
     v,
-    p,
+    ps,
     rates,
-    scales,
-    decays,
+    scales_of_leaves,
+    decays_of_leaves,
     factors,
     sums,
     rescale_eps,
     rms_floor,
     leaf_start,
+    count,
     stack_start,
-    delta_in,
-    delta,
+    results_in,
+    results,
+    LEAVES: tl.constexpr,
+    ADD: tl.constexpr,
     SHORT: tl.constexpr,
     LONG: tl.constexpr,
     PITCH: tl.constexpr,
@@ -562,20 +594,26 @@ def finish(
     BLOCKS: tl.constexpr,
     BLOCKS_PADDED: tl.constexpr,
 ):
-    """The rest of stage 3, then stages 4 to 6: delta, what is added to the weight.
+    """The rest of stage 3, then stages 4 to 6: the update, or with ADD the parameter after it.
 
-    v: the stack. p, delta: the weight's parameter and update; delta has the parameter's dtype. scales,
-    decays: (batch,) float32, what multiplies each matrix and its decay. factors, sums: from
+    v: the stack. ps, results: the weights' parameters and what becomes of each, in the parameter's
+    dtype; with ADD the update is rounded to it first, and then the sum, as if it were added later.
+    scales, decays: (batch,) float32, what multiplies each matrix and its decay. factors, sums: from
     `statistics`.
     """
     matrix = tl.program_id(0) // TILES
-    rates += _RATES * ((leaf_start + matrix) // MATRICES_A_RATE)
+    p = _of_leaf(ps, matrix // count, LEAVES)
+    result = _of_leaf(results, matrix // count, LEAVES)
+    scales = _of_leaf(scales_of_leaves, matrix // count, LEAVES)
+    decays = _of_leaf(decays_of_leaves, matrix // count, LEAVES)
+    in_leaf = leaf_start + matrix % count
+    rates += _RATES * (in_leaf // MATRICES_A_RATE)
     place_in_stack = (stack_start + matrix).to(tl.int64)
     i, j, inside = _tile(tl.program_id(0) % TILES, SHORT, LONG)
     place = place_in_stack * (SHORT * PITCH) + i * PITCH + j
     direction = tl.load(v + place, mask=inside, other=0.0)
-    scale = tl.load(scales + leaf_start + matrix)
-    decay_rate = tl.load(rates + 3) * tl.load(decays + leaf_start + matrix)
+    scale = tl.load(scales + in_leaf)
+    decay_rate = tl.load(rates + 3) * tl.load(decays + in_leaf)
     rate = tl.load(rates + 4)
 
     ratio = rate * 0.0 + 1.0
@@ -604,7 +642,7 @@ def finish(
         scale = tl.math.div_rn(scale, tl.where(norm < rms_floor, rms_floor, norm))
 
     update = direction.to(tl.float32)
-    place = _first(leaf_start + matrix, BATCH_STRIDE, OFFSET, SPLITS, SPLIT_STRIDE)
+    place = _first(in_leaf, BATCH_STRIDE, OFFSET, SPLITS, SPLIT_STRIDE)
     place = place + i.to(tl.int64) * SHORT_STRIDE + j.to(tl.int64) * LONG_STRIDE
     weight = tl.load(p + place, mask=inside, other=0.0).to(tl.float32)
     decay = decay_rate * weight
@@ -616,4 +654,7 @@ def finish(
         update = (update + decay) * scale
     else:
         update = update * scale + decay
-    tl.store(delta + place, (update * -rate).to(delta.dtype.element_ty), mask=inside)
+    change = (update * -rate).to(result.dtype.element_ty)
+    if ADD:
+        change = (weight + change.to(tl.float32)).to(result.dtype.element_ty)
+    tl.store(result + place, change, mask=inside)

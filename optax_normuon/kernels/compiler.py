@@ -6,15 +6,15 @@ Triton keeps what it has compiled on disk, so that the next process finds it the
 import functools
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from normuon_core.kernels.launches import Launch
 
-POINTERS = {
+_POINTERS = {
     "float32": "*fp32",
     "float16": "*fp16",
     "bfloat16": "*bf16",
@@ -45,11 +45,15 @@ class Compiled:
     num_warps: int
 
 
-def compile_ahead(launch: "Launch", arguments: Sequence[str], capability: int) -> Future[Compiled]:
+Type: TypeAlias = "str | tuple[str, ...]"
+"""Triton's name for a number or an array, or one for each of a tuple of arrays."""
+
+
+def compile_ahead(launch: "Launch", arguments: Sequence[Type], capability: int) -> Future[Compiled]:
     """Starts to compile a launch's kernel, unless that has been done.
 
     Args:
-      arguments: Triton's types of all that is no constant, in order; see `types_of`.
+      arguments: of all that is no constant, in order.
       capability: the GPU's compute capability, 90 for 9.0.
     """
     constants = tuple(launch.constants.items())
@@ -58,15 +62,15 @@ def compile_ahead(launch: "Launch", arguments: Sequence[str], capability: int) -
     )
 
 
-def types_of(arguments: Sequence[Any]) -> list[str]:
-    """Triton's types of numbers and of arrays."""
-    return [_SCALARS.get(type(x)) or POINTERS[x.dtype.name] for x in arguments]
+def type_of(value: Any) -> str:
+    """Triton's type of a number or of an array."""
+    return _SCALARS.get(type(value)) or _POINTERS[value.dtype.name]
 
 
 @functools.cache
 def _compile_ahead(
     kernel: Any,
-    arguments: tuple[str, ...],
+    arguments: tuple[Type, ...],
     constants: tuple[tuple[str, Any], ...],
     num_warps: int,
     num_stages: int,
@@ -75,6 +79,15 @@ def _compile_ahead(
     return _workers().submit(
         _compile, kernel, arguments, dict(constants), num_warps, num_stages, capability
     )
+
+
+def _pointers(types: Iterable[Type]) -> Iterator[tuple[int, ...]]:
+    """Where the arrays are among a kernel's arguments, and in their tuples."""
+    for place, each in enumerate(types):
+        if isinstance(each, tuple):
+            yield from ((place, inner) for inner in range(len(each)))
+        elif each.startswith("*"):
+            yield (place,)
 
 
 @functools.cache
@@ -86,7 +99,7 @@ def _workers() -> ThreadPoolExecutor:
 
 def _compile(
     kernel: Any,
-    arguments: tuple[str, ...],
+    arguments: tuple[Type, ...],
     constants: Mapping[str, Any],
     num_warps: int,
     num_stages: int,
@@ -105,11 +118,7 @@ def _compile(
     types = dict(zip(names, arguments, strict=True))
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     # XLA's buffers lie at multiples of 128 bytes, and the accelerator needs multiples of 16.
-    aligned = {
-        (place,): [["tt.divisibility", 16]]
-        for place, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*")
-    }
+    aligned = {path: [["tt.divisibility", 16]] for path in _pointers(signature.values())}
     compiled: Any = triton.compile(
         source_class(kernel, signature, constants, aligned),
         target=GPUTarget("cuda", capability, 32),

@@ -7,6 +7,8 @@ compiles kernels side by side, keeps them on disk, or lets XLA record their laun
 
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -15,7 +17,7 @@ import jax.extend
 import jax.numpy as jnp
 from jax.interpreters import mlir
 
-from optax_normuon.kernels.compiler import compile_ahead, types_of
+from optax_normuon.kernels.compiler import Compiled, compile_ahead, type_of
 
 if TYPE_CHECKING:
     from normuon_core.kernels.launches import Launch
@@ -28,69 +30,117 @@ _call_p = jax.extend.core.Primitive("normuon_kernel")
 _call_p.multiple_results = True
 
 
-def triton_call(launch: "Launch", inputs: Sequence[Any], capability: int) -> tuple[jax.Array, ...]:
+def triton_call(launch: "Launch", inputs: Sequence[Any], capability: int) -> tuple[Any, ...]:
     """Runs a kernel.
 
     Args:
-      inputs: arrays and numbers. An array that an output is to overwrite is copied by XLA if it is still
-        needed.
+      inputs: arrays, tuples of arrays, and numbers. An array that an output is to overwrite is copied by
+        XLA if it is still needed.
       capability: the GPU's compute capability, 90 for 9.0.
 
     Returns:
-      The launch's outputs.
+      The launch's outputs, arrays and tuples of arrays.
     """
-    arrays = [value for value in inputs if not isinstance(value, int | float)]
-    numbers = tuple(value if isinstance(value, int | float) else None for value in inputs)
-    outputs = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in launch.outputs]
+    arguments, form = jax.tree.flatten(list(inputs))
+    outputs, form_of_outputs = jax.tree.flatten(list(launch.outputs), is_leaf=_is_output)
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in outputs]
     if launch.descriptors:
         # jaxlib passes a kernel its array arguments, then null for the scratch memory that Triton
         # kernels take behind their own arguments. One array more stands where that is expected.
-        outputs.append(jax.ShapeDtypeStruct((launch.scratch_bytes,), jnp.dtype("uint8")))
-    settings = dict(launch=launch, numbers=numbers, outputs=tuple(outputs), capability=capability)
+        shapes.append(jax.ShapeDtypeStruct((launch.scratch_bytes,), jnp.dtype("uint8")))
+    call = _Call(
+        launch,
+        capability,
+        form,
+        form_of_outputs,
+        tuple(x if isinstance(x, int | float) else None for x in arguments),
+        tuple(shapes),
+    )
+    arrays = [x for x in arguments if not isinstance(x, int | float)]
     # Tracing goes on meanwhile; lowering waits for it.
-    _compilation(arrays, **settings)
-    results = _call_p.bind(*arrays, **settings)
-    return tuple(results[: len(launch.outputs)])
+    call.compile_ahead(arrays)
+    results = _call_p.bind(*arrays, call=call)
+    return tuple(form_of_outputs.unflatten(results[: len(outputs)]))
 
 
-def _compilation(arrays, *, launch, numbers, outputs, capability):
-    given = iter(arrays)
-    inputs = [next(given) if number is None else number for number in numbers]
-    own = outputs[: len(launch.outputs)]
-    return compile_ahead(launch, types_of([*inputs, *launch.sizes, *own]), capability)
+def _is_output(value: Any) -> bool:
+    # An `Output` is a tuple as well.
+    return hasattr(value, "dtype")
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call but for its arrays.
+
+    Attributes:
+      form, form_of_outputs: how arguments and outputs go into tuples.
+      numbers: of all arguments one after the other; None for an array.
+      shapes: of the outputs and of the scratch memory.
+    """
+
+    launch: "Launch"
+    capability: int
+    form: Any
+    form_of_outputs: Any
+    numbers: tuple[int | float | None, ...]
+    shapes: tuple[jax.ShapeDtypeStruct, ...]
+
+    def compile_ahead(self, arrays: Sequence[Any]) -> Future[Compiled]:
+        given = iter(arrays)
+        types = [type_of(next(given) if x is None else x) for x in self.numbers]
+        own = [type_of(x) for x in self.shapes[: self.form_of_outputs.num_leaves]]
+        return compile_ahead(
+            self.launch,
+            (
+                *self.form.unflatten(types),
+                *map(type_of, self.launch.sizes),
+                *self.form_of_outputs.unflatten(own),
+            ),
+            self.capability,
+        )
+
+    @property
+    def aliases(self) -> dict[int, int]:
+        """The place of an operand by that of the output which overwrites it: for arrays alone."""
+        operands = iter(range(len(self.numbers)))
+        places = [next(operands) if x is None else None for x in self.numbers]
+        inputs = self.form.unflatten(places)
+        outputs = self.form_of_outputs.unflatten(range(self.form_of_outputs.num_leaves))
+        return {
+            operand: output
+            for to, source in self.launch.aliases.items()
+            for operand, output in zip(
+                jax.tree.leaves(inputs[source]), jax.tree.leaves(outputs[to]), strict=True
+            )
+        }
 
 
 @_call_p.def_abstract_eval
-def _(*arrays, outputs, **_):
+def _(*arrays, call):
     del arrays
-    return [jax.core.ShapedArray(each.shape, each.dtype) for each in outputs]
+    return [jax.core.ShapedArray(each.shape, each.dtype) for each in call.shapes]
 
 
 @_call_p.def_impl
-def _(*arrays, **settings):
-    return jax.jit(lambda *given: _call_p.bind(*given, **settings))(*arrays)
+def _(*arrays, call):
+    return jax.jit(lambda *given: _call_p.bind(*given, call=call))(*arrays)
 
 
-def _lower(ctx, *arrays, launch, numbers, outputs, capability):
+def _lower(ctx, *arrays, call):
     from jax._src.lib import gpu_triton  # pyright: ignore[reportPrivateImportUsage]
 
-    code = _compilation(
-        ctx.avals_in, launch=launch, numbers=numbers, outputs=outputs, capability=capability
-    ).result()
-    parameters = [_parameter(number) for number in (*numbers, *launch.sizes)]
-    parameters += [_parameter(None) for _ in outputs]
+    launch, code = call.launch, call.compile_ahead(ctx.avals_in).result()
+    parameters = [_parameter(number) for number in (*call.numbers, *launch.sizes)]
+    parameters += [_parameter(None) for _ in call.shapes]
     kernel = gpu_triton.TritonKernel(
-        code.name, code.num_warps, 1, code.shared_bytes, code.ptx, "", capability
+        code.name, code.num_warps, 1, code.shared_bytes, code.ptx, "", call.capability
     )
-    call = gpu_triton.TritonKernelCall(kernel, launch.grid, 1, 1, parameters)
-    # Of the inputs the arrays alone are operands.
-    operands = [place for place, number in enumerate(numbers) if number is None]
-    aliases = {operands.index(source): output for output, source in launch.aliases.items()}
-    rule = jax.ffi.ffi_lowering(_TARGET, operand_output_aliases=aliases)
-    return rule(ctx, *arrays, opaque=zlib.compress(call.to_proto(code.name, b"")))
+    proto = gpu_triton.TritonKernelCall(kernel, launch.grid, 1, 1, parameters)
+    rule = jax.ffi.ffi_lowering(_TARGET, operand_output_aliases=call.aliases)
+    return rule(ctx, *arrays, opaque=zlib.compress(proto.to_proto(code.name, b"")))
 
 
-def _parameter(number):
+def _parameter(number: float | None):
     """Of a number, or of an array for None."""
     from jax._src.lib import gpu_triton  # pyright: ignore[reportPrivateImportUsage]
 

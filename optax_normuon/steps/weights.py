@@ -80,7 +80,7 @@ class LaidOut:
             momentum=momentum,
             rates=rates,
             momentum_output=output_of(momentum),
-            delta_output=output_of(parameter),
+            parameter_output=output_of(parameter),
         )
         rule = recipe.neuron_norm
         geometries = block_geometries(

@@ -12,7 +12,7 @@ from normuon_core.fused_step import Device, iterate_stack
 from normuon_core.kernels.geometry import block_geometries
 from normuon_core.layout import MatrixLayout
 from normuon_core.polynomials import POLYNOMIALS
-from optax_normuon.kernels.compiler import compile_ahead, types_of
+from optax_normuon.kernels.compiler import compile_ahead, type_of
 
 HOPPER = 90
 
@@ -24,7 +24,8 @@ def products(short: int, long: int, form, dtype: str):
 
     def launch(own, inputs):
         numbers_or_arrays = [x if isinstance(x, int | float) else array for x in inputs]
-        types = types_of([*numbers_or_arrays, *own.sizes, *(array for _ in own.outputs)])
+        arguments = [*numbers_or_arrays, *own.sizes, *(array for _ in own.outputs)]
+        types = [type_of(each) for each in arguments]
         found.append((own, compile_ahead(own, types, HOPPER)))
         return (array,) * len(own.outputs)
 

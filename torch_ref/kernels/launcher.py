@@ -3,16 +3,16 @@
 import contextlib
 import functools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from normuon_core.kernels.launches import Launch, Output
 from torch_ref.kernels.backend import is_interpreted
 
 if TYPE_CHECKING:
     from normuon_core.fused_step import Device
-    from normuon_core.kernels.launches import Launch
 
 
 @functools.cache
@@ -35,18 +35,21 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def launch(launch: "Launch", inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+def launch(launch: Launch, inputs: Sequence[Any]) -> tuple[Any, ...]:
     """Runs a kernel on the current device's stream. Aliased outputs are the inputs they overwrite."""
-    device = next(value.device for value in inputs if isinstance(value, torch.Tensor))
+    device = next(_arrays(inputs)).device
     outputs = []
-    for index, (shape, dtype) in enumerate(launch.outputs):
+    for index, output in enumerate(launch.outputs):
         if index in launch.aliases:
             outputs.append(inputs[launch.aliases[index]])
+        elif isinstance(output, Output):
+            outputs.append(_empty(output, device))
         else:
-            outputs.append(torch.empty(shape, dtype=getattr(torch, dtype), device=device))
-    dtypes = tuple(x.dtype for x in (*inputs, *outputs) if isinstance(x, torch.Tensor))
+            outputs.append(tuple(_empty(each, device) for each in output))
+    arrays = list(_arrays((*inputs, *outputs)))
+    dtypes = tuple(x.dtype for x in arrays)
     compiled = _COMPILED.setdefault(launch, {}) if device.type == "cuda" else {}
-    aligned = all(_is_aligned(x) for x in (*inputs, *outputs))
+    aligned = all(x.data_ptr() % 16 == 0 for x in arrays)
     with _scratch_on(device) if launch.descriptors else contextlib.nullcontext():
         if aligned and (device, dtypes) in compiled:
             kernel = compiled[device, dtypes]
@@ -68,14 +71,23 @@ def launch(launch: "Launch", inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
     return tuple(outputs)
 
 
-_COMPILED: weakref.WeakKeyDictionary["Launch", dict[tuple, Any]] = weakref.WeakKeyDictionary()
+_COMPILED: weakref.WeakKeyDictionary[Launch, dict[tuple, Any]] = weakref.WeakKeyDictionary()
 """Compiled kernels by launch, device and dtypes, for as long as the launch is remembered. Triton's own
 look-up takes longer than a small kernel runs; the kernels' integers are not specialized, so that these
 and the alignment suffice."""
 
 
-def _is_aligned(value: Any) -> bool:
-    return not isinstance(value, torch.Tensor) or value.data_ptr() % 16 == 0
+def _arrays(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among a kernel's arguments, those in tuples too."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            yield from value
+
+
+def _empty(output: Output, device: torch.device) -> torch.Tensor:
+    return torch.empty(output.shape, dtype=getattr(torch, output.dtype), device=device)
 
 
 @contextlib.contextmanager

@@ -39,6 +39,11 @@ def add_to_weight(
     if remainder is None:
         param.add_(increment.to(param.dtype))
         return
-    high, low = split_remainder(join_remainder(param, remainder) + increment)
+    write_weight(param, remainder, join_remainder(param, remainder) + increment)
+
+
+def write_weight(param: torch.Tensor, remainder: torch.Tensor, weight: torch.Tensor) -> None:
+    """Puts the two halves of a float32 weight into a bfloat16 parameter and its remainder."""
+    high, low = split_remainder(weight)
     param.copy_(high)
     remainder.copy_(low)

@@ -12,7 +12,7 @@ from torch_ref.kernels.polar import output_of, row_major_strides
 from torch_ref.leaves.dtypes import Scalar, rounded_product
 from torch_ref.matrices.state import second_moments
 from torch_ref.matrices.views import from_stack, to_stack
-from torch_ref.stages.remainder import add_to_weight, join_remainder
+from torch_ref.stages.remainder import join_remainder, write_weight
 from torch_ref.steps.weight import MatrixWeight
 
 
@@ -38,7 +38,8 @@ class LaidOut:
             momentum=self.momentum,
             rates=rates,
             momentum_output=output_of(self.momentum),
-            delta_output=output_of(parameter),
+            parameter_output=output_of(parameter),
+            adds=True,
         )
         rule = weight.recipe.neuron_norm
         geometries = block_geometries(
@@ -76,9 +77,12 @@ class LaidOut:
                     for block, part in zip(self.blocks, self.given, strict=True)
                 ]
             )
-        increment = self._as_weight(self.leaf.delta)
-        add_to_weight(weight.param, weight.remainder, increment)
-        self.leaf.delta = None
+        stepped = self._as_weight(self.leaf.parameter)
+        if weight.remainder is None:
+            _copy_unless_same(weight.param, stepped)
+        else:
+            write_weight(weight.param, weight.remainder, stepped)
+        self.leaf.parameter = None
 
     def _laid_out(self, array: torch.Tensor) -> torch.Tensor:
         own = array if self.in_place else to_stack(array, self.weight.view)
