@@ -41,7 +41,10 @@ def triton_call(launch: "Launch", inputs: Sequence[Any], capability: int) -> tup
     Returns:
       The launch's outputs, arrays and tuples of arrays.
     """
-    arguments, form = jax.tree.flatten(list(inputs))
+    inputs = list(inputs)
+    for source in launch.aliases.values():
+        inputs[source] = _apart(inputs[source])
+    arguments, form = jax.tree.flatten(inputs)
     outputs, form_of_outputs = jax.tree.flatten(list(launch.outputs), is_leaf=_is_output)
     shapes = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in outputs]
     if launch.descriptors:
@@ -59,8 +62,19 @@ def triton_call(launch: "Launch", inputs: Sequence[Any], capability: int) -> tup
     arrays = [x for x in arguments if not isinstance(x, int | float)]
     # Tracing goes on meanwhile; lowering waits for it.
     call.compile_ahead(arrays)
-    results = _call_p.bind(*arrays, call=call)
-    return tuple(form_of_outputs.unflatten(results[: len(outputs)]))
+    results = form_of_outputs.unflatten(_call_p.bind(*arrays, call=call)[: len(outputs)])
+    for overwriting in launch.aliases:
+        results[overwriting] = _apart(results[overwriting])
+    return tuple(results)
+
+
+def _apart(arrays: Any) -> Any:
+    """Arrays that XLA does not take a slice's place, or place into a slice, at the call itself.
+
+    Its fusion of a call with the slices around it (`dynamic_slice_fusion`, jaxlib 0.11.2) forgets that
+    an output overwrites an input: what the kernel does not write would be left undefined.
+    """
+    return jax.lax.optimization_barrier(arrays)
 
 
 def _is_output(value: Any) -> bool:

@@ -148,3 +148,11 @@ def test_a_launch_is_a_typed_foreign_call_so_that_xla_may_record_it(fake_triton,
     assert "@triton_kernel_call_ffi" in text
     # An old, untyped one has its options as a string.
     assert 'backend_config = {opaque = "' in text, text
+
+
+def test_xla_cannot_fuse_a_slice_with_an_array_that_is_overwritten(fake_triton, compiled):
+    """Its fusion would forget that the array is overwritten, and leave the rest of it undefined."""
+    text = lowered()
+    call = text.index("@triton_kernel_call_ffi")
+    assert "optimization_barrier" in text[:call], text
+    assert "optimization_barrier" in text[call:], text
