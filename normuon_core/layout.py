@@ -7,7 +7,7 @@ from functools import cached_property
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
-Axes = int | tuple[int, ...]
+AxisOrAxes = int | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class MatrixLayout:
         reshaped to these sizes, and the other fields count axes after that. One of the sizes may be -1.
     """
 
-    reduction_axis: Axes
-    output_axis: Axes
+    reduction_axis: AxisOrAxes
+    output_axis: AxisOrAxes
     output_splits: int | tuple[int, ...] | None = None
     unfold: tuple[int, tuple[int, ...]] | None = None
 
@@ -136,7 +136,7 @@ def _unfolded(
     return stored[:axis] + sizes + stored[axis + 1 :], (axis, len(sizes))
 
 
-def _positive(axes: Axes, shape: tuple[int, ...], name: str, side: str) -> tuple[int, ...]:
+def _positive(axes: AxisOrAxes, shape: tuple[int, ...], name: str, side: str) -> tuple[int, ...]:
     axes = (axes,) if isinstance(axes, int) else tuple(axes)
     rank = len(shape)
     if not axes:

@@ -215,7 +215,7 @@ def normuon(
         lr_factors = resolve_multipliers(lr_mul, params, views, what="lr_mul")
         wd_factors = resolve_multipliers(wd_mul, params, views, what="wd_mul")
         by_kernels = execution.takes_kernels(
-            _matrix_dtypes(views, *trees), placed=specs is not None
+            _matrix_dtypes(views, *trees), specs_known=specs is not None
         )
         if others is not None:
             check_no_multipliers(params, views, lr_factors, "lr_mul")

@@ -18,7 +18,7 @@ from normuon_core.names import OUTPUTS, QUERIES, Role
 from optax_normuon.leaves.evidence import Leaf, Neighbours, without
 from optax_normuon.leaves.paths import KeyPath, named_leaves, path_parts, unmet_pattern
 from optax_normuon.leaves.readings import (
-    Form,
+    LayerForm,
     Reading,
     Shape,
     all_forms,
@@ -267,11 +267,11 @@ def _candidates(leaf: Leaf, neighbours: Neighbours, choices, forms) -> list[Read
     return list(found.values())
 
 
-def _any_form(leaf: Leaf, neighbours: Neighbours, own: Shape) -> list[Form]:
+def _any_form(leaf: Leaf, neighbours: Neighbours, own: Shape) -> list[LayerForm]:
     return all_forms(len(own), out_in=neighbours.stored_out_in(leaf))
 
 
-def _suggested(leaf: Leaf, neighbours: Neighbours, own: Shape) -> list[Form]:
+def _suggested(leaf: Leaf, neighbours: Neighbours, own: Shape) -> list[LayerForm]:
     """The forms that the name suggests for one layer of shape `own`."""
     rank, name, role = len(own), leaf.name, leaf.name.role
     out_in = neighbours.stored_out_in(leaf)

@@ -6,25 +6,25 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from optax_normuon.mesh.specs import Axes, Specs, explicit_part, partition_spec
+from optax_normuon.mesh.specs import MeshAxes, Specs, explicit_part, partition_spec
 
 
 def run_on_mesh(function: Callable, specs: Specs, arguments, in_axes, out_axes):
     """`function` on one device's parts of the arguments.
 
     Args:
-      arguments: a tuple of trees. in_axes, out_axes: trees of `Axes`, like the arguments and the
+      arguments: a tuple of trees. in_axes, out_axes: trees of `MeshAxes`, like the arguments and the
         result.
     """
 
     def is_axes(node) -> bool:
-        return isinstance(node, Axes)
+        return isinstance(node, MeshAxes)
 
     def as_specs(tree):
         return jax.tree.map(partition_spec, tree, is_leaf=is_axes)
 
     arguments = jax.tree.map(
-        lambda axes, x: lie_as(x, axes, specs), in_axes, arguments, is_leaf=is_axes
+        lambda axes, x: reshard_as(x, axes, specs), in_axes, arguments, is_leaf=is_axes
     )
     return jax.shard_map(
         function,
@@ -36,7 +36,7 @@ def run_on_mesh(function: Callable, specs: Specs, arguments, in_axes, out_axes):
     )(*arguments)
 
 
-def lie_as(x, axes: Axes, specs: Specs):
+def reshard_as(x, axes: MeshAxes, specs: Specs):
     """The array divided as `axes` says on the mesh's explicit axes; the others are the compiler's."""
     spec = partition_spec(explicit_part(axes, specs))
     own = jax.typeof(x).sharding

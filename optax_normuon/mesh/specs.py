@@ -22,7 +22,7 @@ SpecTree = Any
 callable from the parameters to one."""
 
 
-class Axes(tuple[tuple[str, ...], ...]):
+class MeshAxes(tuple[tuple[str, ...], ...]):
     """For every axis of an array the mesh axes that it is divided over, major to minor.
 
     A class of its own, so that it is a leaf among trees of tuples.
@@ -39,23 +39,23 @@ class Specs:
       mesh: the mesh.
       axes: of its axes those that arrays are placed on, in the mesh's order; the others are left to
         the compiler, or are the caller's own within `jax.shard_map`.
-      leaves: for each leaf its `Axes`.
+      leaves: for each leaf its `MeshAxes`.
     """
 
     mesh: AbstractMesh
     axes: tuple[str, ...]
-    leaves: Mapping[KeyPath, Axes]
+    leaves: Mapping[KeyPath, MeshAxes]
 
     def parts(self, axes: tuple[str, ...]) -> int:
         """Devices along several mesh axes together."""
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
-    def local_shape(self, shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
+    def local_shape(self, shape: tuple[int, ...], axes: MeshAxes) -> tuple[int, ...]:
         """The shape of one device's part of an array."""
         return tuple(size // self.parts(own) for size, own in zip(shape, axes, strict=True))
 
 
-def partition_spec(axes: Axes) -> PartitionSpec:
+def partition_spec(axes: MeshAxes) -> PartitionSpec:
     """As JAX writes it."""
     return PartitionSpec(*(own[0] if len(own) == 1 else own or None for own in axes))
 
@@ -97,29 +97,29 @@ def resolve_specs(
     return Specs(mesh, axes, checked) if axes else None
 
 
-def statistic_axes(shape: tuple[int, ...], leaf_shape: tuple[int, ...], axes: Axes) -> Axes:
+def statistic_axes(shape: tuple[int, ...], leaf_shape: tuple[int, ...], axes: MeshAxes) -> MeshAxes:
     """How a statistic of a leaf lies: as the leaf does, without the axes that it reduces or cuts."""
-    return Axes(
+    return MeshAxes(
         own if size == whole and size > 1 else ()
         for size, whole, own in zip(shape, leaf_shape, axes, strict=True)
     )
 
 
-def unfolded_axes(view: MatrixView, axes: Axes) -> Axes:
+def unfolded_axes(view: MatrixView, axes: MeshAxes) -> MeshAxes:
     """How the axes of a leaf that its layout unfolds lie: the first of them as the stored one does."""
     if view.folded is None:
         return axes
     first, count = view.folded
-    return Axes((*axes[: first + 1], *[()] * (count - 1), *axes[first + 1 :]))
+    return MeshAxes((*axes[: first + 1], *[()] * (count - 1), *axes[first + 1 :]))
 
 
-def matrix_statistic_axes(shape: tuple[int, ...], view: MatrixView, axes: Axes) -> Axes:
+def matrix_statistic_axes(shape: tuple[int, ...], view: MatrixView, axes: MeshAxes) -> MeshAxes:
     """As `statistic_axes` for a statistic of matrices; the blocks of a fused projection are not cut.
 
     Args:
       view: of the whole leaf. axes: how the leaf lies while its matrices are moved.
     """
-    of_view = Axes(
+    of_view = MeshAxes(
         () if view.is_split and axis in view.output_axes else own
         for axis, own in enumerate(unfolded_axes(view, axes))
     )
@@ -127,7 +127,7 @@ def matrix_statistic_axes(shape: tuple[int, ...], view: MatrixView, axes: Axes) 
     if view.folded is None:
         return lying
     first, count = view.folded
-    return Axes((*lying[: first + 1], *lying[first + count :]))
+    return MeshAxes((*lying[: first + 1], *lying[first + count :]))
 
 
 _FOUND_VIEWS: ContextVar[dict[KeyPath, MatrixView] | None] = ContextVar("views", default=None)
@@ -153,7 +153,7 @@ def found_views(tx: optax.GradientTransformation, params):
     return state, views
 
 
-def zeros_beside(leaf, shape: tuple[int, ...], dtype, axes: Axes | None, specs: Specs | None):
+def zeros_beside(leaf, shape: tuple[int, ...], dtype, axes: MeshAxes | None, specs: Specs | None):
     """Zeros that lie as `axes` says on the mesh of `leaf`; the default place without one."""
     if specs is None or axes is None or not isinstance(leaf, jax.Array):
         return jnp.zeros(shape, dtype)
@@ -161,7 +161,7 @@ def zeros_beside(leaf, shape: tuple[int, ...], dtype, axes: Axes | None, specs: 
         sharding = NamedSharding(specs.mesh, partition_spec(explicit_part(axes, specs)))
         zeros = jnp.zeros(shape, dtype, out_sharding=sharding)
         automatic = set(_axes_in(specs.mesh, AxisType.Auto))
-        rest = Axes(tuple(name for name in own if name in automatic) for own in axes)
+        rest = MeshAxes(tuple(name for name in own if name in automatic) for own in axes)
         if not any(rest):
             return zeros
         return jax.lax.with_sharding_constraint(
@@ -173,10 +173,10 @@ def zeros_beside(leaf, shape: tuple[int, ...], dtype, axes: Axes | None, specs: 
     return jnp.zeros(shape, dtype, device=sharding)
 
 
-def explicit_part(axes: Axes, specs: Specs) -> Axes:
+def explicit_part(axes: MeshAxes, specs: Specs) -> MeshAxes:
     """The mesh axes among them that are in explicit mode: those that an array's type shows."""
     explicit = _axes_in(specs.mesh, AxisType.Explicit)
-    return Axes(tuple(name for name in own if name in explicit) for own in axes)
+    return MeshAxes(tuple(name for name in own if name in explicit) for own in axes)
 
 
 def _given(param_specs: SpecTree, tree) -> Mapping[KeyPath, Any]:
@@ -273,7 +273,7 @@ def _check_rank(name: str, shape, spec: PartitionSpec, mesh) -> None:
         )
 
 
-def _checked(name: str, shape, given, own: NamedSharding | None, mesh: AbstractMesh) -> Axes:
+def _checked(name: str, shape, given, own: NamedSharding | None, mesh: AbstractMesh) -> MeshAxes:
     """The leaf's axes: as given, else as its type says."""
 
     def refuse(spec, problem: str) -> NoReturn:
@@ -281,7 +281,7 @@ def _checked(name: str, shape, given, own: NamedSharding | None, mesh: AbstractM
 
     of_type = () if own is None or own.mesh.empty else own.spec
     explicit = set(_axes_in(mesh, AxisType.Explicit))
-    typed = Axes(
+    typed = MeshAxes(
         tuple(axis for axis in axes if axis in explicit) for axes in _as_axes(of_type, len(shape))
     )
     if given is None:
@@ -304,20 +304,20 @@ def _checked(name: str, shape, given, own: NamedSharding | None, mesh: AbstractM
                 " divided it over already; call the optimizer outside of it, or leave the axis out"
                 " if the parts are matrices of their own.",
             )
-    given_explicit = Axes(tuple(a for a in own_axes if a in explicit) for own_axes in axes)
+    given_explicit = MeshAxes(tuple(a for a in own_axes if a in explicit) for own_axes in axes)
     if own is not None and not own.mesh.empty and given_explicit != typed:
         refuse(spec, f"the array's own is {own.spec}; leave param_specs out, or give that.")
     sizes = [math.prod(mesh.shape[axis] for axis in own_axes) for own_axes in axes]
     # JAX keeps no array that its axes do not divide evenly, whatever was asked for.
-    return Axes(
+    return MeshAxes(
         own_axes if size % parts == 0 else ()
         for size, parts, own_axes in zip(shape, sizes, axes, strict=True)
     )
 
 
-def _as_axes(spec, rank: int) -> Axes:
+def _as_axes(spec, rank: int) -> MeshAxes:
     entries = [*spec, *[None] * (rank - len(spec))]
-    return Axes(
+    return MeshAxes(
         () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
         for entry in entries
     )

@@ -9,6 +9,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from normuon_core.cost import Algorithm, Form, Iteration, check_algorithm
+from normuon_core.kernels_support import kernels_support
 from normuon_core.placement import Placement, Spread, place
 from normuon_core.polar_iteration import BEFORE_SQUARING, iterate, range_scales
 from normuon_core.polynomials import POLAR_EXPRESS, Coefficients, find_coefficients, with_steps
@@ -18,7 +19,7 @@ from optax_normuon.leaves.injection import refuse_injection_of_static_arguments
 from optax_normuon.leaves.layout import LayoutTree
 from optax_normuon.leaves.precision import working_dtype
 from optax_normuon.matrices.on_matrices import on_matrices
-from optax_normuon.matrices.stack import Fed, MatrixStack, MatrixStage
+from optax_normuon.matrices.stack import MatrixStack, MatrixStage, Prepared
 from optax_normuon.mesh.specs import SpecTree
 
 Orthogonalizer = Callable[[jax.Array], jax.Array]
@@ -144,9 +145,12 @@ def orthogonalization_stage(
     backend: Backend,
 ) -> MatrixStage:
     """Stage 2 on a `MatrixStack`: values of any floating dtype in, compute dtype out."""
-    Polar(coefficients, norm_scale, eps, eps_rule)
+    polar = Polar(coefficients, norm_scale, eps, eps_rule)
     check_algorithm(algorithm)
     check_backend(backend)
+    supported = kernels_support(polar)
+    if backend == "triton" and not supported:
+        raise ValueError(f"backend='triton': {supported}; use backend='auto'.")
     if compute_dtype is not None and not jnp.issubdtype(compute_dtype, jnp.floating):
         raise TypeError(f"compute_dtype={compute_dtype} is not real floating point.")
     name = None if compute_dtype is None else jnp.dtype(compute_dtype).name
@@ -156,7 +160,8 @@ def orthogonalization_stage(
         return optax.EmptyState()
 
     def by_kernels(dtype, *, on_mesh: bool = False) -> bool:
-        return takes_kernels(backend, [dtype, *([name] if name else [])], placed=on_mesh)
+        dtypes = [dtype, *([name] if name else [])]
+        return bool(supported) and takes_kernels(backend, dtypes, specs_known=on_mesh)
 
     def place_group(spread: Spread, may_stay: bool) -> Placement:
         iteration = Iteration(
@@ -177,7 +182,7 @@ def orthogonalization_stage(
         assert placement.dtype is not None
         return placement.form, placement.dtype
 
-    def feed(stack):
+    def prepare(stack):
         stays = stack.shards is not None and stack.shards.stay
         kernels = not stays and by_kernels(stack.values.dtype)
         form, chosen = form_of(stack)
@@ -187,26 +192,25 @@ def orthogonalization_stage(
         rows, columns = stack.sides
         scale, _ = range_scales(rows, columns, chosen)
         x = (_normalize(u, squares, norm_scale, eps, eps_rule) * scale).astype(chosen)
-        return stack.with_values(x, fed=Fed(form, kernels))
+        return stack.with_values(x, prepared=Prepared(form, kernels))
 
     def update(stack, state):
-        if stack.fed is None and by_kernels(stack.values.dtype):
+        if stack.prepared is None and by_kernels(stack.values.dtype):
             from optax_normuon.kernels.polar import polar_factors
 
-            polar = Polar(coefficients, norm_scale, eps, eps_rule)
             form, dtype = form_of(stack)
             v = polar_factors(stack.values, polar, form=form, dtype=dtype)
             return stack.with_values(v), state
-        fed = stack if stack.fed else feed(stack)
-        assert fed.fed is not None
-        x, shards = fed.values, fed.shards
-        rows, columns = fed.sides
+        prepared = stack if stack.prepared else prepare(stack)
+        assert prepared.prepared is not None
+        x, shards = prepared.values, prepared.shards
+        rows, columns = prepared.sides
         scales = range_scales(rows, columns, x.dtype.name)
-        if fed.fed.by_kernels:
+        if prepared.prepared.by_kernels:
             from optax_normuon.kernels.polar import iterate_stack
 
-            v = iterate_stack(x, coefficients, fed.fed.form, x.dtype.name)
-            return fed.with_values(v), state
+            v = iterate_stack(x, coefficients, prepared.prepared.form, x.dtype.name)
+            return prepared.with_values(v), state
         products = XlaProducts(rows <= columns)
         if shards is not None:
             x = shards.along_the_long_side(x)
@@ -215,15 +219,15 @@ def orthogonalization_stage(
             x,
             coefficients,
             products,
-            algorithm=fed.fed.form,
+            algorithm=prepared.prepared.form,
             short=min(rows, columns),
             scales=scales,
         )
         if shards is not None:
-            v = shards.back(v, fed.values.shape)
-        return fed.with_values(v), state
+            v = shards.back(v, prepared.values.shape)
+        return prepared.with_values(v), state
 
-    return MatrixStage(init, update, feed, place_group, takes_shards=True)
+    return MatrixStage(init, update, prepare, place_group, takes_shards=True)
 
 
 def stage_of_orthogonalizer(orthogonalizer: Orthogonalizer) -> MatrixStage:

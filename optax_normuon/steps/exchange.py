@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from normuon_core.fused_step import Piece
 from normuon_core.kernels.geometry import Geometry, padded
 from normuon_core.placement import Placement
-from optax_normuon.mesh.cut import Cut
+from optax_normuon.mesh.matrix_sharding import MatrixSharding
 from optax_normuon.mesh.owners import Owners, Sides
 from optax_normuon.mesh.specs import Specs
 
@@ -30,10 +30,16 @@ class Exchange:
 
     @classmethod
     def of(
-        cls, cut: Cut, placement: Placement, specs: Specs, *, geometry: Geometry, count: int
+        cls,
+        sharding: MatrixSharding,
+        placement: Placement,
+        specs: Specs,
+        *,
+        geometry: Geometry,
+        count: int,
     ) -> "Exchange":
         """For a stack of `count` matrices."""
-        return cls(Owners.of(cut, placement, specs, count=count), geometry, count)
+        return cls(Owners.of(sharding, placement, specs, count=count), geometry, count)
 
     @property
     def owned(self) -> int:

@@ -25,20 +25,20 @@ from optax_normuon.leaves.layout import Views
 from optax_normuon.leaves.multipliers import Multipliers
 from optax_normuon.leaves.paths import named_leaves
 from optax_normuon.leaves.precision import as_schedule
-from optax_normuon.matrices.plan import Stack, plan
+from optax_normuon.matrices.plan import PlannedStack, plan
 from optax_normuon.mesh.collectives import run_on_mesh
-from optax_normuon.mesh.placed_leaf import PlacedLeaf, place_leaf
-from optax_normuon.mesh.specs import Axes, Specs
+from optax_normuon.mesh.leaf_on_mesh import LeafOnMesh, leaf_on_mesh
+from optax_normuon.mesh.specs import MeshAxes, Specs
 from optax_normuon.stages.chain import ChainState
 from optax_normuon.stages.momentum import MomentumState
 from optax_normuon.stages.neuron_norm import NeuronNormState
 from optax_normuon.stages.weight_decay import WeightDecayState
 from optax_normuon.steps.exchange import Exchange
-from optax_normuon.steps.weights import LaidOut, Stepped, Weight, lying_arrays, with_leading_batch
+from optax_normuon.steps.weights import LaidOut, Stepped, Weight, mesh_axes_of, with_leading_batch
 
 
 def step_weights(
-    leaves: Sequence[PlacedLeaf],
+    leaves: Sequence[LeafOnMesh],
     weights: Sequence[Weight],
     rates,
     engine: Kernels,
@@ -76,7 +76,7 @@ def step_weights(
 
 
 def _step_weights(
-    leaves: Sequence[PlacedLeaf],
+    leaves: Sequence[LeafOnMesh],
     weights: Sequence[Weight],
     rates,
     engine: Kernels,
@@ -90,7 +90,7 @@ def _step_weights(
     stacks = plan(dict(enumerate(leaves)), dtypes, engine, specs, ceiling=engine.ceiling)
     done: list[Leaf] = []
     for stack in _in_order(stacks):
-        placement, cut = stack.placement, stack.alike.cut
+        placement, sharding = stack.placement, stack.key.sharding
         assert placement.form is not None
         assert placement.dtype is not None
         pieces = [
@@ -98,9 +98,9 @@ def _step_weights(
             for each in stack.pieces
         ]
         exchange = None
-        if specs is not None and cut is not None and placement.strategy == "owners":
+        if specs is not None and sharding is not None and placement.strategy == "owners":
             geometry = pieces[0].block.geometry
-            exchange = Exchange.of(cut, placement, specs, geometry=geometry, count=stack.count)
+            exchange = Exchange.of(sharding, placement, specs, geometry=geometry, count=stack.count)
             _wait_for_the_last_but_one(pieces[0].block.leaf, done)
         step_stack(
             launcher.launch,
@@ -115,10 +115,10 @@ def _step_weights(
     return [weight.stepped() for weight in laid_out]
 
 
-def _in_order(stacks: Sequence[Stack[int]]) -> list[Stack[int]]:
+def _in_order(stacks: Sequence[PlannedStack[int]]) -> list[PlannedStack[int]]:
     """The smallest group first and the second smallest last: no other group's work hides their ways."""
-    groups = [list(group) for _, group in groupby(stacks, key=lambda stack: stack.alike)]
-    ascending = sorted(groups, key=lambda g: g[0].alike.rows * g[0].alike.columns * g[0].group)
+    groups = [list(group) for _, group in groupby(stacks, key=lambda stack: stack.key)]
+    ascending = sorted(groups, key=lambda g: g[0].key.rows * g[0].key.columns * g[0].group_size)
     return [stack for g in (*ascending[:1], *ascending[2:], *ascending[1:2]) for stack in g]
 
 
@@ -164,8 +164,8 @@ def with_kernels(
 
         given = {path: leaf for path, _, leaf in named_leaves(updates)}
         dtypes = {path: leaf.dtype for path, leaf in given.items()}
-        placed = {path: place_leaf(views[path], path, specs) for path in given}
-        left_out = left_to_xla(placed, dtypes, engine, specs)
+        on_mesh = {path: leaf_on_mesh(views[path], path, specs) for path in given}
+        left_out = left_to_xla(on_mesh, dtypes, engine, specs)
         kept = before
         if left_out:
             rest = jax.tree_util.tree_map_with_path(
@@ -179,7 +179,7 @@ def with_kernels(
                 updates,
                 is_leaf=lambda leaf: leaf is None,
             )
-            placed = {path: leaf for path, leaf in placed.items() if path not in left_out}
+            on_mesh = {path: leaf for path, leaf in on_mesh.items() if path not in left_out}
 
         parameters = {path: leaf for path, _, leaf in named_leaves(params)}
         momenta = {path: leaf for path, _, leaf in named_leaves(kept.momentum.momentum)}
@@ -193,9 +193,9 @@ def with_kernels(
                 _scales(recipe, leaf.view, lr_factors.on(path)),
                 _decays(leaf.view, wd_factors.on(path)),
             )
-            for path, leaf in placed.items()
+            for path, leaf in on_mesh.items()
         ]
-        leaves = list(placed.values())
+        leaves = list(on_mesh.values())
 
         def step(weights, rates):
             return step_weights(leaves, weights, rates, engine, specs)
@@ -203,15 +203,15 @@ def with_kernels(
         if specs is None:
             stepped = step(weights, rates[None])
         else:
-            lying = [lying_arrays(*each) for each in zip(leaves, weights, strict=True)]
+            lying = [mesh_axes_of(*each) for each in zip(leaves, weights, strict=True)]
             stepped = run_on_mesh(
                 step,
                 specs,
                 (weights, rates[None]),
-                (lying, Axes(((), ()))),
+                (lying, MeshAxes(((), ()))),
                 [Stepped(own.parameter, own.momentum, own.second_moment) for own in lying],
             )
-        found = dict(zip(placed, stepped, strict=True))
+        found = dict(zip(on_mesh, stepped, strict=True))
 
         updates = _replaced(updates, {path: each.delta for path, each in found.items()})
         momenta = {path: each.momentum for path, each in found.items()}

@@ -12,8 +12,8 @@ from normuon_core.layout import MatrixView
 from normuon_core.recipes import Recipe
 from optax_normuon.kernels.polar import output_of, row_major_strides
 from optax_normuon.matrices.views import as_leaf, as_stack, join_statistic, split_statistic
-from optax_normuon.mesh.placed_leaf import PlacedLeaf, state_axes
-from optax_normuon.mesh.specs import Axes, unfolded_axes
+from optax_normuon.mesh.leaf_on_mesh import LeafOnMesh, state_axes
+from optax_normuon.mesh.specs import MeshAxes, unfolded_axes
 
 
 class Weight(NamedTuple):
@@ -61,7 +61,7 @@ def with_leading_batch(view: MatrixView, size: int) -> MatrixView:
 class LaidOut:
     """A weight as the kernels take it, and the way back."""
 
-    def __init__(self, placed: PlacedLeaf, weight: Weight, rates, recipe: Recipe):
+    def __init__(self, placed: LeafOnMesh, weight: Weight, rates, recipe: Recipe):
         view = placed.local
         self.placed, self.view, self.weight, self.recipe = placed, view, weight, recipe
         # What no stride can reach is brought to a stack first.
@@ -128,11 +128,11 @@ def _moment_of(block: Block):
     return jnp.concatenate(block.new_moments) if block.new_moments else block.second_moment
 
 
-def lying_arrays(leaf: PlacedLeaf, weight: Weight) -> Weight:
+def mesh_axes_of(leaf: LeafOnMesh, weight: Weight) -> Weight:
     """How a weight's arrays lie on the mesh."""
     own = leaf.axes
     of_view = unfolded_axes(leaf.view, own)
-    batch = Axes((*(of_view[axis] for axis in leaf.view.batch_axes), ()))
+    batch = MeshAxes((*(of_view[axis] for axis in leaf.view.batch_axes), ()))
     moment = jax.tree.map(lambda x: state_axes(x.shape, leaf), weight.second_moment)
     runs = len(leaf.view.runs)
     return Weight(own, own, own, moment, (batch,) * runs, (batch,) * runs)
