@@ -21,7 +21,7 @@ from optax_normuon.leaves.question import (
     printed_matrices,
     question,
 )
-from optax_normuon.leaves.routing import Route
+from optax_normuon.leaves.route import Route
 from optax_normuon.mesh.matrix_sharding import Factor, MatrixSharding
 from optax_normuon.mesh.specs import Specs, SpecTree, own_shardings, resolve_specs
 from optax_normuon.optimizer import normuon

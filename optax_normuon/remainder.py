@@ -53,7 +53,7 @@ def with_bf16_remainder(
         return Bf16RemainderState(remainder, inner.init(join(params, remainder)))
 
     def update(updates, state, params=None, **extra_args):
-        require_params(params)
+        params = require_params(params)
         joined = join(params, state.remainder)
         gradients = map_updates(lambda g, p: g.astype(p.dtype), updates, joined)
         deltas, inner_state = inner.update(gradients, state.inner, joined, **extra_args)

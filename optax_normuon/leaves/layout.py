@@ -13,7 +13,8 @@ from optax_normuon.leaves.parameters import check_trainable
 from optax_normuon.leaves.paths import KeyPath, named_leaves
 from optax_normuon.leaves.prefixes import broadcast_prefix, called_on
 from optax_normuon.leaves.question import refuse_doubts
-from optax_normuon.leaves.routing import NO_ENTRIES, LeafLayout, Route, as_matrix_layout, route
+from optax_normuon.leaves.route import NO_ENTRIES, LeafLayout, Route, as_matrix_layout
+from optax_normuon.leaves.routing import route
 
 LayoutTree = Any
 """A `LeafLayout`, a tree or prefix tree of them, or a callable from the parameters to one."""

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 from optax_normuon.leaves.question import refuse_doubts
-from optax_normuon.leaves.routing import LeafLayout, route
+from optax_normuon.leaves.route import LeafLayout
+from optax_normuon.leaves.routing import route
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 from normuon_core.layout import MatrixView
 from normuon_core.table import fold_members, leaf_table
 from optax_normuon.leaves.paths import KeyPath, named_leaves
-from optax_normuon.leaves.routing import LeafLayout, Route, as_matrix_layout
+from optax_normuon.leaves.route import LeafLayout, Route, as_matrix_layout
 
 MATRICES = "matrices x (out, in)"
 ADAMW, DOUBT = "AdamW", "?"

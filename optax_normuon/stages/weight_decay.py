@@ -59,7 +59,7 @@ def add_cautious_weight_decay(
         return resolve_multipliers(wd_mul, params, views, what="wd_mul")
 
     def update(updates, state, params=None):
-        require_params(params)
+        params = require_params(params)
         check_leaves(updates, params)
         factors = _multipliers(params)
 
