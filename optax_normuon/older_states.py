@@ -7,7 +7,7 @@ from normuon_core.layout import MatrixView
 from optax_normuon.leaves.boxes import unbox
 from optax_normuon.leaves.paths import KeyPath
 from optax_normuon.matrices.views import as_stack, statistic_leaf_shape
-from optax_normuon.mesh.specs import found_views
+from optax_normuon.mesh.found_views import found_views
 
 
 def older_state(tx: optax.GradientTransformation, params: optax.Params) -> optax.OptState:

@@ -18,8 +18,10 @@ from optax_normuon.matrices.stack import MatrixStage, abstract_state
 from optax_normuon.matrices.stages_on_xla import StagesOnXla, step_stacks
 from optax_normuon.matrices.views import statistic_leaf_shape
 from optax_normuon.mesh.collectives import reshard_as, run_on_mesh
+from optax_normuon.mesh.found_views import note_views
 from optax_normuon.mesh.leaf_on_mesh import leaf_on_mesh, state_axes
-from optax_normuon.mesh.specs import Specs, SpecTree, note_views, resolve_specs, zeros_beside
+from optax_normuon.mesh.specs import Specs, SpecTree, resolve_specs
+from optax_normuon.mesh.statistics import zeros_beside
 
 
 def on_matrices(

@@ -2,17 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import DTypeLike
 
 from normuon_core.cost import Form
 from normuon_core.placement import Placement, Spread, whole_or_owned
 from optax_normuon.leaves.arrays import Matrices
 from optax_normuon.mesh.shards import Shards
+
+State = TypeVar("State")
+"""What a stage keeps: a tree of arrays."""
 
 
 class Prepared(NamedTuple):
@@ -75,7 +77,7 @@ def with_an_owner(spread: Spread, may_stay: bool = False) -> Placement:
     return whole_or_owned(spread, 0.0, 4)
 
 
-class MatrixStage(NamedTuple):
+class MatrixStage(NamedTuple, Generic[State]):
     """What `optax.GradientTransformation` is for trees, but for a `MatrixStack`.
 
     Attributes:
@@ -90,32 +92,32 @@ class MatrixStage(NamedTuple):
         neither alone nor behind a stage that takes them.
     """
 
-    init: Callable[[MatrixStack], optax.OptState]
-    update: Callable[[MatrixStack, optax.OptState], tuple[MatrixStack, optax.OptState]]
+    init: Callable[[MatrixStack], State]
+    update: Callable[[MatrixStack, State], tuple[MatrixStack, State]]
     prepare: Callable[[MatrixStack], MatrixStack] = lambda stack: stack
     place: Callable[[Spread, bool], Placement] = with_an_owner
     takes_shards: bool = False
 
 
 def abstract_state(
-    stage: MatrixStage, shape: tuple[int, int, int], dtype: DTypeLike, output_axis: int
-) -> optax.OptState:
+    stage: MatrixStage[State], shape: tuple[int, int, int], dtype: DTypeLike, output_axis: int
+) -> State:
     """A stage's state for a stack of this shape, as `jax.ShapeDtypeStruct`s."""
     values = jax.ShapeDtypeStruct(shape, dtype)
     return jax.eval_shape(lambda values: stage.init(MatrixStack(values, output_axis)), values)
 
 
-def chain_stages(first: MatrixStage, *others: MatrixStage) -> MatrixStage:
+def chain_stages(first: MatrixStage, *others: MatrixStage) -> MatrixStage[tuple[Any, ...]]:
     """The stages one after the other, as one stage.
 
     Its state is the tuple of theirs. The first stage alone prepares and chooses the place.
     """
     stages = (first, *others)
 
-    def init(stack):
+    def init(stack: MatrixStack) -> tuple[Any, ...]:
         return tuple(stage.init(stack) for stage in stages)
 
-    def update(stack, states):
+    def update(stack: MatrixStack, states: tuple[Any, ...]) -> tuple[MatrixStack, tuple[Any, ...]]:
         new_states = []
         for stage, state in zip(stages, states, strict=True):
             stack, state = stage.update(stack, state)

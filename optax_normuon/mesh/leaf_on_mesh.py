@@ -6,7 +6,8 @@ from typing import NamedTuple
 from normuon_core.layout import MatrixView
 from optax_normuon.leaves.paths import KeyPath
 from optax_normuon.mesh.matrix_sharding import MatrixSharding, matrix_sharding, movable_axes
-from optax_normuon.mesh.specs import MeshAxes, Specs, matrix_statistic_axes, unfolded_axes
+from optax_normuon.mesh.specs import MeshAxes, Specs
+from optax_normuon.mesh.statistics import matrix_statistic_axes, unfolded_axes
 
 
 class LeafOnMesh(NamedTuple):

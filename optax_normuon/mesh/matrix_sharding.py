@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from normuon_core.layout import MatrixView
 from normuon_core.placement import Spread
-from optax_normuon.mesh.specs import MeshAxes, Specs, unfolded_axes
+from optax_normuon.mesh.specs import MeshAxes, Specs
+from optax_normuon.mesh.statistics import unfolded_axes
 
 Factor = tuple[int, tuple[str, ...]]
 """One factor of a side's length: its size on one device, and the mesh axes that divide it.

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from normuon_core.placement import Placement
+from optax_normuon.leaves.arrays import Matrices, Statistics
 from optax_normuon.mesh.collectives import all_to_all, with_bits
 from optax_normuon.mesh.matrix_sharding import Factor, MatrixSharding, axes_of
 from optax_normuon.mesh.specs import Specs
@@ -64,7 +65,7 @@ class Owners:
         sizes = tuple((axis, specs.mesh.shape[axis]) for axis in specs.axes)
         return cls(sharding, axes, replicas, sizes, math.ceil(count / placement.owners))
 
-    def replicas_share(self, x):
+    def replicas_share(self, x: jax.Array) -> jax.Array:
         """What this replica's owners work on: (parts x each, ...) of the stack (count, ...)."""
         here = self._parts(self.axes) * self.each
         total = here * self._parts(self.replicas)
@@ -73,7 +74,7 @@ class Owners:
             return x
         return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(self.replicas) * here, here)
 
-    def to_owners(self, x, sides: Sides = BOTH_SIDES):
+    def to_owners(self, x: jax.Array, sides: Sides = BOTH_SIDES) -> jax.Array:
         """This owner's `each` whole matrices, from its parts (parts x each, rows, columns) of all."""
         if not self.axes:
             return x
@@ -89,7 +90,7 @@ class Owners:
             order += [*map(used.index, axes), len(used) + 1 + place]
         return x.transpose(order).reshape(self.each, *self._whole(sides))
 
-    def to_holders(self, x, count: int):
+    def to_holders(self, x: Matrices, count: int) -> Matrices:
         """The inverse of `replicas_share` and `to_owners`, for a stack of `count` matrices."""
         if self.axes:
             x = all_to_all(self._parted(x, BOTH_SIDES, ()), self.axes)
@@ -98,7 +99,9 @@ class Owners:
             x = with_bits(lambda x: jax.lax.all_gather(x, self.replicas, axis=0, tiled=True), x)
         return x[:count]
 
-    def statistics_to_holders(self, arrays: Sequence[tuple[jax.Array, Sides]], count: int) -> list:
+    def statistics_to_holders(
+        self, arrays: Sequence[tuple[Statistics, Sides]], count: int
+    ) -> list[Statistics]:
         """As `to_holders`, for several arrays that are small beside the matrices: one message for all.
 
         The all-to-all goes over the replicas as well. To gather among replicas by itself would take less
@@ -120,12 +123,12 @@ class Owners:
             for part, x in zip(jnp.split(received, ends[:-1], axis=-1), parted, strict=True)
         ]
 
-    def statistic_to_owners(self, x, sides: Sides):
+    def statistic_to_owners(self, x: Statistics, sides: Sides) -> Statistics:
         """`replicas_share` and `to_owners` of an array that is small beside the matrices."""
         divided = axes_of(self._factors(sides))
         return self.to_owners(self.replicas_share(x), sides) if divided else self.own_rows(x)
 
-    def own_rows(self, x):
+    def own_rows(self, x: jax.Array) -> jax.Array:
         """The rows of what this device owns, of (count, ...), which every device has whole."""
         x = self.replicas_share(x)
         if not self.axes:
@@ -133,7 +136,7 @@ class Owners:
         start = jax.lax.axis_index(self.axes) * self.each
         return jax.lax.dynamic_slice_in_dim(x, start, self.each)
 
-    def gather_parts(self, x):
+    def gather_parts(self, x: jax.Array) -> jax.Array:
         """All devices' parts side by side, from this device's part, (count, rows, columns).
 
         They stand in the order in which they make up a whole matrix, if each side has a single `Factor`.
@@ -153,7 +156,7 @@ class Owners:
             columns * self._parts(self.sharding.column_axes),
         )
 
-    def _parted(self, x, sides: Sides, replicas: tuple[str, ...]):
+    def _parted(self, x: jax.Array, sides: Sides, replicas: tuple[str, ...]) -> jax.Array:
         """Whole matrices as (destinations, each, rows of a part, columns of a part)."""
         factors = self._factors(sides)
         divided, shape, place, local = axes_of(factors), [self.each], {}, []
