@@ -300,8 +300,8 @@ class MatrixView:
     def unfolded(self, stored: tuple[int, ...]) -> tuple[int, ...]:
         """The inverse of `fold`.
 
-        A statistic may have fewer entries than the unfolded axis: those of its batch axes, times those on
-        the first axis of a side.
+        A statistic may have fewer entries than the unfolded axis: those of its batch axes, times those
+        on the first axis of a side.
         """
         if self.folded is None:
             return tuple(stored)
