@@ -1,8 +1,8 @@
 """One optimizer step of a stack of matrices, as a sequence of kernel launches.
 
-Both frameworks run this sequence, each with its own launcher: so their steps are the same to the bit.
+Both frameworks run this sequence, each with its own launcher, so that their steps agree to the bit.
 A gradient goes squares -> feed -> products -> neuron_squares -> statistics -> finish. On a mesh the
-parts of a matrix meet at its owner after `feed`, and are parted again before `finish`: an `Exchange`.
+parts of a matrix go to its owner after `feed`, and come back before `finish`, by an `Exchange`.
 """
 
 import math
@@ -20,6 +20,9 @@ from normuon_core.polar_iteration import iterate, range_scales
 from normuon_core.polynomials import Coefficients
 from normuon_core.recipes import Momentum, NeuronNorm, Polar, Recipe
 from normuon_core.shape_rules import RMS_FLOOR
+
+Array = Any
+"""A JAX array or a PyTorch tensor."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +48,21 @@ class Leaf:
     """One weight during one step; its arrays are replaced as the step goes on.
 
     Attributes:
-      gradient, parameter, momentum: of the weight's shape. delta: None until the first matrix is done.
+      gradient, parameter, momentum: of the weight's shape.
+      delta: the update, of the weight's shape; None until the first matrix is done.
       rates: (runs of the batch, `source.RATES`) float32.
       momentum_output, parameter_output: their shapes and dtypes; delta has the parameter's.
       adds: whether the step is added to the parameter, in its place. Then there is no delta.
     """
 
-    gradient: Any
-    parameter: Any
-    momentum: Any
-    rates: Any
+    gradient: Array
+    parameter: Array
+    momentum: Array
+    rates: Array
     momentum_output: Output
     parameter_output: Output
     adds: bool = False
-    delta: Any = None
+    delta: Array = None
 
 
 @dataclass
@@ -66,8 +70,8 @@ class Block:
     """One run of output blocks of a weight.
 
     Attributes:
-      batch: its matrices, a batch entry's blocks beside each other.
-      second_moment: (batch, neurons) float32, or None; replaced.
+      batch: how many matrices it has; the blocks of a batch entry follow each other.
+      second_moment: (batch, neurons) float32, replaced by the step; None without stage 3.
       scales, decays: (batch,) float32.
       new_moments: on a mesh, the second moments of the matrices done so far, in order.
     """
@@ -75,10 +79,10 @@ class Block:
     leaf: Leaf
     geometry: Geometry
     batch: int
-    second_moment: Any
-    scales: Any
-    decays: Any
-    new_moments: list[Any] = field(default_factory=list)
+    second_moment: Array
+    scales: Array
+    decays: Array
+    new_moments: list[Array] = field(default_factory=list)
 
 
 class Piece(NamedTuple):
@@ -145,34 +149,36 @@ def _what_a_launch_shares(piece: Piece) -> tuple:
 
 
 class Exchange(Protocol):
-    """The way of one stack's matrices over a mesh. `count`: matrices that this device has parts of."""
+    """How one stack's matrices travel over a mesh; this device has parts of `count` of them."""
 
     @property
     def owned(self) -> int:
         """How many matrices this device orthogonalizes."""
         ...
 
-    def gather_partials(self, partials: Any) -> Any:
+    def gather_partials(self, partials: Array) -> Array:
         """All parts' sums, (count, sums of a whole matrix), from this device's (count, short, long)."""
         ...
 
-    def to_owners(self, x: Any) -> Any:
+    def to_owners(self, x: Array) -> Array:
         """(count, short, padded long) of parts to (owned, short, padded long) of whole matrices."""
         ...
 
-    def to_holders(self, v: Any) -> Any:
+    def to_holders(self, v: Array) -> Array:
         """The inverse of `to_owners`."""
         ...
 
-    def statistics_to_owners(self, pieces: Sequence[tuple[Piece, Any]]) -> Any:
-        """Of each piece its neurons' (matrices, neurons here): all neurons of what is owned."""
+    def statistics_to_owners(self, pieces: Sequence[tuple[Piece, Array]]) -> Array:
+        """All neurons of what is owned, from each piece's (matrices, neurons here)."""
         ...
 
-    def statistics_to_holders(self, statistics: Sequence[Any], sums: Any) -> tuple[list[Any], Any]:
+    def statistics_to_holders(
+        self, statistics: Sequence[Array], sums: Array
+    ) -> tuple[list[Array], Array]:
         """From (owned, neurons) each and (owned, ...) to (count, neurons here) and (count, ...)."""
         ...
 
-    def rates_to_owners(self, pieces: Sequence[Piece]) -> tuple[Any, int]:
+    def rates_to_owners(self, pieces: Sequence[Piece]) -> tuple[Array, int]:
         """(rows of rates, consecutive matrices of what is owned that share one)."""
         ...
 
@@ -210,7 +216,7 @@ class KernelProducts:
         sides,
         *,
         alpha,
-        addends: Sequence[tuple[Any, float]] = (),
+        addends: Sequence[tuple[Array, float]] = (),
         diagonal=0.0,
         turned=False,
         symmetric=True,
@@ -248,7 +254,7 @@ def polar_factors_of_pieces(
     form: Form,
     dtype: str,
     exchange: Exchange | None = None,
-) -> tuple[Any, list[Together]]:
+) -> tuple[Array, list[Together]]:
     """Stages 1 and 2 of a stack: (the stack, where its pieces lie in it).
 
     The stack is (count, short, padded long) in the compute dtype; what is beyond `long` is not
@@ -361,7 +367,7 @@ def step_stack(
 ) -> None:
     """All stages of one stack; momentum, second moment and delta of the pieces' weights are replaced.
 
-    With an `exchange` all pieces are cut alike and have their neurons on the same side.
+    With an `exchange` all pieces are divided in the same way and have their neurons on the same side.
     """
     v, groups = polar_factors_of_pieces(
         launch,
@@ -373,7 +379,7 @@ def step_stack(
         dtype=dtype,
         exchange=exchange,
     )
-    statistics: list[tuple[Any, Any]] = [(None, None)] * len(groups)
+    statistics: list[tuple[Array, Array]] = [(None, None)] * len(groups)
     if recipe.neuron_norm is not None or recipe.shape_scale == "rms":
         if exchange is None:
             statistics = _statistics(launch, v, groups, recipe)
@@ -387,7 +393,7 @@ def step_stack(
 
 def _statistics(
     launch: Launcher, v, groups: Sequence[Together], recipe: Recipe
-) -> list[tuple[Any, Any]]:
+) -> list[tuple[Array, Array]]:
     """For each group (factors, sums) as `finish` takes them; second moments are replaced."""
     rule, result = recipe.neuron_norm, []
     for group, (partials, first) in zip(groups, _neuron_squares(launch, v, groups), strict=True):
@@ -420,7 +426,7 @@ def _statistics(
 
 def _owners_statistics(
     launch: Launcher, v, groups: Sequence[Together], recipe: Recipe, exchange: Exchange
-) -> list[tuple[Any, Any]]:
+) -> list[tuple[Array, Array]]:
     """As `_statistics`, made by the matrices' owners and sent back to the holders of the parts."""
     pieces = [piece for group in groups for piece in group.pieces]
     rule, here = recipe.neuron_norm, pieces[0].block.geometry

@@ -1,7 +1,7 @@
-"""Which numbers and names the stages take: the checks that both frameworks and the recipes share.
+"""Checks of the numbers and names that stages take, for both frameworks and the recipes.
 
-A number is checked where it is one. Schedules, arrays and tracers pass: what they hold is not known
-when they are given, and to read it would wait for a device.
+Only a Python number is checked. Schedules, arrays and tracers pass: what they hold is not known when
+they are given, and to read it would wait for a device.
 """
 
 import difflib
@@ -10,26 +10,26 @@ from numbers import Real
 from typing import Any, get_args
 
 
-def check_rate(name: str, value: Any) -> None:
+def check_rate(name: str, value: object) -> None:
     """Raises a ValueError for a number that is negative or not finite."""
     if isinstance(value, Real) and not 0 <= float(value) < math.inf:
         raise ValueError(f"{name}={value}; use a finite number of at least 0.")
 
 
-def check_decay(name: str, value: Any) -> None:
+def check_decay(name: str, value: object) -> None:
     """Raises a ValueError for a number outside [0, 1): the decay of a running mean."""
     if isinstance(value, Real) and not 0 <= float(value) < 1:
         raise ValueError(f"{name}={value}; use a number in [0, 1).")
 
 
-def check_number(name: str, value: Any) -> None:
-    """Raises a TypeError for an array or a tracer, where a program is made for one number."""
+def check_number(name: str, value: object) -> None:
+    """Raises a TypeError for an array or a tracer, where a program is compiled for one number."""
     if not isinstance(value, Real):
         raise TypeError(f"{name}={value!r}; use a number: it is fixed when a program is compiled.")
 
 
-def check_choice(name: str, value: Any, literal: Any) -> None:
-    """Raises a ValueError with the nearest known one unless `value` is one of a `Literal`'s."""
+def check_choice(name: str, value: object, literal: Any) -> None:
+    """Raises a ValueError, with the nearest known choice, unless `value` is one of a `Literal`'s."""
     known = get_args(literal)
     if type(value) in map(type, known) and value in known:
         return

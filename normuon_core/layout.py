@@ -7,7 +7,7 @@ from functools import cached_property
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
-Axes = int | tuple[int, ...]
+AxisOrAxes = int | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class MatrixLayout:
         reshaped to these sizes, and the other fields count axes after that. One of the sizes may be -1.
     """
 
-    reduction_axis: Axes
-    output_axis: Axes
+    reduction_axis: AxisOrAxes
+    output_axis: AxisOrAxes
     output_splits: int | tuple[int, ...] | None = None
     unfold: tuple[int, tuple[int, ...]] | None = None
 
@@ -136,7 +136,7 @@ def _unfolded(
     return stored[:axis] + sizes + stored[axis + 1 :], (axis, len(sizes))
 
 
-def _positive(axes: Axes, shape: tuple[int, ...], name: str, side: str) -> tuple[int, ...]:
+def _positive(axes: AxisOrAxes, shape: tuple[int, ...], name: str, side: str) -> tuple[int, ...]:
     axes = (axes,) if isinstance(axes, int) else tuple(axes)
     rank = len(shape)
     if not axes:
@@ -153,7 +153,7 @@ def _positive(axes: Axes, shape: tuple[int, ...], name: str, side: str) -> tuple
 
 
 class Run(NamedTuple):
-    """Consecutive output blocks of one size: `blocks` times as many matrices as the batch has."""
+    """Consecutive output blocks of one size; each entry of the batch has a matrix for each of them."""
 
     blocks: int
     size: int
@@ -171,9 +171,9 @@ class MatrixView:
       batch_axes, row_axes, column_axes: together every axis once, none negative.
       output_is_rows: whether the rows are the output neurons.
       output_sizes: the sizes of the output blocks; one entry where nothing is split.
-      folded: (the first, how many) of the axes that are one where the array is stored; None where none
-        is unfolded.
-      apart: whether equal blocks are no run, for parts of weights, which may cut through blocks.
+      folded: (the first, how many) of the axes that are a single one in the stored array; None where the
+        layout unfolds none.
+      apart: whether every block is a run of its own, as in a part of a weight that divides blocks.
     """
 
     shape: tuple[int, ...]
@@ -240,9 +240,9 @@ class MatrixView:
         return (batch, size, columns) if self.output_is_rows else (batch, rows, size)
 
     def run_widths(self, outputs: int) -> tuple[int, ...]:
-        """Of each run's blocks the entries that an array has, of `outputs` on its output side.
+        """How many entries a block of each run has in an array with `outputs` on its output side.
 
-        Either one for each output neuron, or one for each block.
+        The array has one entry for each output neuron, or one for each block.
         """
         if outputs == sum(self.output_sizes):
             return tuple(run.size for run in self.runs)
@@ -300,8 +300,8 @@ class MatrixView:
     def unfolded(self, stored: tuple[int, ...]) -> tuple[int, ...]:
         """The inverse of `fold`.
 
-        A statistic that has not all of the unfolded axis has what its batch axes hold, times what stands
-        on the first of a side's axes.
+        A statistic may have fewer entries than the unfolded axis: those of its batch axes, times those
+        on the first axis of a side.
         """
         if self.folded is None:
             return tuple(stored)

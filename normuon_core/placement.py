@@ -32,7 +32,7 @@ class Spread:
     """How the matrices of one stack or group lie on a mesh.
 
     Attributes:
-      count: matrices that a device sees parts of: its share where a batch axis is sharded.
+      count: matrices of which a device has parts; where a batch axis is sharded, its share of them.
       rows, columns: of a whole matrix.
       row_parts, column_parts: over how many devices each side is divided.
       replicas: how many devices hold the same part.
@@ -75,7 +75,7 @@ class Placement:
       strategy: "whole": every device has its matrices whole, replicas repeat the work; "owners": each
         matrix goes to one device and comes back; "shards": each stays divided along its long side and
         goes through the Gram form.
-      owners: among how many devices a matrix's are found, replicas included where they share the work.
+      owners: how many devices share the matrices out among them, replicas included where they help.
       each: matrices that one device orthogonalizes.
       padding: matrices of zeros among those of all `owners`.
       operations: floating-point operations of the iteration on one device.
@@ -115,14 +115,14 @@ def place(spread: Spread, iteration: Iteration, *, may_stay: bool = False) -> Pl
 
 
 def _time(placement: Placement) -> float:
-    """In a unit of its own, to compare places by."""
+    """The time that a placement takes, in no unit: it is only compared with others."""
     assert placement.dtype is not None
     slowness = _SLOWNESS[_SIZES[placement.dtype]]
     return placement.operations * slowness + placement.bytes_sent * OPERATIONS_A_BYTE
 
 
 def whole_or_owned(spread: Spread, work: float, itemsize: int) -> Placement:
-    """Without the replicas' help: where the matrices are if they are whole, else with owners.
+    """The placement without the replicas' help: where matrices are whole, or else with owners.
 
     Args:
       work: operations on one whole matrix. itemsize: bytes of an entry that is sent.
@@ -133,9 +133,9 @@ def whole_or_owned(spread: Spread, work: float, itemsize: int) -> Placement:
 
 
 def owned(spread: Spread, work: float, itemsize: int, *, sharing: int) -> Placement:
-    """With an owner for each matrix, found among its parts and `sharing` of their replicas.
+    """The placement with an owner for each matrix, among the devices of `sharing` replicas.
 
-    An all-to-all there and one back; the replicas then gather what each of them has made.
+    It takes an all-to-all there and one back. The replicas then gather what each of them has made.
     """
     owners = spread.parts * sharing
     each = math.ceil(spread.count / owners)
@@ -152,9 +152,10 @@ def owned(spread: Spread, work: float, itemsize: int, *, sharing: int) -> Placem
 
 
 def on_shards(spread: Spread, steps: int, itemsize: int) -> Placement:
-    """Divided along the long side, in the Gram form: its Gram matrices are summed, in float32.
+    """The placement of matrices that stay divided along the long side, in the Gram form.
 
-    The products with X are shared among the parts, those of Gram matrices made by each.
+    Gram matrices are summed over the parts in float32. The products with X are shared among the parts;
+    each part makes those of Gram matrices again.
     """
     parts = spread.parts
     work = operations(spread.short, spread.long / parts, steps, form="gram", symmetric=False)

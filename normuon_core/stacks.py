@@ -1,4 +1,4 @@
-"""How matrices of one size, whichever weights they come from, are cut into stacks."""
+"""How the matrices of one size, from whichever weights, are cut into stacks."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 def even_stacks(
     sizes: Sequence[int], limit: int, *, owners: int = 1
 ) -> Iterator[list[tuple[int, int, int]]]:
-    """Cuts members of `sizes` matrices, laid end to end, into as few stacks of `limit` as will do.
+    """Cuts members of `sizes` matrices, laid end to end, into as few stacks as `limit` allows.
 
-    The stacks are of one size, but for one matrix more in the first ones: a small last one would leave
-    most of a GPU idle.
+    The stacks have one size, except that the first ones may have a matrix more: a small last stack would
+    leave most of a GPU idle.
 
     Args:
-      limit: matrices of a stack for each of its owners. owners: among how many devices a stack is
-        divided; every owner has as many of a stack's matrices as any other, the last stack's short by
-        what the total lacks.
+      limit: matrices that each owner may have of a stack.
+      owners: among how many devices a stack is divided. Each has as many of its matrices as any other,
+        but for the last stack, which lacks what the total does.
 
     Yields:
       One list a stack, of (member, first of its matrices, one after the last); a member may be

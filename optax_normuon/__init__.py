@@ -1,7 +1,9 @@
 """NorMuon and the Muon family of optimizers as Optax transformations."""
 
 from normuon_core import POLYNOMIALS, RECIPES, MatrixLayout, Recipe, polar_express
+from optax_normuon.alias import muon
 from optax_normuon.description import describe
+from optax_normuon.direction import scale_by_normuon
 from optax_normuon.leaves.injection import STATIC_ARGS, inject_hyperparams
 from optax_normuon.leaves.layout_by_path import layout_by_path
 from optax_normuon.leaves.multipliers import multipliers_by_path
@@ -9,7 +11,7 @@ from optax_normuon.matrices.on_matrices import on_matrices
 from optax_normuon.matrices.stack import MatrixStack, MatrixStage, chain_stages
 from optax_normuon.mesh.state_specs import state_specs
 from optax_normuon.older_states import older_state
-from optax_normuon.optimizer import muon, normuon, scale_by_normuon
+from optax_normuon.optimizer import normuon
 from optax_normuon.remainder import with_bf16_remainder
 from optax_normuon.stages.momentum import (
     bias_corrected_momentum,

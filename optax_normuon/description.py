@@ -1,11 +1,11 @@
 """What would become of every leaf, as a table to be read before training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from itertools import groupby
-from typing import Any
 
 import jax
+import optax
 
 from normuon_core.layout import MatrixView
 from normuon_core.recipes import Recipe, find_recipe
@@ -21,8 +21,8 @@ from optax_normuon.leaves.question import (
     printed_matrices,
     question,
 )
-from optax_normuon.leaves.routing import Route
-from optax_normuon.mesh.cut import Cut, Factor
+from optax_normuon.leaves.route import Route
+from optax_normuon.mesh.matrix_sharding import Factor, MatrixSharding
 from optax_normuon.mesh.specs import Specs, SpecTree, own_shardings, resolve_specs
 from optax_normuon.optimizer import normuon
 from optax_normuon.plans import Execution, plans
@@ -30,7 +30,7 @@ from optax_normuon.totals import totals
 
 
 def describe(
-    params,
+    params: optax.Params,
     layout: LayoutTree = None,
     *,
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
@@ -45,11 +45,13 @@ def describe(
     table stand its readings with a dictionary to paste: `normuon(...).init` would raise. Totals come
     last: for each optimizer its parameters and the bytes of its state over all devices.
 
-    On a mesh a second table is the plan of the step: by groups alike in shape and in how they are
-    divided, which engine steps the matrices and where they are orthogonalized: "whole" where they lie
-    whole, "owners" one device for each, "shards" divided in the Gram form. FLOPs are one device's in
-    the iteration, bytes what it sends of matrices and Gram matrices, both a step; padding is matrices
-    of zeros among those of all owners.
+    On a mesh a second table is the plan of the step. Matrices of one shape that are divided in the same
+    way have a line, which says which engine steps them and where they are orthogonalized: "whole" where
+    they lie whole, "owners" where each goes to one device, "shards" where they stay divided and take
+    the Gram form. FLOPs are those of one device in the iteration, bytes are what it sends of matrices
+    and Gram matrices, both in one step; padding counts matrices of zeros among those of all owners.
+
+    A recipe that no kernel can run is left to XLA; a line says so and why.
 
     Args:
       params: arrays or abstract arrays.
@@ -87,9 +89,13 @@ def describe(
         param_specs = own_shardings(params)
         if not jax.tree.leaves(param_specs):
             param_specs = None
+    names = {field.name for field in fields(Execution)}
+    execution = Execution(chosen, **{k: v for k, v in keywords.items() if k in names})
     specs = resolve_specs(param_specs, params, mesh=mesh)
     if specs is not None:
-        sections.append(table(_groups(params, views, specs, chosen, keywords)))
+        sections.append(table(_groups(params, views, specs, execution)))
+    if execution.backend == "auto" and not execution.support:
+        sections.append(f"Engine xla steps all matrices: {execution.support}.")
     if any(found.in_doubt for found in routes.values()):
         sections.append(question(params, routes, overrides_of(layout)))
     # The kernels change nothing in the state, and need not be there to describe it.
@@ -107,22 +113,20 @@ def _optimizer(found: Route, matrices: str, rest: str) -> str:
 
 
 def _groups(
-    params, views: Views, specs: Specs, recipe: Recipe, keywords: Mapping[str, Any]
+    params: optax.Params, views: Views, specs: Specs, execution: Execution
 ) -> list[list[str]]:
-    """One line for each group of every engine: from the plan that the step makes."""
+    """One line for each group of matrices of every engine, from the plan that the step makes."""
     leaves = {path: leaf for path, _, leaf in named_leaves(params) if path in views}
     header = ["matrices x (rows, columns)", "divided over", "engine", "strategy", "owners"]
     rows = [[*header, "a device's", "padding", "FLOPs a device", "bytes sent"]]
-    names = {field.name for field in fields(Execution)}
-    execution = Execution(recipe, **{k: v for k, v in keywords.items() if k in names})
     for engine, stacks in plans(execution, leaves, views, specs).items():
-        for _, group in groupby(stacks, key=lambda stack: stack.alike):
+        for _, group in groupby(stacks, key=lambda stack: stack.key):
             first = next(group)
-            alike, placement = first.alike, first.placement
+            key, placement = first.key, first.placement
             rows.append(
                 [
-                    f"{first.group} x ({alike.rows}, {alike.columns})",
-                    _divided(alike.cut),
+                    f"{first.group_size} x ({key.rows}, {key.columns})",
+                    _divided(key.sharding),
                     engine,
                     placement.strategy,
                     str(placement.owners),
@@ -135,11 +139,11 @@ def _groups(
     return rows
 
 
-def _divided(cut: Cut | None) -> str:
-    if cut is None:
+def _divided(sharding: MatrixSharding | None) -> str:
+    if sharding is None:
         return ""
-    batch = f"batch {'+'.join(cut.batch)}; " if cut.batch else ""
-    return f"{batch}{_side(cut.rows)} x {_side(cut.columns)}"
+    batch = f"batch {'+'.join(sharding.batch)}; " if sharding.batch else ""
+    return f"{batch}{_side(sharding.rows)} x {_side(sharding.columns)}"
 
 
 def _side(side: Sequence[Factor]) -> str:

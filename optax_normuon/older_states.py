@@ -1,26 +1,25 @@
 """States of earlier versions, to read their checkpoints."""
 
 import jax
-import numpy as np
 import optax
 
 from normuon_core.layout import MatrixView
 from optax_normuon.leaves.boxes import unbox
 from optax_normuon.leaves.paths import KeyPath
 from optax_normuon.matrices.views import as_stack, statistic_leaf_shape
-from optax_normuon.mesh.specs import found_views
+from optax_normuon.mesh.found_views import found_views
 
 
-def older_state(tx: optax.GradientTransformation, params):
-    """The state, abstract, as it was while each block of a leaf with `output_splits` had its own array.
+def older_state(tx: optax.GradientTransformation, params: optax.Params) -> optax.OptState:
+    """The state of versions in which each block of a leaf with `output_splits` had an array of its own.
 
-    For checkpoints of that time: restore them into it, and go on. `update` takes such a state as it is
-    and keeps its form.
+    Restore a checkpoint of such a version into it, and go on: `update` takes the state and keeps its
+    form.
 
         state = checkpointer.restore(path, optax_normuon.older_state(tx, params))
 
     Args:
-      tx: the transformation, within others' wrappers too.
+      tx: the transformation, whoever has wrapped it.
       params: arrays or abstract arrays.
 
     Returns:
@@ -32,7 +31,7 @@ def older_state(tx: optax.GradientTransformation, params):
     places = dict(zip(parameters.paths, parameters.places, strict=True))
     split = {places[path]: view for path, view in views.items() if view.is_split}
 
-    def apart(path: KeyPath, leaf):
+    def apart(path: KeyPath, leaf: jax.ShapeDtypeStruct):
         for place, view in split.items():
             if path[len(path) - len(place) :] == place and leaf.shape != view.stored_shape:
                 return tuple(leaf.update(shape=shape) for shape in _block_shapes(leaf, view))
@@ -42,7 +41,8 @@ def older_state(tx: optax.GradientTransformation, params):
 
 
 def _block_shapes(leaf: jax.ShapeDtypeStruct, view: MatrixView) -> list[tuple[int, ...]]:
-    stack = jax.eval_shape(lambda: as_stack(np.zeros(leaf.shape, np.float32), view)).shape
+    """The shape of each block's statistic, of the statistic of a whole leaf."""
+    stack = jax.eval_shape(lambda x: as_stack(x, view), leaf).shape
     widths = view.run_widths(stack[view.output_stack_axis])
     shapes = []
     for run, width in zip(view.runs, widths, strict=True):

@@ -1,8 +1,4 @@
-"""The whole chain, assembled from a Recipe."""
-
-import inspect
-from collections.abc import Callable
-from typing import Any
+"""The optimizer: stages of matrices assembled from a recipe, and AdamW for everything else."""
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +10,7 @@ from normuon_core.hyperparameters import check_decay, check_rate
 from normuon_core.polynomials import Coefficients
 from normuon_core.recipes import Recipe, find_recipe
 from normuon_core.shape_rules import ShapeRule
+from optax_normuon.direction import direction_of
 from optax_normuon.kernels.backend import Backend
 from optax_normuon.leaves.injection import refuse_injection_of_static_arguments
 from optax_normuon.leaves.layout import LayoutTree, Views, resolve_layouts
@@ -22,18 +19,14 @@ from optax_normuon.leaves.others import check_no_multipliers
 from optax_normuon.leaves.parameters import check_leaves, require_params
 from optax_normuon.leaves.paths import named_leaves
 from optax_normuon.leaves.precision import as_schedule, in_working_precision
-from optax_normuon.matrices.on_matrices import on_matrices
 from optax_normuon.mesh.specs import Specs, SpecTree, resolve_specs
 from optax_normuon.plans import Execution
 from optax_normuon.stages.adamw import scale_by_adam
 from optax_normuon.stages.chain import chain_of_stages
 from optax_normuon.stages.increment import decay_and_scale
-from optax_normuon.stages.momentum import momentum_stage
 from optax_normuon.stages.orthogonalization import Orthogonalizer
 from optax_normuon.stages.shape_scaling import scale_by_shape
-from optax_normuon.stages.weight_decay import (
-    add_cautious_weight_decay,
-)
+from optax_normuon.stages.weight_decay import add_cautious_weight_decay
 
 
 @refuse_injection_of_static_arguments
@@ -96,8 +89,8 @@ def normuon(
         `multipliers_by_path` makes the latter.
       orthogonalizer: replaces stage 2, a function (batch, rows, columns) -> the same; it is given
         the momentum in float32 and its result's dtype is kept.
-      adam_learning_rate: for the leaves that are no matrices. None is `learning_rate`, which for
-        embeddings is mostly far too high.
+      adam_learning_rate: for the leaves that are no matrices. None is `learning_rate`, which is mostly
+        far too high for embeddings.
       adam_b1, adam_b2, adam_eps, adam_weight_decay, adam_nesterov, adam_eps_root: see `optax.adamw`.
       adam_moment_dtype: dtype in which AdamW's first moment is kept (Optax's `mu_dtype`); None is
         float32, or the parameter's dtype where that is wider. The second moment is always that.
@@ -158,7 +151,7 @@ def normuon(
         backend=backend,
         max_stack_bytes=max_stack_bytes,
     )
-    direction = _direction(execution)
+    direction = direction_of(execution)
     decay_rate = as_schedule(weight_decay)
     if chosen.decay.rate_power == 2:
         decay_rate = _product_of(as_schedule(learning_rate), decay_rate)
@@ -169,7 +162,7 @@ def normuon(
         specs: Specs | None,
         lr_factors: Multipliers,
         wd_factors: Multipliers,
-    ):
+    ) -> optax.GradientTransformation:
         chain = in_working_precision(
             chain_of_stages(
                 direction(views, specs),
@@ -192,7 +185,7 @@ def normuon(
             wd_factors=wd_factors,
         )
 
-    def adamw(lr_factors: Multipliers, wd_factors: Multipliers):
+    def adamw(lr_factors: Multipliers, wd_factors: Multipliers) -> optax.GradientTransformation:
         rate = learning_rate if adam_learning_rate is None else adam_learning_rate
         return in_working_precision(
             optax.chain(
@@ -209,13 +202,16 @@ def normuon(
             )
         )
 
-    def partition(params, *trees):
+    def partition(
+        params: optax.Params, *trees: optax.Params
+    ) -> optax.GradientTransformationExtraArgs:
+        """The chains for these parameters; `trees`, of parameters and gradients, tell the dtypes."""
         views = resolve_layouts(layout, params)
         specs = resolve_specs(param_specs, params)
         lr_factors = resolve_multipliers(lr_mul, params, views, what="lr_mul")
         wd_factors = resolve_multipliers(wd_mul, params, views, what="wd_mul")
         by_kernels = execution.takes_kernels(
-            _matrix_dtypes(views, *trees), placed=specs is not None
+            _matrix_dtypes(views, *trees), specs_known=specs is not None
         )
         if others is not None:
             check_no_multipliers(params, views, lr_factors, "lr_mul")
@@ -231,11 +227,16 @@ def normuon(
             lambda _: labels,
         )
 
-    def init(params):
+    def init(params: optax.Params) -> optax.OptState:
         return partition(params, params).init(params)
 
-    def update(updates, state, params=None, **extra_args):
-        require_params(params)
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        params = require_params(params)
         check_leaves(updates, params)
         chain = partition(params, params, updates)
         return chain.update(updates, state, params, **extra_args)
@@ -243,103 +244,8 @@ def normuon(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _with_keywords_of_normuon(function):
-    """Shows `normuon`'s keywords, with the defaults that `function` has of its own.
-
-    `optax.inject_hyperparams` passes on the defaults that it reads here.
-    """
-    own = inspect.signature(function).parameters
-    signature = inspect.signature(normuon)
-    function.__signature__ = signature.replace(
-        parameters=[own.get(name, each) for name, each in signature.parameters.items()]
-    )
-    return function
-
-
-@refuse_injection_of_static_arguments
-@_with_keywords_of_normuon
-def muon(
-    learning_rate: optax.ScalarOrSchedule, *, recipe: str | Recipe = "muon", **keywords: Any
-) -> optax.GradientTransformationExtraArgs:
-    """Muon for the matrices of a model, AdamW for everything else: `normuon` with recipe "muon".
-
-    Args:
-      learning_rate: eta, a number or a schedule.
-      recipe: "muon", or another without a second moment.
-      **keywords: `normuon`'s.
-    """
-    return normuon(learning_rate, recipe=recipe, **keywords)
-
-
-@refuse_injection_of_static_arguments
-def scale_by_normuon(
-    *,
-    recipe: str | Recipe = "normuon",
-    momentum: optax.ScalarOrSchedule | None = None,
-    nesterov: bool | None = None,
-    beta2: float | jax.Array | None = None,
-    coefficients: str | Coefficients | None = None,
-    steps: int | None = None,
-    eps: float | None = None,
-    layout: LayoutTree = None,
-    orthogonalizer: Orthogonalizer | None = None,
-    momentum_dtype: DTypeLike | None = None,
-    compute_dtype: DTypeLike | None = None,
-    algorithm: Algorithm = "auto",
-    backend: Backend = "auto",
-    param_specs: SpecTree = None,
-    max_stack_bytes: int | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    """Momentum, polar factor and neuron normalization alone, without decay, scale or learning rate.
-
-    For chains of one's own. Leaves that are no matrices get the momentum only: mask them away, or
-    give them to another transformation with `optax.partition`. Arguments and errors as `normuon`'s;
-    updates keep the gradient's dtype, or the parameter's where parameters are passed.
-    """
-    chosen = find_recipe(recipe).override(
-        momentum=momentum,
-        nesterov=nesterov,
-        beta2=beta2,
-        coefficients=coefficients,
-        steps=steps,
-        eps=eps,
-    )
-    execution = Execution(
-        chosen,
-        orthogonalizer=orthogonalizer,
-        momentum_dtype=momentum_dtype,
-        compute_dtype=compute_dtype,
-        algorithm=algorithm,
-        backend=backend,
-        max_stack_bytes=max_stack_bytes,
-    )
-    direction = _direction(execution)
-    return in_working_precision(direction(layout, param_specs))
-
-
-def _direction(
-    execution: Execution,
-) -> Callable[[LayoutTree | Views, SpecTree | Specs], optax.GradientTransformation]:
-    """Stages 1 to 3 for a layout and the places of its leaves."""
-    stages = execution.stages()
-    momentum = momentum_stage(execution.recipe.momentum, momentum_dtype=execution.momentum_dtype)
-
-    def direction(layout, specs):
-        return optax.chain(
-            momentum,
-            on_matrices(
-                stages,
-                layout=layout,
-                max_stack_bytes=execution.max_stack_bytes,
-                param_specs=specs,
-            ),
-        )
-
-    return direction
-
-
-def _scale_by_rate(learning_rate) -> optax.GradientTransformation:
-    """Always the scheduled form, so that a constant rate and a schedule share one state structure."""
+def _scale_by_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """Multiplies by minus the rate. A constant is taken for a schedule: both then have states alike."""
     return optax.scale_by_learning_rate(as_schedule(learning_rate))
 
 
@@ -347,12 +253,12 @@ def _product_of(first: optax.Schedule, second: optax.Schedule) -> optax.Schedule
     return lambda count: jnp.asarray(first(count)) * jnp.asarray(second(count))
 
 
-def _matrix_dtypes(views: Views, *trees) -> set[jnp.dtype]:
+def _matrix_dtypes(views: Views, *trees: optax.Params) -> set[jnp.dtype]:
     leaves = [named for tree in trees for named in named_leaves(tree)]
     return {leaf.dtype for path, _, leaf in leaves if path in views}
 
 
-def _labels(params, views: Views, rest: str):
+def _labels(params: optax.Params, views: Views, rest: str) -> optax.Params:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: "matrices" if path in views else rest, params
     )

@@ -2,19 +2,23 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
 from normuon_core.cost import Algorithm, Iteration
+from normuon_core.kernels_support import KernelsSupport, kernels_support
 from normuon_core.recipes import Recipe
 from optax_normuon.kernels.backend import Backend, takes_kernels
 from optax_normuon.leaves.layout import Views
 from optax_normuon.leaves.paths import KeyPath
-from optax_normuon.matrices.on_matrices import StagesOnXla
-from optax_normuon.matrices.plan import Stack, plan, stack_ceiling
+from optax_normuon.matrices.plan import PlannedStack, plan, stack_ceiling
 from optax_normuon.matrices.stack import MatrixStage, chain_stages
-from optax_normuon.mesh.placed_leaf import place_leaf
+from optax_normuon.matrices.stages_on_xla import StagesOnXla
+from optax_normuon.mesh.leaf_on_mesh import leaf_on_mesh
 from optax_normuon.mesh.specs import Specs
 from optax_normuon.stages.neuron_norm import neuron_norm_stage
 from optax_normuon.stages.orthogonalization import (
@@ -23,25 +27,44 @@ from optax_normuon.stages.orthogonalization import (
     stage_of_orthogonalizer,
 )
 
+if TYPE_CHECKING:
+    from optax_normuon.kernels.engine import Kernels
+
 
 @dataclass(frozen=True)
 class Execution:
-    """How stages 2 and 3 are run, as `normuon`'s keywords of these names say."""
+    """How the stages of matrices are run, as `normuon`'s keywords of these names say.
+
+    Raises:
+      ValueError: `backend="triton"` beside an `orthogonalizer`, or for a recipe that no kernel can run.
+    """
 
     recipe: Recipe
     orthogonalizer: Orthogonalizer | None = None
-    momentum_dtype: Any = None
-    compute_dtype: Any = None
+    momentum_dtype: DTypeLike | None = None
+    compute_dtype: DTypeLike | None = None
     algorithm: Algorithm = "auto"
     backend: Backend = "auto"
     max_stack_bytes: int | None = None
 
     def __post_init__(self):
-        if self.backend == "triton" and self.orthogonalizer is not None:
+        if self.backend != "triton":
+            return
+        if self.orthogonalizer is not None:
             raise ValueError(
                 "backend='triton' has its own orthogonalization; leave the orthogonalizer out, or use"
                 " backend='auto'."
             )
+        if not self.support:
+            raise ValueError(
+                f"backend='triton': {self.support}; use backend='auto', which leaves this recipe to"
+                " XLA, or another recipe."
+            )
+
+    @property
+    def support(self) -> KernelsSupport:
+        """Whether the kernels can run the recipe."""
+        return kernels_support(self.recipe)
 
     def stages(self) -> MatrixStage:
         """Stages 2 and 3, for XLA."""
@@ -58,18 +81,19 @@ class Execution:
             return chain_stages(first)
         return chain_stages(first, neuron_norm_stage(**vars(self.recipe.neuron_norm)))
 
-    def takes_kernels(self, dtypes: Iterable[Any], *, placed: bool) -> bool:
+    def takes_kernels(self, dtypes: Iterable[DTypeLike], *, specs_known: bool) -> bool:
         """Whether the kernels step the matrices.
 
         Args:
-          dtypes: of their parameters and gradients. placed: whether it is known how these are spread.
+          dtypes: of their parameters and gradients.
+          specs_known: whether it is known how these are divided over devices.
         """
-        if self.orthogonalizer is not None:
+        if self.orthogonalizer is not None or not self.support:
             return False
         own = [dtype for dtype in (self.momentum_dtype, self.compute_dtype) if dtype is not None]
-        return takes_kernels(self.backend, [*own, *dtypes], placed=placed)
+        return takes_kernels(self.backend, [*own, *dtypes], specs_known=specs_known)
 
-    def kernels(self):
+    def kernels(self) -> "Kernels":
         """The kernels as an engine. Triton is needed from here on."""
         from optax_normuon.kernels.engine import Kernels
 
@@ -79,25 +103,25 @@ class Execution:
 
 
 def plans(
-    execution: Execution, leaves: Mapping[KeyPath, Any], views: Views, specs: Specs | None
-) -> dict[str, list[Stack[KeyPath]]]:
-    """By the engine's name the stacks that it steps.
+    execution: Execution, leaves: Mapping[KeyPath, jax.Array], views: Views, specs: Specs | None
+) -> dict[str, list[PlannedStack[KeyPath]]]:
+    """The stacks that each engine steps, by the engine's name.
 
     Args:
-      leaves: the parameters that hold matrices.
+      leaves: the parameters that hold matrices: arrays or abstract arrays.
     """
-    placed = {path: place_leaf(views[path], path, specs) for path in leaves}
-    dtypes = {path: leaf.dtype for path, leaf in leaves.items()}
+    on_mesh = {path: leaf_on_mesh(views[path], path, specs) for path in leaves}
+    dtypes = {path: np.dtype(leaf.dtype) for path, leaf in leaves.items()}
     ceiling = stack_ceiling(execution.max_stack_bytes)
     result = {}
-    if execution.takes_kernels(dtypes.values(), placed=specs is not None):
+    if execution.takes_kernels(dtypes.values(), specs_known=specs is not None):
         from optax_normuon.kernels.engine import left_to_xla
 
         kernels = execution.kernels()
-        left = left_to_xla(placed, dtypes, kernels, specs)
-        stepped = {path: leaf for path, leaf in placed.items() if path not in left}
+        left = left_to_xla(on_mesh, dtypes, kernels, specs)
+        stepped = {path: leaf for path, leaf in on_mesh.items() if path not in left}
         result[kernels.name] = plan(stepped, dtypes, kernels, specs, ceiling=ceiling)
-        placed = {path: leaf for path, leaf in placed.items() if path in left}
+        on_mesh = {path: leaf for path, leaf in on_mesh.items() if path in left}
     xla = StagesOnXla(execution.stages())
-    result[xla.name] = plan(placed, dtypes, xla, specs, ceiling=ceiling)
+    result[xla.name] = plan(on_mesh, dtypes, xla, specs, ceiling=ceiling)
     return result

@@ -11,8 +11,13 @@ from optax_normuon.leaves.precision import map_updates
 
 
 class Bf16RemainderState(NamedTuple):
-    """`remainder`: a tree like the parameters, uint16, `optax.MaskedNode` where a parameter is not
-    bfloat16. `inner`: the wrapped transformation's."""
+    """The state of `with_bf16_remainder`.
+
+    Attributes:
+      remainder: a tree like the parameters, uint16, with `optax.MaskedNode` for a parameter that is not
+        bfloat16.
+      inner: the wrapped transformation's state.
+    """
 
     remainder: optax.Updates
     inner: optax.OptState
@@ -45,7 +50,7 @@ def with_bf16_remainder(
     """
     inner = optax.with_extra_args_support(inner)
 
-    def init(params):
+    def init(params: optax.Params) -> Bf16RemainderState:
         check_trainable(params)
         remainder = jax.tree.map(
             lambda p: jnp.zeros(p.shape, jnp.uint16) if _is_bf16(p) else optax.MaskedNode(), params
@@ -53,7 +58,7 @@ def with_bf16_remainder(
         return Bf16RemainderState(remainder, inner.init(join(params, remainder)))
 
     def update(updates, state, params=None, **extra_args):
-        require_params(params)
+        params = require_params(params)
         joined = join(params, state.remainder)
         gradients = map_updates(lambda g, p: g.astype(p.dtype), updates, joined)
         deltas, inner_state = inner.update(gradients, state.inner, joined, **extra_args)
@@ -85,7 +90,7 @@ def with_bf16_remainder(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def join(params, remainder):
+def join(params: optax.Params, remainder: optax.Params) -> optax.Params:
     """The float32 weights whose high halves are the bfloat16 parameters; other leaves unchanged.
 
     Args:
@@ -98,8 +103,8 @@ def join(params, remainder):
     )
 
 
-def _rounded(delta):
-    """`delta`, out of reach of a fused multiply-add.
+def _rounded(delta: jax.Array) -> jax.Array:
+    """`delta`, rounded before anything is added to it.
 
     Compilers contract weight + rate * v into one operation with one rounding; a float32 run, whose
     updates are handed out, rounds twice. XLA drops an optimization barrier before it fuses on the
@@ -112,18 +117,20 @@ def _is_bf16(leaf) -> bool:
     return leaf.dtype == jnp.bfloat16
 
 
-def _join_leaf(p, low):
+def _join_leaf(
+    p: jax.Array | jax.ShapeDtypeStruct, low: jax.Array
+) -> jax.Array | jax.ShapeDtypeStruct:
     if isinstance(p, jax.ShapeDtypeStruct):
         return p.update(dtype=jnp.float32)
     high = jax.lax.bitcast_convert_type(p, jnp.uint16).astype(jnp.uint32)
     return jax.lax.bitcast_convert_type(high << 16 | low.astype(jnp.uint32), jnp.float32)
 
 
-def _high_half(weight):
+def _high_half(weight: jax.Array) -> jax.Array:
     """The float32 number of the weight's high 16 bits: the weight truncated to bfloat16."""
     bits = jax.lax.bitcast_convert_type(weight, jnp.uint32)
     return jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
 
 
-def _low_bits(weight):
+def _low_bits(weight: jax.Array) -> jax.Array:
     return (jax.lax.bitcast_convert_type(weight, jnp.uint32) & 0xFFFF).astype(jnp.uint16)

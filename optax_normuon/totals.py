@@ -17,12 +17,12 @@ _KINDS = {"mu": "first moment", "nu": "second moment"}
 
 
 def totals(
-    params, optimizers: Mapping[KeyPath, str], tx: optax.GradientTransformation
+    params: optax.Params, optimizers: Mapping[KeyPath, str], tx: optax.GradientTransformation
 ) -> list[Total]:
     """For each optimizer its leaves, parameters and bytes of state, over all devices.
 
-    The bytes are those of the state that `tx.init` makes, leaf by leaf: what it keeps beside the
-    parameters, as step counters, is not counted, nor is that of leaves in doubt.
+    The bytes are those of the arrays that `tx.init` makes for each parameter. Step counters are not
+    counted, nor is the state of leaves in doubt.
 
     Args:
       params: arrays or abstract arrays.
@@ -45,7 +45,7 @@ def totals(
 
 
 def _states(
-    params, optimizers: Mapping[KeyPath, str], tx: optax.GradientTransformation
+    params: optax.Params, optimizers: Mapping[KeyPath, str], tx: optax.GradientTransformation
 ) -> Iterator[tuple[KeyPath, str, int]]:
     """(path of the parameter, kind, bytes) of every array of the state that belongs to a parameter."""
     # Without their places: the sizes are those of whole arrays, and no mesh need be set.

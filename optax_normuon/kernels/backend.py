@@ -2,34 +2,38 @@
 
 import importlib.util
 from collections.abc import Iterable
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 Backend = Literal["xla", "triton", "auto"]
-
 
 _DTYPES = ("float16", "bfloat16", "float32")
 
 
 def check_backend(backend: str) -> None:
-    """Raises a ValueError unless `backend` is one, and there: see `takes_kernels`."""
+    """Raises a ValueError unless `backend` is known and can run here."""
     if backend not in get_args(Backend):
         raise ValueError(f"backend={backend!r} is unknown; use one of {get_args(Backend)}.")
     if backend == "triton" and (missing := _missing()) is not None:
         raise ValueError(f"backend='triton' {missing}; or use backend='auto'.")
 
 
-def takes_kernels(backend: Backend, dtypes: Iterable[Any], *, placed: bool = False) -> bool:
-    """Whether the kernels run: asked for, or "auto" on a CUDA device with Triton, unless arrays may
-    be spread over several.
+def takes_kernels(
+    backend: Backend, dtypes: Iterable[DTypeLike], *, specs_known: bool = False
+) -> bool:
+    """Whether the kernels run on arrays of these dtypes.
+
+    They do with "triton", and with "auto" on a CUDA device with Triton, unless the compiler may
+    divide arrays over several devices without our knowledge.
 
     Args:
-      placed: whether it is known how they are spread.
+      specs_known: whether it is known how arrays are divided over devices.
 
     Raises:
-      ValueError: asked for in vain, on another device or for a dtype the kernels do not take.
+      ValueError: "triton" on another device, or for a dtype that the kernels do not take.
     """
     other = {name for dtype in dtypes if (name := jnp.dtype(dtype).name) not in _DTYPES}
     if backend == "triton":
@@ -42,13 +46,13 @@ def takes_kernels(backend: Backend, dtypes: Iterable[Any], *, placed: bool = Fal
         return True
     if backend != "auto" or other or _missing() is not None:
         return False
-    return placed or not _is_partitioned()
+    return specs_known or not _is_partitioned()
 
 
 def _is_partitioned() -> bool:
-    """Whether arrays may be spread over devices, which the compiler cannot split a kernel's call over.
+    """Whether arrays may be divided over devices: the compiler cannot divide a kernel's call with them.
 
-    Within `jax.shard_map` they are one device's own.
+    Within `jax.shard_map` an array is one device's own.
     """
     mesh = jax.sharding.get_abstract_mesh()
     in_shard_map = not mesh.empty and set(mesh.manual_axes) == set(mesh.axis_names)

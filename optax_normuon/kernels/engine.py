@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from normuon_core.cost import Iteration
 from normuon_core.kernels.geometry import bytes_a_matrix
@@ -12,8 +12,8 @@ from normuon_core.neurons import neurons_on_rows
 from normuon_core.placement import Placement, Spread, place
 from normuon_core.recipes import Recipe
 from optax_normuon.leaves.paths import KeyPath
-from optax_normuon.matrices.plan import Alike, plan
-from optax_normuon.mesh.placed_leaf import PlacedLeaf
+from optax_normuon.matrices.plan import StackKey, plan
+from optax_normuon.mesh.leaf_on_mesh import LeafOnMesh
 from optax_normuon.mesh.specs import Specs
 
 
@@ -22,10 +22,11 @@ class Kernels:
     """What is the same for all matrices of a step by kernels.
 
     Attributes:
-      recipe: its numbers are not used: they travel in arrays.
+      recipe: its rules alone are used: its numbers may change from step to step, and travel in arrays.
       iteration: of stage 2.
       ceiling: bytes of a stack, see `stack_ceiling`.
-      may_stay: whether matrices may be planned to stay divided, which no kernel steps.
+      may_stay: whether the plan may leave matrices divided. No kernel steps those: `left_to_xla` plans
+        with it to find them.
     """
 
     recipe: Recipe
@@ -38,22 +39,25 @@ class Kernels:
         """As `describe` prints it."""
         return "kernels"
 
-    def alike(self, leaf: PlacedLeaf, dtype: str) -> list[Alike]:
-        """The sides, the shorter one as rows: kernels read a matrix by either side and in any dtype.
+    def stack_keys(self, leaf: LeafOnMesh, dtype: str) -> list[StackKey]:
+        """By the sides, the shorter one as rows: kernels read a matrix by either side and in any dtype.
 
-        On a mesh the owners make the statistics of a whole stack at once: its neurons are on one side.
+        On a mesh an owner makes the statistics of a whole stack at once, so all matrices of a stack have
+        their neurons on the same side.
         """
         axis = "output" if self.recipe.neuron_norm is None else self.recipe.neuron_norm.axis
         result = []
-        for run, cut in zip(leaf.view.runs, leaf.cuts, strict=True):
+        for run, sharding in zip(leaf.view.runs, leaf.shardings, strict=True):
             _, rows, columns = leaf.view.block_stack_shape(run.size)
             tall = rows > columns
             on_short = None
-            if cut is not None:
+            if sharding is not None:
                 on_short = neurons_on_rows(axis, rows, columns, leaf.view.output_is_rows) != tall
                 if tall:
-                    cut = cut._replace(rows=cut.columns, columns=cut.rows)
-            result.append(Alike(min(rows, columns), max(rows, columns), cut, "any", on_short))
+                    sharding = sharding._replace(rows=sharding.columns, columns=sharding.rows)
+            result.append(
+                StackKey(min(rows, columns), max(rows, columns), sharding, "any", on_short)
+            )
         return result
 
     def place(self, spread: Spread) -> Placement:
@@ -61,7 +65,8 @@ class Kernels:
         return place(spread, self.iteration, may_stay=self.may_stay)
 
     def bytes_a_matrix(self, spread: Spread, placement: Placement) -> int:
-        """Of a stack that is worked on and, with owners, of another one that travels meanwhile."""
+        """One matrix's share of the stack that is worked on and, with owners, of the stack that is sent
+        and received meanwhile."""
         assert placement.dtype is not None
         whole = bytes_a_matrix((spread.rows, spread.columns), placement.dtype)
         if placement.strategy != "owners":
@@ -71,20 +76,25 @@ class Kernels:
 
 
 def left_to_xla(
-    leaves: Mapping[KeyPath, PlacedLeaf],
-    dtypes: Mapping[KeyPath, Any],
+    leaves: Mapping[KeyPath, LeafOnMesh],
+    dtypes: Mapping[KeyPath, np.dtype],
     engine: Kernels,
     specs: Specs | None,
 ) -> set[KeyPath]:
-    """The leaves that no kernel steps: too lonely to be moved, or fused and cut through their blocks."""
+    """The leaves that no kernel steps.
+
+    These are the leaves whose matrices are best kept sharded, which takes collectives within the
+    iteration, and those that have to be resharded before their matrices can be moved, as a fused
+    projection that the mesh divides through its blocks.
+    """
     if specs is None:
         return set()
     stacks = plan(leaves, dtypes, replace(engine, may_stay=True), specs, ceiling=engine.ceiling)
-    lonely = {
+    kept_sharded = {
         piece.leaf
         for stack in stacks
         if stack.placement.strategy == "shards"
         for piece in stack.pieces
     }
-    cut_through = {key for key, leaf in leaves.items() if leaf.axes != specs.leaves[key]}
-    return lonely | cut_through
+    resharded = {key for key, leaf in leaves.items() if leaf.axes != specs.leaves[key]}
+    return kept_sharded | resharded

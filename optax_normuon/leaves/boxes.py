@@ -6,30 +6,33 @@ box's names would divide an axis that the statistic has reduced.
 """
 
 import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import optax
 
 from optax_normuon.leaves.paths import KeyPath
 
 
-def is_box(node: Any) -> bool:
+def is_box(node: object) -> bool:
     """Whether a node is one of Flax's boxes (`flax.core.meta.AxisMetadata`, `flax.nnx.Variable`)."""
-    # Who has not imported Flax has no boxes: so Flax is no dependency.
+    # Without Flax imported there are no boxes, and Flax need not be a dependency.
     linen, nnx = (sys.modules.get(name) for name in ("flax.core.meta", "flax.nnx"))
-    kinds = [getattr(linen, "AxisMetadata", None), getattr(nnx, "Variable", None)]
-    return isinstance(node, tuple(kind for kind in kinds if kind is not None))
+    classes = [getattr(linen, "AxisMetadata", None), getattr(nnx, "Variable", None)]
+    return isinstance(node, tuple(each for each in classes if each is not None))
 
 
 class Unboxed(NamedTuple):
     """A tree taken apart, each box with its array as one leaf.
 
     Attributes:
-      paths: of the arrays, the box's own key included. places: of the boxes, and of arrays without one.
-      leaves: the arrays; `None`, and a box without an array (`optax.masked` leaves such behind), count
-        as leaves.
-      tree: the structure above them.
-      boxes: for each leaf the structure of its box, or of the leaf alone.
+      paths: of the arrays, the box's own key included.
+      places: of the boxes, and of arrays without one.
+      leaves: the arrays. `None` is a leaf, and so is a box without an array, as `optax.masked` leaves
+        one behind.
+      tree: the structure above them, a `PyTreeDef`.
+      boxes: for each leaf the `PyTreeDef` of its box, or of the leaf alone.
     """
 
     paths: list[KeyPath]
@@ -38,7 +41,7 @@ class Unboxed(NamedTuple):
     tree: Any
     boxes: list[Any]
 
-    def boxed(self, leaves: list[Any]) -> Any:
+    def boxed(self, leaves: Sequence[Any]) -> optax.Params:
         """The tree with other arrays of the same shapes, each in its box."""
         nodes = [
             box.unflatten([leaf]) if box.num_leaves == 1 else leaf
@@ -47,7 +50,7 @@ class Unboxed(NamedTuple):
         return self.tree.unflatten(nodes)
 
 
-def unbox(tree: Any) -> Unboxed:
+def unbox(tree: optax.Params) -> Unboxed:
     """Takes a tree apart; `boxed` puts it together again, and `tree.unflatten` without the boxes."""
     nodes, structure = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda node: node is None or is_box(node)

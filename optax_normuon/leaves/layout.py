@@ -2,21 +2,19 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
+import optax
 from optax.contrib import MuonDimensionNumbers
 
 from normuon_core.layout import MatrixLayout, MatrixView
-from optax_normuon.leaves.layout_by_path import LayoutByPath
+from optax_normuon.leaves.layout_by_path import LayoutByPath, LayoutTree
 from optax_normuon.leaves.parameters import check_trainable
 from optax_normuon.leaves.paths import KeyPath, named_leaves
 from optax_normuon.leaves.prefixes import broadcast_prefix, called_on
 from optax_normuon.leaves.question import refuse_doubts
-from optax_normuon.leaves.routing import NO_ENTRIES, LeafLayout, Route, as_matrix_layout, route
-
-LayoutTree = Any
-"""A `LeafLayout`, a tree or prefix tree of them, or a callable from the parameters to one."""
+from optax_normuon.leaves.route import NO_ENTRIES, LeafLayout, Route, as_matrix_layout
+from optax_normuon.leaves.routing import route
 
 
 class Views(dict[KeyPath, MatrixView]):
@@ -27,7 +25,7 @@ class Views(dict[KeyPath, MatrixView]):
     """
 
 
-def resolve_layouts(layout: LayoutTree | Views, params) -> Views:
+def resolve_layouts(layout: LayoutTree | Views, params: optax.Params) -> Views:
     """One `MatrixView` for each leaf that is a matrix; the leaves that are not are absent.
 
     Args:
@@ -46,7 +44,7 @@ def resolve_layouts(layout: LayoutTree | Views, params) -> Views:
     return views_of(routes, params)
 
 
-def views_of(routes: Mapping[KeyPath, Route], params) -> Views:
+def views_of(routes: Mapping[KeyPath, Route], params: optax.Params) -> Views:
     """The matrices among the routed leaves; a leaf in doubt is none."""
     return Views(
         {
@@ -58,11 +56,11 @@ def views_of(routes: Mapping[KeyPath, Route], params) -> Views:
 
 
 def overrides_of(layout: LayoutTree) -> Mapping[str, LeafLayout]:
-    """The patterns that a layout already answers for."""
+    """The patterns for which a layout has an answer already."""
     return layout.overrides if isinstance(layout, LayoutByPath) else {}
 
 
-def find_routes(layout: LayoutTree, params) -> dict[KeyPath, Route]:
+def find_routes(layout: LayoutTree, params: optax.Params) -> dict[KeyPath, Route]:
     """What becomes of every leaf, in the leaves' order; some may be in doubt."""
     leaves = named_leaves(params)
     if not leaves:
@@ -77,12 +75,12 @@ def find_routes(layout: LayoutTree, params) -> dict[KeyPath, Route]:
     return {path: _given_route(name, np.shape(leaf), given[path]) for path, name, leaf in leaves}
 
 
-def _given_route(name: str, shape, layout) -> Route:
+def _given_route(name: str, shape: tuple[int, ...], layout: LeafLayout) -> Route:
     if layout is None:
         return Route(None, "layout: None")
     route = Route(as_matrix_layout(name, layout), "layout given")
     return route if math.prod(shape) else NO_ENTRIES
 
 
-def _is_leaf_layout(node) -> bool:
+def _is_leaf_layout(node: object) -> bool:
     return node is None or isinstance(node, MatrixLayout | MuonDimensionNumbers)

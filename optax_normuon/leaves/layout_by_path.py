@@ -5,9 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import optax
 
 from optax_normuon.leaves.question import refuse_doubts
-from optax_normuon.leaves.routing import LeafLayout, route
+from optax_normuon.leaves.route import LeafLayout
+from optax_normuon.leaves.routing import route
+
+LayoutTree = Any
+"""A `LeafLayout`, a tree or prefix tree of them, or a callable from the parameters to one."""
 
 
 @dataclass(frozen=True)
@@ -16,8 +21,8 @@ class LayoutByPath:
 
     overrides: Mapping[str, LeafLayout]
 
-    def __call__(self, params) -> Any:
-        """The tree of layouts, for composing layouts of one's own.
+    def __call__(self, params: optax.Params) -> LayoutTree:
+        """The tree of layouts, for callers who compose their own.
 
         Raises:
           ValueError: leaves that can be read in two ways, or a pattern that meets no leaf.

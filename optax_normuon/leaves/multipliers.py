@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.typing import ArrayLike
 
 from normuon_core.layout import MatrixView
@@ -14,25 +15,28 @@ from optax_normuon.leaves.layout import Views
 from optax_normuon.leaves.paths import KeyPath, named_leaves, path_name, unmet_pattern
 from optax_normuon.leaves.prefixes import broadcast_prefix, called_on
 
+Multiplier = float | np.number | np.ndarray | jax.Array
+"""The factor of one leaf: a number, or an array that broadcasts to the leaf."""
+
 MultiplierTree = Any
 """None, a number, an array over a leaf's batch axes, a tree or prefix of them, or a callable to one."""
 
 
-class Multipliers(dict[KeyPath, Any]):
-    """Factors by key path: already checked against their leaves' batch shapes."""
+class Multipliers(dict[KeyPath, Multiplier]):
+    """Factors by key path, checked against their leaves' batch shapes; a leaf without one has 1."""
 
-    def on(self, path: KeyPath) -> Any:
-        """The leaf's factor: a number, or a NumPy or JAX array that broadcasts to the leaf."""
+    def on(self, path: KeyPath) -> Multiplier:
+        """The leaf's factor."""
         return self.get(path, 1.0)
 
 
 def resolve_multipliers(
-    multipliers: MultiplierTree | Multipliers, params, views: Views, *, what: str
+    multipliers: MultiplierTree | Multipliers, params: optax.Params, views: Views, *, what: str
 ) -> Multipliers:
-    """Each leaf's factor, an array shaped to broadcast along the leaf's batch axes.
+    """Each leaf's factor; an array gets the shape in which it broadcasts to the leaf.
 
     Raises:
-      ValueError: a tree that does not match, or an array that has not the leaf's batch shape.
+      ValueError: a tree that does not match, or an array without the leaf's batch shape.
     """
     if isinstance(multipliers, Multipliers):
         return multipliers
@@ -49,11 +53,14 @@ def resolve_multipliers(
     )
 
 
-def _is_factor(node) -> bool:
+def _is_factor(node: object) -> bool:
     return node is None or isinstance(node, int | float | np.ndarray | np.generic | jax.Array)
 
 
-def _on_batch_axes(factor, shape, view: MatrixView | None, name: str, what: str):
+def _on_batch_axes(
+    factor, shape: tuple[int, ...], view: MatrixView | None, name: str, what: str
+) -> Multiplier:
+    """A leaf's factor as `Multipliers` holds it."""
     if not _is_factor(factor):
         raise ValueError(f"{name}: {what} must be a number or an array of numbers, got {factor!r}.")
     if np.ndim(factor) == 0:
@@ -77,7 +84,7 @@ def _on_batch_axes(factor, shape, view: MatrixView | None, name: str, what: str)
 
 def multipliers_by_path(
     factors: Mapping[str, ArrayLike], *, default: ArrayLike = 1.0
-) -> Callable[[Any], Any]:
+) -> Callable[[optax.Params], MultiplierTree]:
     """Multipliers for the leaves whose paths fit a pattern: for `lr_mul` and `wd_mul`.
 
     Args:
@@ -96,7 +103,7 @@ def multipliers_by_path(
     """
     factors = dict(factors)
 
-    def multipliers(params):
+    def multipliers(params: optax.Params) -> MultiplierTree:
         unmet = unmet_pattern(factors, params)
         if unmet is not None:
             names = ", ".join(name for _, name, _ in named_leaves(params))
@@ -104,7 +111,7 @@ def multipliers_by_path(
                 f"multipliers_by_path: the pattern {unmet!r} meets no leaf; the leaves are {names}."
             )
 
-        def factor(path, _):
+        def factor(path: KeyPath, _) -> ArrayLike:
             name = path_name(path)
             return next(
                 (v for pattern, v in factors.items() if fnmatchcase(name, pattern)), default

@@ -1,16 +1,15 @@
-"""What may be said beside `others`, the transformation that takes AdamW's place."""
+"""Which arguments may stand beside `others`, the transformation that takes AdamW's place."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Container, Iterable
 
 import numpy as np
 import optax
 
 from optax_normuon.leaves.multipliers import Multipliers
-from optax_normuon.leaves.paths import named_leaves
+from optax_normuon.leaves.paths import KeyPath, named_leaves
 
 
-def check_others(others: Any, given: Iterable[str]) -> None:
+def check_others(others: object, given: Iterable[str]) -> None:
     """Refuses an `others` that is no transformation, and AdamW's keywords beside it.
 
     Args:
@@ -18,7 +17,7 @@ def check_others(others: Any, given: Iterable[str]) -> None:
 
     Raises:
       TypeError: `others` is no `optax.GradientTransformation`.
-      ValueError: there is a keyword of AdamW's.
+      ValueError: a keyword of AdamW's is given.
     """
     if others is None:
         return
@@ -35,8 +34,10 @@ def check_others(others: Any, given: Iterable[str]) -> None:
         )
 
 
-def check_no_multipliers(params: Any, matrices: Iterable[Any], factors: Multipliers, what: str):
-    """Refuses factors on leaves that `others` trains: it would not hear of them.
+def check_no_multipliers(
+    params: optax.Params, matrices: Container[KeyPath], factors: Multipliers, what: str
+) -> None:
+    """Refuses factors on leaves that `others` trains: nothing would apply them.
 
     Args:
       matrices: the key paths of the leaves that are matrices.

@@ -1,4 +1,4 @@
-"""What a transformation may expect of the parameters that come with the gradients."""
+"""Checks of the parameters, and of the gradients that come with them."""
 
 import jax.numpy as jnp
 import optax
@@ -6,18 +6,24 @@ import optax
 from optax_normuon.leaves.paths import named_leaves
 
 
-def require_params(params) -> None:
-    """Raises what Optax raises where parameters are needed and missing."""
-    if params is None:
-        # The message itself is not public: let a public transformation raise it.
-        optax.add_decayed_weights(1.0).update((), optax.EmptyState(), None)
-
-
-def check_trainable(params) -> None:
-    """Every leaf is a real floating-point array, or stands for one.
+def require_params(params: optax.Params | None) -> optax.Params:
+    """The parameters, where an update needs them.
 
     Raises:
-      TypeError: it names the leaf.
+      ValueError: they are missing. It is the error that Optax raises.
+    """
+    if params is not None:
+        return params
+    # The message itself is not public: let a public transformation raise it.
+    optax.add_decayed_weights(1.0).update((), optax.EmptyState(), None)
+    raise AssertionError("Optax has accepted an update without parameters")
+
+
+def check_trainable(params: optax.Params) -> None:
+    """Checks that every leaf is a real floating-point array, or stands for one.
+
+    Raises:
+      TypeError: a leaf is none; it names the leaf.
     """
     for _, name, leaf in named_leaves(params):
         if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
@@ -35,11 +41,12 @@ def check_trainable(params) -> None:
             )
 
 
-def check_leaves(updates, params) -> None:
-    """Every gradient belongs to a parameter of its shape; parameters without gradient are fine.
+def check_leaves(updates: optax.Updates, params: optax.Params) -> None:
+    """Checks that every gradient has a parameter of its shape; parameters without gradient are fine.
 
     Raises:
-      ValueError: it names the leaf. TypeError: see `check_trainable`.
+      ValueError: a gradient has none; it names the leaf.
+      TypeError: see `check_trainable`.
     """
     check_trainable(params)
     check_trainable(updates)

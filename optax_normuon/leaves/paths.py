@@ -11,6 +11,10 @@ import optax
 from normuon_core.names import parts_of
 
 KeyPath = tuple[Any, ...]
+"""The keys from a tree's root to a leaf, as `jax.tree_util` makes them."""
+
+NamedLeaves = list[tuple[KeyPath, str, Any]]
+"""(path, name, leaf) of every leaf of a tree."""
 
 
 def path_name(path: KeyPath) -> str:
@@ -40,17 +44,18 @@ def _key_names(path: KeyPath) -> Iterator[str]:
 _NNX_VALUE = (jax.tree_util.GetAttrKey("value"), jax.tree_util.GetAttrKey("raw_value"))
 
 
-def named_leaves(tree) -> list[tuple[KeyPath, str, Any]]:
-    """(path, name, leaf) of every leaf."""
+def named_leaves(tree: optax.Params) -> NamedLeaves:
+    """Every leaf with its path and name, in the tree's order."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return [(path, path_name(path), leaf) for path, leaf in leaves]
 
 
-def unmet_pattern(patterns: Iterable[str], tree: Any) -> str | None:
+def unmet_pattern(patterns: Iterable[str], tree: optax.Params) -> str | None:
     """The first `fnmatch` pattern that meets no leaf, or None.
 
-    A pattern may also be about leaves that are not there: `optax.masked` and `optax.partition` leave an
-    `optax.MaskedNode` in place of a leaf or of a whole subtree, and `None` stands for a missing one.
+    A pattern may be about leaves that have been taken away, and counts as met then: `optax.masked` and
+    `optax.partition` leave an `optax.MaskedNode` in place of a leaf or of a whole subtree, and `None`
+    stands for a missing leaf.
     """
     nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_absent)
     present = [path_name(path) for path, node in nodes if not _is_absent(node)]
@@ -72,5 +77,5 @@ def _may_start(subtree: str, beginning: str) -> bool:
     return beginning.startswith(subtree) or subtree.startswith(beginning)
 
 
-def _is_absent(node: Any) -> bool:
+def _is_absent(node: object) -> bool:
     return node is None or isinstance(node, optax.MaskedNode)

@@ -1,11 +1,12 @@
 """The working dtype: what elementwise arithmetic and optimizer state use, whatever the weights use."""
 
+from collections.abc import Callable
 from typing import cast
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from optax_normuon.leaves.parameters import check_leaves, check_trainable
 
@@ -16,20 +17,22 @@ def working_dtype(dtype: DTypeLike) -> jnp.dtype:
     return jnp.dtype(jnp.float32 if narrow else dtype)
 
 
-def as_schedule(value) -> optax.Schedule:
-    """A number, a traced scalar or a schedule, as a schedule: one path for all three."""
+def as_schedule(value: optax.ScalarOrSchedule) -> optax.Schedule:
+    """A number, a traced scalar or a schedule, as a schedule."""
     return cast(optax.Schedule, value) if callable(value) else lambda count: value
 
 
-def cast_leaf(leaf, dtype: DTypeLike):
+def cast_leaf(
+    leaf: ArrayLike | jax.ShapeDtypeStruct, dtype: DTypeLike
+) -> jax.Array | jax.ShapeDtypeStruct:
     """The array, or the abstract `jax.ShapeDtypeStruct`, in another dtype."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf.update(dtype=dtype)
     return jnp.asarray(leaf).astype(dtype)
 
 
-def map_updates(function, updates, *rest):
-    """`jax.tree.map` that passes the `None` of a parameter without gradient through."""
+def map_updates(function: Callable, updates: optax.Updates, *rest: optax.Updates) -> optax.Updates:
+    """`jax.tree.map` that leaves the `None` of a parameter without gradient as it is."""
     return jax.tree.map(
         lambda update, *others: None if update is None else function(update, *others),
         updates,
@@ -38,8 +41,8 @@ def map_updates(function, updates, *rest):
     )
 
 
-def lift(tree):
-    """Every leaf in its working dtype: half precision to float32, the rest untouched."""
+def lift(tree: optax.Params) -> optax.Params:
+    """Every leaf in its working dtype: half precision as float32, the rest as it is."""
     return map_updates(lambda leaf: cast_leaf(leaf, working_dtype(leaf.dtype)), tree)
 
 
@@ -54,11 +57,16 @@ def in_working_precision(
     """
     inner = optax.with_extra_args_support(inner)
 
-    def init(params):
+    def init(params: optax.Params) -> optax.OptState:
         check_trainable(params)
         return inner.init(lift(params))
 
-    def update(updates, state, params=None, **extra_args):
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args,
+    ) -> tuple[optax.Updates, optax.OptState]:
         if params is not None:
             check_leaves(updates, params)
         like = updates if params is None else params

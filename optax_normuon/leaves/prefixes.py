@@ -4,29 +4,30 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import jax
+import optax
 
 from optax_normuon.leaves.boxes import is_box
 from optax_normuon.leaves.paths import KeyPath, named_leaves, path_name
 
 
-def called_on(given: Any, tree: Any) -> Any:
-    """A callable's value for `tree`; anything else as it is.
+def called_on(given: Any, tree: optax.Params) -> Any:
+    """What a callable returns for `tree`; anything else as it is.
 
-    A tree of the parameters' own class is a tree, also where that class has `__call__`, as every
+    A tree of the parameters' own class is not called, although that class may have `__call__`, as every
     Equinox module does.
     """
     return given(tree) if callable(given) and type(given) is not type(tree) else given
 
 
 def broadcast_prefix(
-    prefix: Any, tree: Any, *, is_leaf: Callable[[Any], bool], what: str
+    prefix: Any, tree: optax.Params, *, is_leaf: Callable[[object], bool], what: str
 ) -> Mapping[KeyPath, Any]:
     """The prefix's value for every leaf of `tree`, by key path.
 
-    Trees are matched by their keys, whatever classes their containers have; Flax's boxes may be there or
-    not on either side (an NNX model's optimizer initialises with them and updates without). Where `tree`
-    has no leaves, because `optax.masked` or `optax.partition` has taken a subtree away or because the
-    model has `None` there, the prefix is not asked.
+    Trees are matched by their keys, whatever the classes of their containers. Flax's boxes may be there
+    or not on either side: an NNX model's optimizer initialises with them and updates without. The prefix
+    may be anything where `tree` has no leaves, as where `optax.masked` or `optax.partition` has taken a
+    subtree away or the model has `None`.
 
     Args:
       is_leaf: what counts as one value although JAX sees a tree in it, such as None. The caller checks

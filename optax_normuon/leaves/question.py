@@ -1,4 +1,4 @@
-"""What is asked where doubt is left: once, about every leaf, with an answer to paste."""
+"""The question about the leaves in doubt: one for all of them, with an answer to paste."""
 
 import fnmatch
 import glob
@@ -6,23 +6,27 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import optax
 
 from normuon_core.layout import MatrixView
 from normuon_core.table import fold_members, leaf_table
 from optax_normuon.leaves.paths import KeyPath, named_leaves
-from optax_normuon.leaves.routing import LeafLayout, Route, as_matrix_layout
+from optax_normuon.leaves.route import LeafLayout, Route, as_matrix_layout
 
 MATRICES = "matrices x (out, in)"
 ADAMW, DOUBT = "AdamW", "?"
 
 
 def refuse_doubts(
-    params, routes: Mapping[KeyPath, Route], overrides: Mapping[str, LeafLayout] | None = None
+    params: optax.Params,
+    routes: Mapping[KeyPath, Route],
+    overrides: Mapping[str, LeafLayout] | None = None,
 ) -> None:
-    """Raises where `routes` leave a doubt.
+    """Refuses routes that leave a leaf in doubt.
 
     Raises:
-      ValueError: one for all leaves in doubt: the whole table, the readings, a dictionary to paste.
+      ValueError: one for all leaves in doubt, with the whole table, the readings, and a dictionary to
+        paste.
     """
     doubts = sum(found.in_doubt for found in routes.values())
     if not doubts:
@@ -37,7 +41,7 @@ def refuse_doubts(
 
 
 def leaf_rows(
-    params,
+    params: optax.Params,
     routes: Mapping[KeyPath, Route],
     cells: Callable[[MatrixView], list[str]],
     *,
@@ -69,7 +73,9 @@ def printed_matrices(view: MatrixView) -> str:
 
 
 def question(
-    params, routes: Mapping[KeyPath, Route], overrides: Mapping[str, LeafLayout] | None = None
+    params: optax.Params,
+    routes: Mapping[KeyPath, Route],
+    overrides: Mapping[str, LeafLayout] | None = None,
 ) -> str:
     """The readings of every leaf in doubt, and one dictionary that answers for all."""
     leaves = named_leaves(params)
@@ -104,16 +110,16 @@ def question(
     return "\n".join(lines)
 
 
-def _written(name: str, layout) -> str:
+def _written(name: str, layout: LeafLayout) -> str:
     return "None" if layout is None else f"optax_normuon.{as_matrix_layout(name, layout)}"
 
 
 def _patterns(own: Sequence[str], names: Sequence[str]) -> list[str]:
-    """One pattern that meets these leaves of all and no others; where there is none, one each."""
+    """One pattern that meets the leaves `own` and no others; where there is none, one for each leaf."""
     wholes = [re.split(r"(\d+)", name) for name in own]
     if len(own) > 1 and len({len(whole) for whole in wholes}) == 1:
-        pieces = [set(column) for column in zip(*wholes, strict=True)]
-        pattern = "".join("*" if len(p) > 1 else glob.escape(next(iter(p))) for p in pieces)
+        columns = [set(column) for column in zip(*wholes, strict=True)]
+        pattern = "".join("*" if len(p) > 1 else glob.escape(next(iter(p))) for p in columns)
         if {name for name in names if fnmatch.fnmatchcase(name, pattern)} == set(own):
             return [pattern]
     return [glob.escape(name) for name in own]

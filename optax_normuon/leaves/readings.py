@@ -1,7 +1,7 @@
 """The ways in which an array can be read as matrices.
 
-A `Form` says which axes of one layer's array are the two sides; `read` puts it on an array that may hold
-many layers, whose axes stand in front or in the middle (`layer_axes`).
+A `LayerForm` says which axes of one layer's array are the two sides. `read` applies it to an array that
+may hold many layers, whose axes stand in front or in the middle (`layer_axes`).
 """
 
 import math
@@ -14,7 +14,7 @@ FLAT, HEADS_OUT, HEADS_IN = "linear layer", "attention kernel", "attention outpu
 GENERAL = "attention or DenseGeneral kernel"
 
 
-class Form(NamedTuple):
+class LayerForm(NamedTuple):
     """How one layer stores its matrices; axes count from 0, those of neither side are a batch.
 
     Attributes:
@@ -44,58 +44,60 @@ class Reading(NamedTuple):
     layout: MatrixLayout | None
     bias_shape: Shape = ()
     layer_axes: tuple[int, ...] = ()
-    form: Form | None = None
+    form: LayerForm | None = None
     has_more_layers_than_sides: bool = False
 
 
-def linear(rank: int, *, out_in: bool = False) -> Form:
+def linear(rank: int, *, out_in: bool = False) -> LayerForm:
     """The last two axes are the sides; those before them count experts, or blocks."""
     inputs, outputs = (rank - 1, rank - 2) if out_in else (rank - 2, rank - 1)
-    return Form("linear weight" if out_in else FLAT, (inputs,), (outputs,))
+    return LayerForm("linear weight" if out_in else FLAT, (inputs,), (outputs,))
 
 
-def heads_out(rank: int, kind: str = HEADS_OUT) -> Form:
+def heads_out(rank: int, kind: str = HEADS_OUT) -> LayerForm:
     """(..., inputs, heads, size): queries, keys and values."""
-    return Form(kind, (rank - 3,), (rank - 2, rank - 1))
+    return LayerForm(kind, (rank - 3,), (rank - 2, rank - 1))
 
 
-def heads_first(rank: int) -> Form:
+def heads_first(rank: int) -> LayerForm:
     """(..., heads, inputs, size): queries, keys and values as an einsum stores them."""
-    return Form(HEADS_OUT, (rank - 2,), (rank - 3, rank - 1))
+    return LayerForm(HEADS_OUT, (rank - 2,), (rank - 3, rank - 1))
 
 
-def heads_in(rank: int, kind: str = HEADS_IN) -> Form:
+def heads_in(rank: int, kind: str = HEADS_IN) -> LayerForm:
     """(..., heads, size, outputs): attention's output."""
-    return Form(kind, (rank - 3, rank - 2), (rank - 1,))
+    return LayerForm(kind, (rank - 3, rank - 2), (rank - 1,))
 
 
-def convolution(rank: int, spatial: int, *, out_in: bool = False) -> Form:
+def convolution(rank: int, spatial: int, *, out_in: bool = False) -> LayerForm:
     """(..., *window, inputs, outputs), or (..., outputs, inputs, *window)."""
     first = rank - spatial - 2
     if out_in:
         kind = f"{spatial}-D convolution weight"
-        return Form(kind, tuple(range(first + 1, rank)), (first,), first + 1)
-    return Form(f"{spatial}-D convolution", tuple(range(first, rank - 1)), (rank - 1,), rank - 2)
+        return LayerForm(kind, tuple(range(first + 1, rank)), (first,), first + 1)
+    return LayerForm(
+        f"{spatial}-D convolution", tuple(range(first, rank - 1)), (rank - 1,), rank - 2
+    )
 
 
-def transposed_convolution(rank: int, spatial: int, *, out_in: bool = False) -> Form:
+def transposed_convolution(rank: int, spatial: int, *, out_in: bool = False) -> LayerForm:
     """(..., *window, outputs, inputs), or (..., inputs, outputs, *window)."""
     first = rank - spatial - 2
     kind = f"transposed {spatial}-D convolution stored output first"
     if out_in:
         kind = f"transposed {spatial}-D convolution weight stored input first"
         window = tuple(range(first + 2, rank))
-        return Form(kind, (first, *window), (first + 1,), first + 1)
+        return LayerForm(kind, (first, *window), (first + 1,), first + 1)
     window = tuple(range(first, rank - 2))
-    return Form(kind, (*window, rank - 1), (rank - 2,), rank - 2)
+    return LayerForm(kind, (*window, rank - 1), (rank - 2,), rank - 2)
 
 
-def convolutions(rank: int, *, out_in: bool = False) -> list[Form]:
+def convolutions(rank: int, *, out_in: bool = False) -> list[LayerForm]:
     """The plain convolution first, then stacks of convolutions of fewer dimensions."""
     return [convolution(rank, spatial, out_in=out_in) for spatial in range(rank - 2, 0, -1)]
 
 
-def all_forms(rank: int, *, out_in: bool = False) -> list[Form]:
+def all_forms(rank: int, *, out_in: bool = False) -> list[LayerForm]:
     """Every form that an array of this rank may have, whatever it is called."""
     flat = linear(rank, out_in=out_in)
     if out_in and rank > 3:
@@ -104,7 +106,7 @@ def all_forms(rank: int, *, out_in: bool = False) -> list[Form]:
     return [flat, *convolutions(rank, out_in=out_in), *heads]
 
 
-def read(shape: Shape, form: Form, layer_axes: tuple[int, ...] = ()) -> Reading:
+def read(shape: Shape, form: LayerForm, layer_axes: tuple[int, ...] = ()) -> Reading:
     """`form` on an array of `shape` in which `layer_axes` count layers."""
     rank = len(shape)
     own = [axis for axis in range(rank) if axis not in layer_axes]

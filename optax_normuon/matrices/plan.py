@@ -7,32 +7,35 @@ them.
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+import numpy as np
 
 from normuon_core.placement import Placement, Spread
 from normuon_core.stacks import plan_stacks
-from optax_normuon.mesh.cut import Cut, spread_of
-from optax_normuon.mesh.placed_leaf import PlacedLeaf
+from optax_normuon.mesh.leaf_on_mesh import LeafOnMesh
+from optax_normuon.mesh.matrix_sharding import MatrixSharding, spread_of
 from optax_normuon.mesh.specs import Specs
 
 DEFAULT_MAX_STACK_BYTES = 2**30
 
-Key = TypeVar("Key", bound=Hashable)
+LeafKey = TypeVar("LeafKey", bound=Hashable)
+"""What a leaf is known by: its key path, or its number."""
 
 
-class Alike(NamedTuple):
+class StackKey(NamedTuple):
     """What matrices must have in common to share a stack.
 
     Attributes:
-      rows, columns: of a whole matrix, as its engine holds it.
-      cut: how a device's part of it is cut; None without a mesh.
-      dtype: in which it comes.
-      rest: what else the engine cannot do side by side.
+      rows, columns: the sides of a whole matrix, as its engine holds it.
+      sharding: how it is divided over the mesh; None without a mesh.
+      dtype: the dtype in which it comes.
+      rest: whatever else the engine cannot do within one stack.
     """
 
     rows: int
     columns: int
-    cut: Cut | None
+    sharding: MatrixSharding | None
     dtype: str
     rest: Hashable
 
@@ -47,12 +50,12 @@ class Engine(Protocol):
     @property
     def name(self) -> str: ...
 
-    def alike(self, leaf: PlacedLeaf, dtype: str) -> list[Alike]:
-        """For each run of a leaf's output blocks what its matrices need to have in common."""
+    def stack_keys(self, leaf: LeafOnMesh, dtype: str) -> list[StackKey]:
+        """For each run of a leaf's output blocks the key of the stacks that its matrices may join."""
         ...
 
     def place(self, spread: Spread) -> Placement:
-        """Where a group of matrices is orthogonalized, and in which form."""
+        """Where the matrices of one key are orthogonalized, and in which form."""
         ...
 
     def bytes_a_matrix(self, spread: Spread, placement: Placement) -> int:
@@ -60,28 +63,29 @@ class Engine(Protocol):
         ...
 
 
-class Piece(NamedTuple, Generic[Key]):
+class PlannedPiece(NamedTuple, Generic[LeafKey]):
     """Matrices `start` to `stop` of one run of output blocks of one leaf."""
 
-    leaf: Key
+    leaf: LeafKey
     run: int
     start: int
     stop: int
 
 
-class Stack(NamedTuple, Generic[Key]):
+class PlannedStack(NamedTuple, Generic[LeafKey]):
     """Matrices that are stepped together, and where.
 
     Attributes:
-      alike: what they have in common. group: how many matrices a device has of all stacks that do.
-      placement: of that group.
-      pieces: where they come from, in their order in the stack.
+      key: what they have in common.
+      group_size: how many matrices a device has in all stacks of this key.
+      placement: of all these stacks.
+      pieces: where the matrices come from, in their order in the stack.
     """
 
-    alike: Alike
-    group: int
+    key: StackKey
+    group_size: int
     placement: Placement
-    pieces: tuple[Piece[Key], ...]
+    pieces: tuple[PlannedPiece[LeafKey], ...]
 
     @property
     def count(self) -> int:
@@ -90,44 +94,48 @@ class Stack(NamedTuple, Generic[Key]):
 
 
 def plan(
-    leaves: Mapping[Key, PlacedLeaf],
-    dtypes: Mapping[Key, Any],
+    leaves: Mapping[LeafKey, LeafOnMesh],
+    dtypes: Mapping[LeafKey, np.dtype],
     engine: Engine,
     specs: Specs | None,
     *,
     ceiling: int,
-) -> list[Stack[Key]]:
-    """All matrices of the leaves in stacks; those of one group follow each other.
+) -> list[PlannedStack[LeafKey]]:
+    """All matrices of the leaves in stacks; stacks of one key follow each other.
 
     Args:
-      dtypes: of the leaves.
+      dtypes: the dtypes of the leaves.
       ceiling: bytes of a stack on one device, see `stack_ceiling`.
     """
-    groups: dict[Alike, list[Piece[Key]]] = defaultdict(list)
-    for key, leaf in leaves.items():
-        kinds = engine.alike(leaf, dtypes[key].name)
-        for number, (run, alike) in enumerate(zip(leaf.view.runs, kinds, strict=True)):
-            groups[alike].append(Piece(key, number, 0, leaf.local.matrices(run)))
+    groups: dict[StackKey, list[PlannedPiece[LeafKey]]] = defaultdict(list)
+    for name, leaf in leaves.items():
+        keys = engine.stack_keys(leaf, dtypes[name].name)
+        for number, (run, key) in enumerate(zip(leaf.view.runs, keys, strict=True)):
+            groups[key].append(PlannedPiece(name, number, 0, leaf.local.matrices(run)))
     return [stack for group in groups.items() for stack in _stacks(*group, engine, specs, ceiling)]
 
 
 def _stacks(
-    alike: Alike, pieces: list[Piece[Key]], engine: Engine, specs: Specs | None, ceiling: int
-) -> Iterator[Stack[Key]]:
+    key: StackKey,
+    pieces: list[PlannedPiece[LeafKey]],
+    engine: Engine,
+    specs: Specs | None,
+    ceiling: int,
+) -> Iterator[PlannedStack[LeafKey]]:
     sizes = [piece.stop for piece in pieces]
     spread = spread_of(
-        alike.cut,
+        key.sharding,
         specs,
         count=sum(sizes),
-        rows=alike.rows,
-        columns=alike.columns,
-        dtype=alike.dtype,
+        rows=key.rows,
+        columns=key.columns,
+        dtype=key.dtype,
     )
     placement = engine.place(spread)
     each = engine.bytes_a_matrix(spread, placement)
-    for cuts in plan_stacks(sizes, each, ceiling, owners=placement.owners):
-        own = tuple(pieces[i]._replace(start=start, stop=stop) for i, start, stop in cuts)
-        yield Stack(alike, spread.count, placement, own)
+    for stretches in plan_stacks(sizes, each, ceiling, owners=placement.owners):
+        own = tuple(pieces[i]._replace(start=start, stop=stop) for i, start, stop in stretches)
+        yield PlannedStack(key, spread.count, placement, own)
 
 
 def stack_ceiling(max_stack_bytes: int | None) -> int:

@@ -2,19 +2,28 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from normuon_core.cost import Form
 from normuon_core.placement import Placement, Spread, whole_or_owned
+from optax_normuon.leaves.arrays import Matrices
 from optax_normuon.mesh.shards import Shards
 
+State = TypeVar("State")
+"""What a stage keeps: a tree of arrays."""
 
-class Fed(NamedTuple):
-    """What a stage before has done: values are normalised for this form of the iteration, in its compute
-    dtype."""
+
+class Prepared(NamedTuple):
+    """Says that a stack is normalised already, in the compute dtype, and what the iteration is to do.
+
+    Attributes:
+      form: of the iteration.
+      by_kernels: whether the kernels make its products.
+    """
 
     form: Form
     by_kernels: bool
@@ -26,17 +35,17 @@ class MatrixStack:
     """What a stage on matrices gets and returns.
 
     Attributes:
-      values: (batch, rows, columns), every batch entry a matrix, or one device's part of it.
+      values: (batch, rows, columns), each entry of the batch a matrix, or one device's part of it.
       output_axis: -2 where the rows are the output neurons, -1 where the columns are.
       shards: how the parts make up whole matrices; None where `values` has them whole.
-      fed: None for momentum as it comes.
+      prepared: what `MatrixStage.prepare` has done; None for values as they come.
       placement: where the plan has them orthogonalized, and in which form; None outside of a plan.
     """
 
-    values: Any
+    values: Matrices
     output_axis: int = field(metadata={"static": True})
     shards: Shards | None = field(default=None, metadata={"static": True})
-    fed: Fed | None = field(default=None, metadata={"static": True})
+    prepared: Prepared | None = field(default=None, metadata={"static": True})
     placement: Placement | None = field(default=None, metadata={"static": True})
 
     @property
@@ -47,55 +56,68 @@ class MatrixStack:
         _, rows, columns = self.values.shape
         return rows, columns
 
-    def sum_over(self, x, sides: tuple[int, ...]):
-        """The sum of x, (..., rows or 1, columns or 1), over sides of the whole matrices; they become 1.
+    def sum_over(self, x: jax.Array, sides: tuple[int, ...]) -> jax.Array:
+        """The sum of an array over sides of the whole matrices, whichever devices have their parts.
 
         Args:
-          sides: -2 for the rows, -1 for the columns.
+          x: (..., rows or 1, columns or 1), of the parts in this stack.
+          sides: -2 for the rows, -1 for the columns. They become 1 in the result.
         """
         total = jnp.sum(x, axis=sides, keepdims=True)
         return total if self.shards is None else self.shards.total(total, sides)
 
-    def with_values(self, values, *, fed: Fed | None = None) -> "MatrixStack":
-        """The same matrices further on their way."""
-        return replace(self, values=values, fed=fed)
+    def with_values(self, values: Matrices, *, prepared: Prepared | None = None) -> "MatrixStack":
+        """The same stack with what a stage has made of its values."""
+        return replace(self, values=values, prepared=prepared)
 
 
 def with_an_owner(spread: Spread, may_stay: bool = False) -> Placement:
-    """For stages of unknown cost that need whole matrices."""
+    """The placement for stages of unknown cost that need whole matrices."""
     del may_stay
     return whole_or_owned(spread, 0.0, 4)
 
 
-class MatrixStage(NamedTuple):
-    """What `optax.GradientTransformation` is for trees, for a `MatrixStack`.
-
-    Its state must start at zero and consist of arrays (batch, rows or 1, columns or 1).
+class MatrixStage(NamedTuple, Generic[State]):
+    """What `optax.GradientTransformation` is for trees, but for a `MatrixStack`.
 
     Attributes:
-      feed: what `update` would do first, on shards, so that less has to be moved to whole matrices.
+      init: the state of a stack: a tree of arrays (batch, rows or 1, columns or 1), all zero.
+      update: (stack, state) to both anew.
+      prepare: does on parts of matrices what `update` would do first, so that fewer bytes are sent to
+        the owners of whole matrices.
       place: where on a mesh the stage wants a group of matrices. It is told whether they may stay
         divided, and may answer "shards" only then.
       takes_shards: whether `update` works on parts of matrices, with `MatrixStack.sum_over` for every
-        sum and `MatrixStack.sides` for every size. A stage that does not say so never sees any: not
-        alone, and not behind a stage that does.
+        sum and `MatrixStack.sides` for every size. A stage that does not say so is never given parts,
+        neither alone nor behind a stage that takes them.
     """
 
-    init: Callable[[MatrixStack], Any]
-    update: Callable[[MatrixStack, Any], tuple[MatrixStack, Any]]
-    feed: Callable[[MatrixStack], MatrixStack] = lambda stack: stack
+    init: Callable[[MatrixStack], State]
+    update: Callable[[MatrixStack, State], tuple[MatrixStack, State]]
+    prepare: Callable[[MatrixStack], MatrixStack] = lambda stack: stack
     place: Callable[[Spread, bool], Placement] = with_an_owner
     takes_shards: bool = False
 
 
-def chain_stages(first: MatrixStage, *others: MatrixStage) -> MatrixStage:
-    """The stages one after the other; the state is the tuple of theirs. The first chooses the place."""
+def abstract_state(
+    stage: MatrixStage[State], shape: tuple[int, int, int], dtype: DTypeLike, output_axis: int
+) -> State:
+    """A stage's state for a stack of this shape, as `jax.ShapeDtypeStruct`s."""
+    values = jax.ShapeDtypeStruct(shape, dtype)
+    return jax.eval_shape(lambda values: stage.init(MatrixStack(values, output_axis)), values)
+
+
+def chain_stages(first: MatrixStage, *others: MatrixStage) -> MatrixStage[tuple[Any, ...]]:
+    """The stages one after the other, as one stage.
+
+    Its state is the tuple of theirs. The first stage alone prepares and chooses the place.
+    """
     stages = (first, *others)
 
-    def init(stack):
+    def init(stack: MatrixStack) -> tuple[Any, ...]:
         return tuple(stage.init(stack) for stage in stages)
 
-    def update(stack, states):
+    def update(stack: MatrixStack, states: tuple[Any, ...]) -> tuple[MatrixStack, tuple[Any, ...]]:
         new_states = []
         for stage, state in zip(stages, states, strict=True):
             stack, state = stage.update(stack, state)
@@ -103,4 +125,4 @@ def chain_stages(first: MatrixStage, *others: MatrixStage) -> MatrixStage:
         return stack, tuple(new_states)
 
     takes_shards = all(stage.takes_shards for stage in stages)
-    return MatrixStage(init, update, first.feed, first.place, takes_shards)
+    return MatrixStage(init, update, first.prepare, first.place, takes_shards)

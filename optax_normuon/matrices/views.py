@@ -1,14 +1,19 @@
 """A leaf's matrices as stacks, and back."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from normuon_core.layout import MatrixView
+from optax_normuon.leaves.arrays import Matrices, Statistics
+
+LeafStatistic = jax.Array | tuple[jax.Array, ...]
+"""A statistic as the state keeps it for a leaf: see `on_matrices` for when it is a tuple."""
 
 
-def as_stack(x, view: MatrixView):
+def as_stack(x: jax.Array, view: MatrixView) -> Matrices:
     """A leaf, or a statistic of its rank, as (batch, rows, columns)."""
     ordered = x.reshape(view.unfolded(x.shape)).transpose(view.order)
     batch, rows = len(view.batch_axes), len(view.row_axes)
@@ -20,24 +25,25 @@ def as_stack(x, view: MatrixView):
     return ordered.reshape([math.prod(side) for side in sides])
 
 
-def as_leaf(values, view: MatrixView):
+def as_leaf(values: Matrices | Statistics, view: MatrixView) -> jax.Array:
     """The inverse of `as_stack`."""
     inverse = sorted(range(len(view.order)), key=view.order.__getitem__)
-    leaf = values.reshape(view.statistic_shape(values.shape)).transpose(inverse)
+    batch, rows, columns = values.shape
+    leaf = values.reshape(view.statistic_shape((batch, rows, columns))).transpose(inverse)
     return leaf.reshape(view.fold(leaf.shape))
 
 
 def statistic_leaf_shape(stack_shape: tuple[int, ...], view: MatrixView) -> tuple[int, ...]:
-    """What `as_leaf` makes of (batch, rows or 1, columns or 1)."""
+    """The shape that `as_leaf` gives to a statistic of shape (batch, rows or 1, columns or 1)."""
     return jax.eval_shape(
         lambda x: as_leaf(x, view), jax.ShapeDtypeStruct(stack_shape, jnp.float32)
     ).shape
 
 
-def split_blocks(leaf, view: MatrixView) -> list:
-    """The output blocks of a leaf, or of a statistic of it: each run's, (matrices, rows, columns).
+def split_blocks(leaf: jax.Array, view: MatrixView) -> list[jax.Array]:
+    """The output blocks of a leaf, or of a statistic of it: one (matrices, rows, columns) for each run.
 
-    A run's blocks stand beside each other within an entry of the batch.
+    The blocks of one entry of the batch follow each other.
     """
     stack, axis = as_stack(leaf, view), view.output_stack_axis
     runs, start = [], 0
@@ -51,7 +57,7 @@ def split_blocks(leaf, view: MatrixView) -> list:
     return runs
 
 
-def join_blocks(runs: list, view: MatrixView):
+def join_blocks(runs: Sequence[jax.Array], view: MatrixView) -> jax.Array:
     """The inverse of `split_blocks`."""
     axis = view.output_stack_axis
     parts = [
@@ -60,8 +66,8 @@ def join_blocks(runs: list, view: MatrixView):
     return as_leaf(parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=axis), view)
 
 
-def _blocks_to_batch(x, blocks: int, axis: int):
-    """(batch, rows, columns) whose side `axis` is so many blocks: (batch blocks, rows, columns)."""
+def _blocks_to_batch(x: jax.Array, blocks: int, axis: int) -> jax.Array:
+    """Takes `blocks` blocks along a side apart, into a batch `blocks` times as large."""
     if blocks == 1:
         return x
     batch, rows, columns = x.shape
@@ -71,7 +77,8 @@ def _blocks_to_batch(x, blocks: int, axis: int):
     return apart.swapaxes(1, 2).reshape(batch * blocks, rows, columns // blocks)
 
 
-def _blocks_from_batch(x, blocks: int, axis: int):
+def _blocks_from_batch(x: jax.Array, blocks: int, axis: int) -> jax.Array:
+    """The inverse of `_blocks_to_batch`."""
     if blocks == 1:
         return x
     matrices, rows, columns = x.shape
@@ -81,8 +88,8 @@ def _blocks_from_batch(x, blocks: int, axis: int):
     return apart.swapaxes(1, 2).reshape(matrices // blocks, rows, blocks * columns)
 
 
-def split_statistic(kept, view: MatrixView) -> list:
-    """A statistic as the state keeps it, run by run: as `split_blocks`."""
+def split_statistic(kept: LeafStatistic, view: MatrixView) -> list[jax.Array]:
+    """As `split_blocks`, of a statistic as the state keeps it."""
     if not isinstance(kept, tuple):
         return split_blocks(kept, view)
     blocks, runs = iter([as_stack(block, view) for block in kept]), []
@@ -92,8 +99,10 @@ def split_statistic(kept, view: MatrixView) -> list:
     return runs
 
 
-def join_statistic(runs: list, view: MatrixView, *, like):
-    """The inverse of `split_statistic`, kept as `like` is."""
+def join_statistic(
+    runs: Sequence[jax.Array], view: MatrixView, *, like: LeafStatistic
+) -> LeafStatistic:
+    """The inverse of `split_statistic`: an array, or a tuple if `like` is one."""
     if not isinstance(like, tuple):
         return join_blocks(runs, view)
     return tuple(

@@ -1,30 +1,39 @@
-"""What travels over a mesh, and how arrays are laid on it."""
+"""What is sent over a mesh, and how arrays are divided over it."""
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_normuon.mesh.specs import Axes, Specs, explicit_part, partition_spec
+from optax_normuon.mesh.specs import MeshAxes, Specs, explicit_part, partition_spec
+
+Result = TypeVar("Result")
 
 
-def run_on_mesh(function: Callable, specs: Specs, arguments, in_axes, out_axes):
-    """`function` on one device's parts of the arguments.
+def run_on_mesh(
+    function: Callable[..., Result],
+    specs: Specs,
+    arguments: tuple[Any, ...],
+    in_axes: tuple[Any, ...],
+    out_axes: Any,
+) -> Result:
+    """Runs `function` on every device, on its parts of the arguments.
 
     Args:
-      arguments: a tuple of trees. in_axes, out_axes: trees of `Axes`, like the arguments and the
-        result.
+      arguments: trees of arrays.
+      in_axes, out_axes: trees of `MeshAxes`, like the arguments and the result.
     """
 
-    def is_axes(node) -> bool:
-        return isinstance(node, Axes)
+    def is_axes(node: object) -> bool:
+        return isinstance(node, MeshAxes)
 
-    def as_specs(tree):
+    def as_specs(tree: Any) -> Any:
         return jax.tree.map(partition_spec, tree, is_leaf=is_axes)
 
     arguments = jax.tree.map(
-        lambda axes, x: lie_as(x, axes, specs), in_axes, arguments, is_leaf=is_axes
+        lambda axes, x: reshard_as(x, axes, specs), in_axes, arguments, is_leaf=is_axes
     )
     return jax.shard_map(
         function,
@@ -36,8 +45,8 @@ def run_on_mesh(function: Callable, specs: Specs, arguments, in_axes, out_axes):
     )(*arguments)
 
 
-def lie_as(x, axes: Axes, specs: Specs):
-    """The array divided as `axes` says on the mesh's explicit axes; the others are the compiler's."""
+def reshard_as(x: jax.Array, axes: MeshAxes, specs: Specs) -> jax.Array:
+    """Divides an array as `axes` says over the mesh's explicit axes; the others are the compiler's."""
     spec = partition_spec(explicit_part(axes, specs))
     own = jax.typeof(x).sharding
     if all(not entry for entry in spec) and (own.mesh.empty or all(not e for e in own.spec)):
@@ -47,18 +56,20 @@ def lie_as(x, axes: Axes, specs: Specs):
     return jax.reshard(x, NamedSharding(specs.mesh, spec))
 
 
-def _padded(spec, rank: int) -> tuple:
+def _padded(spec: PartitionSpec, rank: int) -> tuple:
     return (*spec, *[None] * (rank - len(spec)))
 
 
-def all_to_all(x, axes: tuple[str, ...]):
-    """All-to-all: (destinations, ...) to (sources, ...)."""
+def all_to_all(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Sends row d of (destinations, ...) to device d; the result is (sources, ...)."""
     return with_bits(lambda x: jax.lax.all_to_all(x, axes, 0, 0), x)
 
 
-def with_bits(function, x):
-    """A collective that moves numbers without reading them: as integers where they are half precision,
-    which compilers for CPUs would widen."""
+def with_bits(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """Calls a collective that only moves numbers, half precision as integers.
+
+    Compilers for CPUs would widen half precision, and send twice the bytes.
+    """
     if x.dtype.itemsize != 2:
         return function(x)
     moved = function(jax.lax.bitcast_convert_type(x, jnp.uint16))

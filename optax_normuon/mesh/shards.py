@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from optax_normuon.leaves.arrays import Matrices
 from optax_normuon.mesh.collectives import all_to_all
 
 
@@ -15,7 +16,7 @@ class Shards:
     Attributes:
       rows, columns: of a whole matrix.
       row_axes, column_axes: the mesh axes that divide each side.
-      stay: whether the matrices are to be orthogonalized as they lie.
+      stay: whether the matrices stay divided while they are orthogonalized.
     """
 
     rows: int
@@ -24,20 +25,21 @@ class Shards:
     column_axes: tuple[str, ...]
     stay: bool
 
-    def total(self, x, sides: tuple[int, ...]):
-        """The sum over the devices of x, a sum of one device's part over `sides`, -2 and -1."""
+    def total(self, x: jax.Array, sides: tuple[int, ...]) -> jax.Array:
+        """The sum over sides (-2, -1 or both) of whole matrices, from the sum x of this device's."""
         axes = (self.row_axes if -2 in sides else ()) + (self.column_axes if -1 in sides else ())
         return jax.lax.psum(x, axes) if axes else x
 
     @property
     def _short_side(self) -> tuple[int, tuple[str, ...]]:
-        """Its axis in the stack, and the mesh axes that divide it."""
+        """(its axis in the stack, the mesh axes that divide it)."""
         return (-2, self.row_axes) if self.rows <= self.columns else (-1, self.column_axes)
 
-    def along_the_long_side(self, x):
-        """The parts (count, rows, columns), with the short side whole and the long one in more parts.
+    def along_the_long_side(self, x: Matrices) -> Matrices:
+        """Moves the division to the long side: the short side of the result is whole.
 
-        Zeros fill up a long side that does not divide; the order of what is divided is another.
+        A long side that does not divide evenly is filled up with zeros, and its entries lie in another
+        order: the Gram matrix does not depend on either.
         """
         side, axes = self._short_side
         if not axes:
@@ -52,8 +54,8 @@ class Shards:
         x = jnp.moveaxis(x, 0, side % 3)
         return x.reshape(_merged(x.shape, side % 3))
 
-    def back(self, x, shape: tuple[int, ...]):
-        """The inverse of `along_the_long_side`, for parts that had `shape`."""
+    def back(self, x: Matrices, shape: tuple[int, ...]) -> Matrices:
+        """The inverse of `along_the_long_side`, for parts of this shape."""
         side, axes = self._short_side
         if not axes:
             return x

@@ -2,30 +2,29 @@
 
 import math
 from collections.abc import Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from normuon_core.layout import MatrixView
-from optax_normuon.leaves.paths import KeyPath, named_leaves, path_name
+from optax_normuon.leaves.paths import KeyPath, NamedLeaves, named_leaves, path_name
 from optax_normuon.leaves.prefixes import broadcast_prefix, called_on
+
+GivenSpec = PartitionSpec | NamedSharding | None
+"""How one leaf is divided, as callers say it; None is a leaf that every device has whole."""
 
 SpecTree = Any
 """A PartitionSpec (or NamedSharding, or None for a replicated leaf), a tree or prefix tree of them, or a
 callable from the parameters to one."""
 
 
-class Axes(tuple[tuple[str, ...], ...]):
-    """For every axis of an array the mesh axes that it is divided over, major to minor.
+class MeshAxes(tuple[tuple[str, ...], ...]):
+    """For every axis of an array the mesh axes that divide it, major to minor.
 
-    A class of its own, so that it is a leaf among trees of tuples.
+    A class of its own tells it from the tuples of a tree.
     """
 
     __slots__ = ()
@@ -37,35 +36,35 @@ class Specs:
 
     Attributes:
       mesh: the mesh.
-      axes: of its axes those that arrays are placed on, in the mesh's order; the others are left to
-        the compiler, or are the caller's own within `jax.shard_map`.
-      leaves: for each leaf its `Axes`.
+      axes: those of its axes that we divide arrays over, in the mesh's order. The others are left to the
+        compiler, or to the caller within `jax.shard_map`.
+      leaves: the `MeshAxes` of each leaf.
     """
 
     mesh: AbstractMesh
     axes: tuple[str, ...]
-    leaves: Mapping[KeyPath, Axes]
+    leaves: Mapping[KeyPath, MeshAxes]
 
     def parts(self, axes: tuple[str, ...]) -> int:
         """Devices along several mesh axes together."""
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
-    def local_shape(self, shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
+    def local_shape(self, shape: tuple[int, ...], axes: MeshAxes) -> tuple[int, ...]:
         """The shape of one device's part of an array."""
         return tuple(size // self.parts(own) for size, own in zip(shape, axes, strict=True))
 
 
-def partition_spec(axes: Axes) -> PartitionSpec:
-    """As JAX writes it."""
+def partition_spec(axes: MeshAxes) -> PartitionSpec:
+    """The same as JAX's PartitionSpec."""
     return PartitionSpec(*(own[0] if len(own) == 1 else own or None for own in axes))
 
 
 def resolve_specs(
-    param_specs: SpecTree | Specs, tree, *, mesh: Mesh | AbstractMesh | None = None
+    param_specs: SpecTree | Specs, tree: optax.Params, *, mesh: Mesh | AbstractMesh | None = None
 ) -> Specs | None:
-    """Where the leaves of `tree` are; None where nothing is divided, or the compiler is to decide.
+    """How the leaves of `tree` lie; None where nothing is divided, or the compiler is to decide.
 
-    Without `param_specs` the arrays' types tell, on the mesh axes that are in explicit mode.
+    Without `param_specs` the arrays' types tell it, for the mesh axes that are in explicit mode.
 
     Args:
       tree: parameters, or gradients: arrays or abstract arrays.
@@ -80,16 +79,16 @@ def resolve_specs(
     if isinstance(param_specs, Specs):
         return param_specs
     leaves = named_leaves(tree)
-    given = _given(param_specs, tree)
+    given = given_specs(param_specs, tree)
     own = {path: _own_sharding(leaf) for path, _, leaf in leaves}
     mesh = _common_mesh(leaves, given, own, mesh)
     if mesh.empty:
         _check_without_mesh(leaves, given)
         return None
     if param_specs is None:
-        axes = _axes_in(mesh, AxisType.Explicit)
+        axes = axes_in(mesh, AxisType.Explicit)
     else:
-        axes = _axes_in(mesh, AxisType.Explicit, AxisType.Auto)
+        axes = axes_in(mesh, AxisType.Explicit, AxisType.Auto)
     checked = {
         path: _checked(name, np.shape(leaf), given.get(path), own[path], mesh)
         for path, name, leaf in leaves
@@ -97,89 +96,18 @@ def resolve_specs(
     return Specs(mesh, axes, checked) if axes else None
 
 
-def statistic_axes(shape: tuple[int, ...], leaf_shape: tuple[int, ...], axes: Axes) -> Axes:
-    """How a statistic of a leaf lies: as the leaf does, without the axes that it reduces or cuts."""
-    return Axes(
-        own if size == whole and size > 1 else ()
-        for size, whole, own in zip(shape, leaf_shape, axes, strict=True)
-    )
+def explicit_part(axes: MeshAxes, specs: Specs) -> MeshAxes:
+    """Only those mesh axes that are in explicit mode, which an array's type shows."""
+    explicit = axes_in(specs.mesh, AxisType.Explicit)
+    return MeshAxes(tuple(name for name in own if name in explicit) for own in axes)
 
 
-def unfolded_axes(view: MatrixView, axes: Axes) -> Axes:
-    """How the axes of a leaf that its layout unfolds lie: the first of them as the stored one does."""
-    if view.folded is None:
-        return axes
-    first, count = view.folded
-    return Axes((*axes[: first + 1], *[()] * (count - 1), *axes[first + 1 :]))
+def given_specs(param_specs: SpecTree, tree: optax.Params) -> Mapping[KeyPath, GivenSpec]:
+    """What a caller says of each leaf.
 
-
-def matrix_statistic_axes(shape: tuple[int, ...], view: MatrixView, axes: Axes) -> Axes:
-    """As `statistic_axes` for a statistic of matrices; the blocks of a fused projection are not cut.
-
-    Args:
-      view: of the whole leaf. axes: how the leaf lies while its matrices are moved.
+    Raises:
+      ValueError: a value that is no spec, or a tree that does not match.
     """
-    of_view = Axes(
-        () if view.is_split and axis in view.output_axes else own
-        for axis, own in enumerate(unfolded_axes(view, axes))
-    )
-    lying = statistic_axes(view.unfolded(shape), view.shape, of_view)
-    if view.folded is None:
-        return lying
-    first, count = view.folded
-    return Axes((*lying[: first + 1], *lying[first + count :]))
-
-
-_FOUND_VIEWS: ContextVar[dict[KeyPath, MatrixView] | None] = ContextVar("views", default=None)
-"""Where `init` leaves its views for `found_views`; who only has a transformation cannot ask it else."""
-
-
-def note_views(views: Mapping[KeyPath, MatrixView]) -> None:
-    """Tells a `found_views` that calls this `init` where the matrices are."""
-    found = _FOUND_VIEWS.get()
-    if found is not None:
-        found.update(views)
-
-
-def found_views(tx: optax.GradientTransformation, params):
-    """(the abstract state that `tx.init` makes, where its stages found matrices)."""
-    views: dict[KeyPath, MatrixView] = {}
-    token = _FOUND_VIEWS.set(views)
-    try:
-        # A function of its own, which no cache can know: `init` has to run.
-        state = jax.eval_shape(lambda params: tx.init(params), params)
-    finally:
-        _FOUND_VIEWS.reset(token)
-    return state, views
-
-
-def zeros_beside(leaf, shape: tuple[int, ...], dtype, axes: Axes | None, specs: Specs | None):
-    """Zeros that lie as `axes` says on the mesh of `leaf`; the default place without one."""
-    if specs is None or axes is None or not isinstance(leaf, jax.Array):
-        return jnp.zeros(shape, dtype)
-    if isinstance(leaf, Tracer):
-        sharding = NamedSharding(specs.mesh, partition_spec(explicit_part(axes, specs)))
-        zeros = jnp.zeros(shape, dtype, out_sharding=sharding)
-        automatic = set(_axes_in(specs.mesh, AxisType.Auto))
-        rest = Axes(tuple(name for name in own if name in automatic) for own in axes)
-        if not any(rest):
-            return zeros
-        return jax.lax.with_sharding_constraint(
-            zeros, NamedSharding(specs.mesh, partition_spec(rest))
-        )
-    if not isinstance(leaf.sharding, NamedSharding):
-        return jnp.zeros(shape, dtype)
-    sharding = NamedSharding(leaf.sharding.mesh, partition_spec(axes))
-    return jnp.zeros(shape, dtype, device=sharding)
-
-
-def explicit_part(axes: Axes, specs: Specs) -> Axes:
-    """The mesh axes among them that are in explicit mode: those that an array's type shows."""
-    explicit = _axes_in(specs.mesh, AxisType.Explicit)
-    return Axes(tuple(name for name in own if name in explicit) for own in axes)
-
-
-def _given(param_specs: SpecTree, tree) -> Mapping[KeyPath, Any]:
     if param_specs is None:
         return {}
     if not _is_spec(param_specs):
@@ -194,27 +122,28 @@ def _given(param_specs: SpecTree, tree) -> Mapping[KeyPath, Any]:
     return given
 
 
-def _is_spec(node) -> bool:
+def _is_spec(node: object) -> bool:
     return node is None or isinstance(node, PartitionSpec | NamedSharding)
 
 
-def _spec(given) -> PartitionSpec:
+def as_partition_spec(given: GivenSpec) -> PartitionSpec:
+    """The spec without its mesh; () for a leaf that every device has whole."""
     if isinstance(given, NamedSharding):
         return given.spec
     return PartitionSpec() if given is None else given
 
 
-def own_shardings(tree):
+def own_shardings(tree: optax.Params) -> SpecTree:
     """The NamedSharding of every array that has one, None for others: what `param_specs` takes."""
 
-    def own(leaf):
+    def own(leaf: object) -> NamedSharding | None:
         sharding = getattr(leaf, "sharding", None)
         return sharding if isinstance(sharding, NamedSharding) else None
 
     return jax.tree.map(own, tree)
 
 
-def _own_sharding(leaf) -> NamedSharding | None:
+def _own_sharding(leaf: object) -> NamedSharding | None:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf.sharding if isinstance(leaf.sharding, NamedSharding) else None
     if not isinstance(leaf, jax.Array):
@@ -222,7 +151,12 @@ def _own_sharding(leaf) -> NamedSharding | None:
     return jax.typeof(leaf).sharding
 
 
-def _common_mesh(leaves, given: Mapping, own: Mapping, mesh) -> AbstractMesh:
+def _common_mesh(
+    leaves: NamedLeaves,
+    given: Mapping[KeyPath, GivenSpec],
+    own: Mapping[KeyPath, NamedSharding | None],
+    mesh: Mesh | AbstractMesh | None,
+) -> AbstractMesh:
     """The mesh of the arrays, of the specs and of the context, which must be one."""
     found = jax.sharding.get_abstract_mesh() if mesh is None else _abstract(mesh)
     for path, name, _ in leaves:
@@ -245,18 +179,19 @@ def _abstract(mesh: Mesh | AbstractMesh) -> AbstractMesh:
     return mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
 
 
-def _axes_in(mesh: AbstractMesh, *modes: AxisType) -> tuple[str, ...]:
+def axes_in(mesh: AbstractMesh, *modes: AxisType) -> tuple[str, ...]:
+    """The mesh's axes that are in one of these modes."""
     modes_of_axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return tuple(name for name, mode in modes_of_axes if mode in modes)
 
 
-def _sizes(mesh) -> str:
+def _sizes(mesh: Mesh | AbstractMesh) -> str:
     return "(" + ", ".join(f"{name}={size}" for name, size in mesh.shape.items()) + ")"
 
 
-def _check_without_mesh(leaves, given: Mapping) -> None:
+def _check_without_mesh(leaves: NamedLeaves, given: Mapping[KeyPath, GivenSpec]) -> None:
     for path, name, _ in leaves:
-        spec = _spec(given.get(path))
+        spec = as_partition_spec(given.get(path))
         if any(entry is not None for entry in spec):
             raise ValueError(
                 f"{name}: spec {spec} names mesh axes, but there is no mesh (): put the parameters"
@@ -264,7 +199,10 @@ def _check_without_mesh(leaves, given: Mapping) -> None:
             )
 
 
-def _check_rank(name: str, shape, spec: PartitionSpec, mesh) -> None:
+def check_rank(
+    name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh | AbstractMesh | None
+) -> None:
+    """Raises a ValueError for a spec with more entries than the leaf has axes."""
     if len(spec) > len(shape):
         on = "" if mesh is None else f" on the mesh {_sizes(mesh)}"
         raise ValueError(
@@ -273,24 +211,31 @@ def _check_rank(name: str, shape, spec: PartitionSpec, mesh) -> None:
         )
 
 
-def _checked(name: str, shape, given, own: NamedSharding | None, mesh: AbstractMesh) -> Axes:
+def _checked(
+    name: str,
+    shape: tuple[int, ...],
+    given: GivenSpec,
+    own: NamedSharding | None,
+    mesh: AbstractMesh,
+) -> MeshAxes:
     """The leaf's axes: as given, else as its type says."""
 
-    def refuse(spec, problem: str) -> NoReturn:
+    def refuse(spec: PartitionSpec, problem: str) -> NoReturn:
         raise ValueError(f"{name}: spec {spec} on the mesh {_sizes(mesh)}: {problem}")
 
-    of_type = () if own is None or own.mesh.empty else own.spec
-    explicit = set(_axes_in(mesh, AxisType.Explicit))
-    typed = Axes(
-        tuple(axis for axis in axes if axis in explicit) for axes in _as_axes(of_type, len(shape))
+    of_type = PartitionSpec() if own is None or own.mesh.empty else own.spec
+    explicit = set(axes_in(mesh, AxisType.Explicit))
+    typed = MeshAxes(
+        tuple(axis for axis in axes if axis in explicit)
+        for axes in as_mesh_axes(of_type, len(shape))
     )
     if given is None:
         return typed
-    spec = _spec(given)
-    _check_rank(name, shape, spec, mesh)
+    spec = as_partition_spec(given)
+    check_rank(name, shape, spec, mesh)
     if any(entry is PartitionSpec.UNCONSTRAINED for entry in spec):
         refuse(spec, "an unconstrained axis says nothing; give a mesh axis or None.")
-    axes = _as_axes(spec, len(shape))
+    axes = as_mesh_axes(spec, len(shape))
     named = [axis for own_axes in axes for axis in own_axes]
     for axis in named:
         if axis not in mesh.shape:
@@ -304,20 +249,21 @@ def _checked(name: str, shape, given, own: NamedSharding | None, mesh: AbstractM
                 " divided it over already; call the optimizer outside of it, or leave the axis out"
                 " if the parts are matrices of their own.",
             )
-    given_explicit = Axes(tuple(a for a in own_axes if a in explicit) for own_axes in axes)
+    given_explicit = MeshAxes(tuple(a for a in own_axes if a in explicit) for own_axes in axes)
     if own is not None and not own.mesh.empty and given_explicit != typed:
         refuse(spec, f"the array's own is {own.spec}; leave param_specs out, or give that.")
     sizes = [math.prod(mesh.shape[axis] for axis in own_axes) for own_axes in axes]
     # JAX keeps no array that its axes do not divide evenly, whatever was asked for.
-    return Axes(
+    return MeshAxes(
         own_axes if size % parts == 0 else ()
         for size, parts, own_axes in zip(shape, sizes, axes, strict=True)
     )
 
 
-def _as_axes(spec, rank: int) -> Axes:
+def as_mesh_axes(spec: PartitionSpec, rank: int) -> MeshAxes:
+    """The `MeshAxes` of a PartitionSpec's entries, which may be fewer than the array's axes."""
     entries = [*spec, *[None] * (rank - len(spec))]
-    return Axes(
+    return MeshAxes(
         () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
         for entry in entries
     )

@@ -1,6 +1,6 @@
 """The PartitionSpec of every array of an optimizer's state."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -10,32 +10,36 @@ from jax.sharding import NamedSharding, PartitionSpec
 from normuon_core.layout import MatrixView
 from optax_normuon.leaves.boxes import unbox
 from optax_normuon.leaves.paths import KeyPath, named_leaves
+from optax_normuon.mesh.found_views import found_views
 from optax_normuon.mesh.specs import (
+    MeshAxes,
     SpecTree,
-    _as_axes,
-    _check_rank,
-    _given,
-    _spec,
-    found_views,
-    matrix_statistic_axes,
+    as_mesh_axes,
+    as_partition_spec,
+    check_rank,
+    given_specs,
     partition_spec,
-    statistic_axes,
 )
+from optax_normuon.mesh.statistics import matrix_statistic_axes, statistic_axes
+
+_Owner = tuple[KeyPath, tuple[int, ...], MeshAxes]
+"""A parameter: its path, its shape, and how it lies."""
 
 
-def state_specs(tx: optax.GradientTransformation, params, specs: SpecTree):
+def state_specs(
+    tx: optax.GradientTransformation, params: optax.Params, specs: SpecTree
+) -> optax.OptState:
     """PartitionSpecs of an optimizer's state: for `jax.jit`, `jax.device_put` and Orbax.
 
-    What belongs to a parameter lies as the parameter does; axes that a statistic reduces, and in a
-    statistic the output axes of a leaf with `output_splits`, are not divided. Counters are on every
-    device.
+    What belongs to a parameter lies as the parameter does. A statistic is not divided along axes that it
+    has reduced, nor along the output axes of a leaf with `output_splits`. Counters are on every device.
 
         shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(tx, params, specs))
         state = jax.jit(tx.init, out_shardings=shardings)(params)
 
     Args:
-      tx: any transformation, ours within others' wrappers too: a state's leaf belongs to the parameter
-        whose path ends its own.
+      tx: any transformation, whoever has wrapped it: an array of the state belongs to the parameter
+        whose path is the end of its own.
       params: arrays or abstract arrays.
       specs: see `normuon`'s `param_specs`.
 
@@ -45,15 +49,15 @@ def state_specs(tx: optax.GradientTransformation, params, specs: SpecTree):
     Raises:
       ValueError: see `normuon`.
     """
-    given = _given(specs, params)
+    given = given_specs(specs, params)
     mesh = next((s.mesh for s in given.values() if isinstance(s, NamedSharding)), None)
-    owners = []
+    owners: list[_Owner] = []
     parameters = unbox(params)
     boxes = dict(zip(parameters.paths, parameters.places, strict=True))
     for path, name, leaf in named_leaves(params):
-        spec, shape = _spec(given[path]), np.shape(leaf)
-        _check_rank(name, shape, spec, mesh)
-        axes = _as_axes(spec, len(shape))
+        spec, shape = as_partition_spec(given[path]), np.shape(leaf)
+        check_rank(name, shape, spec, mesh)
+        axes = as_mesh_axes(spec, len(shape))
         owners.append((path, shape, axes))
         if boxes[path] != path:
             # A statistic of another shape stands outside of its parameter's box.
@@ -61,7 +65,7 @@ def state_specs(tx: optax.GradientTransformation, params, specs: SpecTree):
     # The longest path first: another parameter's path may end it.
     owners.sort(key=lambda owner: len(owner[0]), reverse=True)
 
-    def spec_of(path, leaf):
+    def spec_of(path: KeyPath, leaf: jax.ShapeDtypeStruct) -> PartitionSpec | NamedSharding:
         spec = _spec_of_state(path, np.shape(leaf), owners, views)
         return spec if mesh is None else NamedSharding(mesh, spec)
 
@@ -70,7 +74,10 @@ def state_specs(tx: optax.GradientTransformation, params, specs: SpecTree):
 
 
 def _spec_of_state(
-    path: KeyPath, shape: tuple[int, ...], owners, views: Mapping[KeyPath, MatrixView]
+    path: KeyPath,
+    shape: tuple[int, ...],
+    owners: Sequence[_Owner],
+    views: Mapping[KeyPath, MatrixView],
 ) -> PartitionSpec:
     for own, whole, axes in owners:
         # One key more: the statistics of a split leaf may be a tuple.

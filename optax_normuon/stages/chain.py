@@ -14,35 +14,37 @@ def chain_of_stages(
     increment: optax.GradientTransformation,
     rate: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-    """Stages 1 to 3, stages 4 and 5, and the learning rate, one after the other.
+    """The chain of a recipe: stages 1 to 3, stages 4 and 5, and the learning rate.
 
     Args:
-      direction: `optax.chain` of the momentum and of stages 2 and 3 on matrices.
+      direction: `optax.chain` of the momentum, and of stages 2 and 3 on matrices.
+      increment: stages 4 and 5.
+      rate: the learning rate.
     """
     return optax.chain(direction, increment, rate)
 
 
 class ChainState(NamedTuple):
-    """The state of `chain_of_stages`, which is nested tuples, by names.
+    """The state of `chain_of_stages` by names; the chain keeps it as nested tuples.
 
     Attributes:
       momentum, norm, decay, rate: of the stages; `norm` is None without stage 3.
-      polar: of stage 2, which keeps nothing.
+      polar: of stage 2, which has none.
     """
 
     momentum: MomentumState
-    polar: Any
+    polar: optax.EmptyState
     norm: NeuronNormState | None
     decay: WeightDecayState
-    rate: Any
+    rate: optax.ScaleByScheduleState
 
     @classmethod
     def of(cls, state: Any) -> "ChainState":
-        """From the chain's own state."""
+        """The chain's own state, taken apart."""
         (momentum, (polar, *norm)), decay, rate = state
         return cls(momentum, polar, norm[0] if norm else None, decay, rate)
 
-    def as_state(self) -> Any:
-        """As the chain keeps it."""
+    def as_state(self) -> optax.OptState:
+        """The inverse of `of`."""
         norm = [] if self.norm is None else [self.norm]
         return (self.momentum, (self.polar, *norm)), self.decay, self.rate

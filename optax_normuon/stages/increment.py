@@ -7,6 +7,7 @@ import optax
 from normuon_core.recipes import Recipe
 from optax_normuon.leaves.layout import Views
 from optax_normuon.leaves.multipliers import Multipliers
+from optax_normuon.leaves.paths import KeyPath
 from optax_normuon.stages.shape_scaling import scale_factor
 from optax_normuon.stages.weight_decay import WeightDecayState, decay_term
 
@@ -18,15 +19,19 @@ def decay_and_scale(
     lr_factors: Multipliers,
     wd_factors: Multipliers,
 ) -> optax.GradientTransformation:
-    """Stages 4 and 5 as the recipe orders them; mask and `rms` norm are always the direction's own."""
+    """Stages 4 and 5 as the recipe orders them.
+
+    The mask of cautious decay and the norm of the `rms` rule are those of the direction, before either
+    stage, in both orders.
+    """
     cautious, inside_scale = recipe.decay.cautious, recipe.decay.inside_scale
 
-    def init(params):
+    def init(params: optax.Params) -> WeightDecayState:
         del params
         return WeightDecayState(jnp.zeros([], jnp.int32))
 
     def update(updates, state, params=None):
-        def finish(path, v, p):
+        def finish(path: KeyPath, v: jax.Array | None, p: jax.Array) -> jax.Array | None:
             if v is None:
                 return None
             scale = scale_factor(recipe.shape_scale, v, views[path], lr_factors.on(path))

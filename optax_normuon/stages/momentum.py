@@ -1,6 +1,7 @@
 """Stage 1: the momentum of each leaf, whatever its shape."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,15 @@ from optax_normuon.leaves.precision import as_schedule, lift, map_updates, worki
 
 
 class MomentumState(NamedTuple):
-    """`count`: steps done, int32. `momentum`: a tree like the parameters."""
+    """The state of a momentum.
+
+    Attributes:
+      count: steps done, int32.
+      momentum: a tree like the parameters.
+    """
 
     count: ArrayLike
-    momentum: Any
+    momentum: optax.Params
 
 
 def lerp_momentum(
@@ -101,26 +107,33 @@ _RULES = {
 def momentum_stage(
     record: Momentum, *, momentum_dtype: DTypeLike | None
 ) -> optax.GradientTransformation:
-    """The stage that a recipe's record describes."""
+    """Stage 1 as a recipe's record describes it."""
     return _RULES[record.rule](
         record.momentum, nesterov=record.nesterov, momentum_dtype=momentum_dtype
     )
 
 
-def _lerp(m, g, mu):
+def _lerp(m: jax.Array, g: jax.Array, mu: jax.Array) -> jax.Array:
     return m + (1 - mu) * (g - m)
 
 
-def _momentum(accumulate, direction, momentum, momentum_dtype) -> optax.GradientTransformation:
-    """m <- accumulate(m, g, mu) and u = direction(m, g, mu, t), t = 1 on the first step.
+def _momentum(
+    accumulate: Callable[..., jax.Array],
+    direction: Callable[..., jax.Array],
+    momentum: optax.ScalarOrSchedule,
+    momentum_dtype: DTypeLike | None,
+) -> optax.GradientTransformation:
+    """The momentum m <- accumulate(m, g, mu) that hands on u = direction(m, g, mu, t), t = 1 at first.
 
-    mu is rounded to the working dtype first, so that a number, a tracer and a schedule agree. A number
-    outside [0, 1) is a ValueError.
+    mu is rounded to the working dtype before use, so that a number, a tracer and a schedule agree.
+
+    Raises:
+      ValueError: `momentum` is a number outside [0, 1).
     """
     check_decay("momentum", momentum)
     schedule = as_schedule(momentum)
 
-    def init(params):
+    def init(params: optax.Params) -> MomentumState:
         check_trainable(params)
         return MomentumState(
             count=jnp.zeros([], jnp.int32),
@@ -135,10 +148,10 @@ def _momentum(accumulate, direction, momentum, momentum_dtype) -> optax.Gradient
         count = optax.safe_increment(state.count)
         gradients = lift(updates)
 
-        def accumulate_leaf(g, m):
+        def accumulate_leaf(g: jax.Array, m: jax.Array) -> jax.Array:
             return accumulate(m.astype(g.dtype), g, jnp.asarray(mu, g.dtype))
 
-        def direction_leaf(g, m):
+        def direction_leaf(g: jax.Array, m: jax.Array) -> jax.Array:
             return direction(m, g, jnp.asarray(mu, g.dtype), jnp.asarray(count, g.dtype))
 
         accumulated = map_updates(accumulate_leaf, gradients, state.momentum)

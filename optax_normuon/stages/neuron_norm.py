@@ -13,12 +13,17 @@ from optax_normuon.leaves.injection import refuse_injection_of_static_arguments
 from optax_normuon.leaves.layout import LayoutTree
 from optax_normuon.leaves.precision import working_dtype
 from optax_normuon.matrices.on_matrices import on_matrices
-from optax_normuon.matrices.stack import MatrixStage, with_an_owner
+from optax_normuon.matrices.stack import MatrixStack, MatrixStage, with_an_owner
 from optax_normuon.mesh.specs import SpecTree
 
 
 class NeuronNormState(NamedTuple):
-    """`second_moment`: a tree like the parameters, float32 (float64 for float64), the reduced axes 1."""
+    """The state of `normalize_neurons`.
+
+    Attributes:
+      second_moment: a tree like the parameters, or the array of a stack: float32 (float64 for float64),
+        with size 1 on the reduced axes; see `on_matrices`.
+    """
 
     second_moment: Any
 
@@ -61,8 +66,13 @@ def normalize_neurons(
 
 
 def neuron_norm_stage(
-    beta2, *, axis: NeuronAxis, eps: float, eps_rule: EpsRule, rescale: EpsRule | None
-) -> MatrixStage:
+    beta2: float | jax.Array,
+    *,
+    axis: NeuronAxis,
+    eps: float,
+    eps_rule: EpsRule,
+    rescale: EpsRule | None,
+) -> MatrixStage[NeuronNormState]:
     """Stage 3 on a `MatrixStack`; arithmetic in float32 (float64 for float64), rounded once to the
     dtype of the values."""
     if callable(beta2):
@@ -70,18 +80,18 @@ def neuron_norm_stage(
             "beta2 is a function, and stage 3 counts no steps; for a schedule of beta2 write"
             " optax.inject_hyperparams(normuon, static_args=STATIC_ARGS)(..., beta2=schedule)."
         )
-    NeuronNorm(beta2, axis, eps, eps_rule, rescale)
+    NeuronNorm(beta2, axis, eps, eps_rule, rescale)  # pyright: ignore[reportArgumentType]
 
-    def reduced_axis(stack):
+    def reduced_axis(stack: MatrixStack) -> int:
         rows, columns = stack.sides
         return -1 if neurons_on_rows(axis, rows, columns, stack.output_axis == -2) else -2
 
-    def init(stack):
+    def init(stack: MatrixStack) -> NeuronNormState:
         shape = list(stack.values.shape)
         shape[reduced_axis(stack)] = 1
         return NeuronNormState(jnp.zeros(shape, working_dtype(stack.values.dtype)))
 
-    def update(stack, state):
+    def update(stack: MatrixStack, state: NeuronNormState) -> tuple[MatrixStack, NeuronNormState]:
         reduced = reduced_axis(stack)
         neurons = -3 - reduced
         count = stack.sides[reduced]
@@ -91,7 +101,7 @@ def neuron_norm_stage(
         s = s + (1 - jnp.asarray(beta2, s.dtype)) * (q - s)
         t = jax.lax.rsqrt(jnp.maximum(s, eps)) if eps_rule == "max" else 1 / (jnp.sqrt(s) + eps)
         if rescale is not None:
-            # |v|^2 and |v t|^2 from the neurons' statistics: no further pass over the matrix.
+            # |v|^2 and |v t|^2 follow from the neurons' statistics: no further pass over the matrix.
             squares = count * stack.sum_over(jnp.stack([q, q * t * t]), (neurons,))
             norm, scaled = jnp.sqrt(squares)
             t = t * (norm / (jnp.maximum(scaled, eps) if rescale == "max" else scaled + eps))
@@ -102,7 +112,7 @@ def neuron_norm_stage(
 
 
 def _where_it_lies(spread: Spread, may_stay: bool) -> Placement:
-    """Alone, the stage moves nothing: sums over shards are all that it needs."""
+    """The placement of the stage by itself: sums over shards are all that it needs."""
     if spread.parts == 1 or not may_stay:
         return with_an_owner(spread)
     return Placement("shards", 1, spread.count, 0, 0.0, 0.0)

@@ -9,19 +9,21 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from normuon_core.cost import Algorithm, Form, Iteration, check_algorithm
+from normuon_core.kernels_support import kernels_support
 from normuon_core.placement import Placement, Spread, place
 from normuon_core.polar_iteration import BEFORE_SQUARING, iterate, range_scales
 from normuon_core.polynomials import POLAR_EXPRESS, Coefficients, find_coefficients, with_steps
 from normuon_core.recipes import EpsRule, Polar
 from optax_normuon.kernels.backend import Backend, check_backend, takes_kernels
+from optax_normuon.leaves.arrays import Matrices, Statistics
 from optax_normuon.leaves.injection import refuse_injection_of_static_arguments
 from optax_normuon.leaves.layout import LayoutTree
 from optax_normuon.leaves.precision import working_dtype
 from optax_normuon.matrices.on_matrices import on_matrices
-from optax_normuon.matrices.stack import Fed, MatrixStack, MatrixStage
+from optax_normuon.matrices.stack import MatrixStack, MatrixStage, Prepared
 from optax_normuon.mesh.specs import SpecTree
 
-Orthogonalizer = Callable[[jax.Array], jax.Array]
+Orthogonalizer = Callable[[Matrices], Matrices]
 """(batch, rows, columns) to the same, in any floating dtype."""
 
 
@@ -129,6 +131,7 @@ def orthogonalize(
 
 
 def _chosen(coefficients: str | Coefficients, steps: int | None) -> Coefficients:
+    """The coefficients of so many steps."""
     found = find_coefficients(coefficients)
     return found if steps is None else with_steps(found, steps)
 
@@ -142,21 +145,25 @@ def orthogonalization_stage(
     compute_dtype: DTypeLike | None,
     algorithm: Algorithm,
     backend: Backend,
-) -> MatrixStage:
+) -> MatrixStage[optax.EmptyState]:
     """Stage 2 on a `MatrixStack`: values of any floating dtype in, compute dtype out."""
-    Polar(coefficients, norm_scale, eps, eps_rule)
+    polar = Polar(coefficients, norm_scale, eps, eps_rule)
     check_algorithm(algorithm)
     check_backend(backend)
+    supported = kernels_support(polar)
+    if backend == "triton" and not supported:
+        raise ValueError(f"backend='triton': {supported}; use backend='auto'.")
     if compute_dtype is not None and not jnp.issubdtype(compute_dtype, jnp.floating):
         raise TypeError(f"compute_dtype={compute_dtype} is not real floating point.")
     name = None if compute_dtype is None else jnp.dtype(compute_dtype).name
 
-    def init(stack):
+    def init(stack: MatrixStack) -> optax.EmptyState:
         del stack
         return optax.EmptyState()
 
-    def by_kernels(dtype, *, on_mesh: bool = False) -> bool:
-        return takes_kernels(backend, [dtype, *([name] if name else [])], placed=on_mesh)
+    def by_kernels(dtype: DTypeLike, *, on_mesh: bool = False) -> bool:
+        dtypes = [dtype, *([name] if name else [])]
+        return bool(supported) and takes_kernels(backend, dtypes, specs_known=on_mesh)
 
     def place_group(spread: Spread, may_stay: bool) -> Placement:
         iteration = Iteration(
@@ -177,7 +184,7 @@ def orthogonalization_stage(
         assert placement.dtype is not None
         return placement.form, placement.dtype
 
-    def feed(stack):
+    def prepare(stack: MatrixStack) -> MatrixStack:
         stays = stack.shards is not None and stack.shards.stay
         kernels = not stays and by_kernels(stack.values.dtype)
         form, chosen = form_of(stack)
@@ -187,26 +194,25 @@ def orthogonalization_stage(
         rows, columns = stack.sides
         scale, _ = range_scales(rows, columns, chosen)
         x = (_normalize(u, squares, norm_scale, eps, eps_rule) * scale).astype(chosen)
-        return stack.with_values(x, fed=Fed(form, kernels))
+        return stack.with_values(x, prepared=Prepared(form, kernels))
 
-    def update(stack, state):
-        if stack.fed is None and by_kernels(stack.values.dtype):
+    def update(stack: MatrixStack, state: optax.EmptyState) -> tuple[MatrixStack, optax.EmptyState]:
+        if stack.prepared is None and by_kernels(stack.values.dtype):
             from optax_normuon.kernels.polar import polar_factors
 
-            polar = Polar(coefficients, norm_scale, eps, eps_rule)
             form, dtype = form_of(stack)
             v = polar_factors(stack.values, polar, form=form, dtype=dtype)
             return stack.with_values(v), state
-        fed = stack if stack.fed else feed(stack)
-        assert fed.fed is not None
-        x, shards = fed.values, fed.shards
-        rows, columns = fed.sides
+        prepared = stack if stack.prepared else prepare(stack)
+        assert prepared.prepared is not None
+        x, shards = prepared.values, prepared.shards
+        rows, columns = prepared.sides
         scales = range_scales(rows, columns, x.dtype.name)
-        if fed.fed.by_kernels:
+        if prepared.prepared.by_kernels:
             from optax_normuon.kernels.polar import iterate_stack
 
-            v = iterate_stack(x, coefficients, fed.fed.form, x.dtype.name)
-            return fed.with_values(v), state
+            v = iterate_stack(x, coefficients, prepared.prepared.form, x.dtype.name)
+            return prepared.with_values(v), state
         products = XlaProducts(rows <= columns)
         if shards is not None:
             x = shards.along_the_long_side(x)
@@ -215,21 +221,21 @@ def orthogonalization_stage(
             x,
             coefficients,
             products,
-            algorithm=fed.fed.form,
+            algorithm=prepared.prepared.form,
             short=min(rows, columns),
             scales=scales,
         )
         if shards is not None:
-            v = shards.back(v, fed.values.shape)
-        return fed.with_values(v), state
+            v = shards.back(v, prepared.values.shape)
+        return prepared.with_values(v), state
 
-    return MatrixStage(init, update, feed, place_group, takes_shards=True)
+    return MatrixStage(init, update, prepare, place_group, takes_shards=True)
 
 
-def stage_of_orthogonalizer(orthogonalizer: Orthogonalizer) -> MatrixStage:
+def stage_of_orthogonalizer(orthogonalizer: Orthogonalizer) -> MatrixStage[optax.EmptyState]:
     """A function of the user's own in the place of stage 2."""
 
-    def update(stack, state):
+    def update(stack: MatrixStack, state: optax.EmptyState) -> tuple[MatrixStack, optax.EmptyState]:
         result = orthogonalizer(stack.values)
         if result.shape != stack.values.shape:
             raise ValueError(
@@ -241,8 +247,10 @@ def stage_of_orthogonalizer(orthogonalizer: Orthogonalizer) -> MatrixStage:
     return MatrixStage(lambda stack: optax.EmptyState(), update)
 
 
-def _normalize(u, squares, norm_scale: float, eps: float, eps_rule: EpsRule):
-    """Of `BEFORE_SQUARING` u and its squares' sum; eps is what it would be for u itself."""
+def _normalize(
+    u: Matrices, squares: Statistics, norm_scale: float, eps: float, eps_rule: EpsRule
+) -> Matrices:
+    """u over its norm, from `BEFORE_SQUARING` u and the sum of its squares; eps is for u itself."""
     eps = eps * BEFORE_SQUARING
     norm = norm_scale * jnp.sqrt(squares)
     # A finite matrix over an overflowed norm would be a silent zero.
@@ -252,7 +260,7 @@ def _normalize(u, squares, norm_scale: float, eps: float, eps_rule: EpsRule):
 
 @dataclass(frozen=True)
 class XlaProducts:
-    """`Products` as XLA makes them.
+    """`normuon_core.polar_iteration.Products` by XLA.
 
     Attributes:
       wide: whether X has no more rows than columns; else it is tall.
@@ -262,7 +270,7 @@ class XlaProducts:
     wide: bool
     axes: tuple[str, ...] = ()
 
-    def gram(self, x, *, alpha):
+    def gram(self, x: jax.Array, *, alpha: float) -> jax.Array:
         return _product(
             x,
             x,
@@ -272,27 +280,37 @@ class XlaProducts:
             sum_over=self.axes,
         )
 
-    def multiply(self, s, t, *, alpha, addends=(), diagonal=0.0):
+    def multiply(
+        self,
+        s: jax.Array,
+        t: jax.Array,
+        *,
+        alpha: float,
+        addends: Sequence[tuple[jax.Array, float]] = (),
+        diagonal: float = 0.0,
+    ) -> jax.Array:
         return _product(s, t, alpha=alpha, addends=addends, diagonal=diagonal)
 
-    def apply(self, s, x, *, alpha, addend=0.0):
+    def apply(self, s: jax.Array, x: jax.Array, *, alpha: float, addend: float = 0.0) -> jax.Array:
         left, right = (s, x) if self.wide else (x, s)
         return _product(left, right, alpha=alpha, addends=[(x, addend)] if addend else [])
 
 
 def _product(
-    a,
-    b,
+    a: jax.Array,
+    b: jax.Array,
     *,
     alpha: float,
     addends: Sequence[tuple[jax.Array, float]] = (),
     diagonal: float = 0.0,
-    transpose_a=False,
-    transpose_b=False,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
     sum_over: tuple[str, ...] = (),
-):
-    """alpha op(a) op(b), summed over mesh axes, plus each addend times its factor, plus diagonal I:
-    accumulated, summed and finished in float32 (float64 for float64), rounded once to a's dtype."""
+) -> jax.Array:
+    """alpha op(a) op(b), summed over mesh axes, plus each addend times its factor, plus diagonal I.
+
+    Accumulated, summed and finished in float32 (float64 for float64), and rounded once to a's dtype.
+    """
     accumulator = working_dtype(a.dtype)
     contracting = (1 if transpose_a else 2,), (2 if transpose_b else 1,)
     product = jax.lax.dot_general(

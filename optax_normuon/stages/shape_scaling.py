@@ -7,9 +7,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from normuon_core.layout import MatrixView
 from normuon_core.shape_rules import RMS_FLOOR, ShapeRule, check_shape_rule, shape_factor
+from optax_normuon.leaves.arrays import Statistics
 from optax_normuon.leaves.injection import refuse_injection_of_static_arguments
 from optax_normuon.leaves.layout import LayoutTree, resolve_layouts
-from optax_normuon.leaves.multipliers import MultiplierTree, resolve_multipliers
+from optax_normuon.leaves.multipliers import Multiplier, MultiplierTree, resolve_multipliers
+from optax_normuon.leaves.paths import KeyPath
 from optax_normuon.leaves.precision import working_dtype
 from optax_normuon.matrices.views import join_blocks, split_blocks
 
@@ -45,7 +47,7 @@ def scale_by_shape(
     """
     check_shape_rule(rule)
 
-    def init(params):
+    def init(params: optax.Params) -> optax.EmptyState:
         views = resolve_layouts(layout, params)
         resolve_multipliers(lr_mul, params, views, what="lr_mul")
         return optax.EmptyState()
@@ -55,7 +57,7 @@ def scale_by_shape(
         views = resolve_layouts(layout, like)
         factors = resolve_multipliers(lr_mul, like, views, what="lr_mul")
 
-        def scale(path, v):
+        def scale(path: KeyPath, v: jax.Array | None) -> jax.Array | None:
             if v is None:
                 return None
             v = v.astype(working_dtype(v.dtype))
@@ -67,13 +69,16 @@ def scale_by_shape(
     return optax.GradientTransformation(init, update)
 
 
-def scale_factor(rule: ShapeRule, v, view: MatrixView | None, lr_factor):
+def scale_factor(
+    rule: ShapeRule, v: jax.Array, view: MatrixView | None, lr_factor: Multiplier
+) -> jax.Array:
     """What one leaf is multiplied by: a scalar or an array of v's dtype that broadcasts to the leaf.
 
     Args:
-      v: the leaf, whose norms the `rms` rule takes. view: None for a leaf that is no matrix.
-      lr_factor: a number or a broadcastable array. A number's, or a NumPy array's, product with the
-        shape's factor is taken in double precision and rounded once.
+      v: the leaf; the `rms` rule depends on its norms.
+      view: None for a leaf that is no matrix.
+      lr_factor: the leaf's `lr_mul`. If it is a number or a NumPy array, its product with the shape's
+        factor is taken in double precision and rounded once.
     """
     if view is None:
         return jnp.asarray(lr_factor, v.dtype)
@@ -88,7 +93,7 @@ def scale_factor(rule: ShapeRule, v, view: MatrixView | None, lr_factor):
             factor / jnp.maximum(norm, RMS_FLOOR)
             for factor, norm in zip(factors, norms, strict=True)
         ]
-    # One number for each output neuron, which broadcasts over the inputs; unless these are folded.
+    # One number for each output neuron broadcasts over the inputs, unless the inputs are folded.
     runs = []
     for run, factor in zip(view.runs, factors, strict=True):
         _, rows, columns = view.block_stack_shape(run.size)
@@ -99,16 +104,16 @@ def scale_factor(rule: ShapeRule, v, view: MatrixView | None, lr_factor):
     return jnp.asarray(lr_factor, v.dtype) * join_blocks(runs, view)
 
 
-def _norms(v, view: MatrixView) -> list:
-    """The norm of every matrix of each run of output blocks, (matrices, 1, 1)."""
+def _norms(v: jax.Array, view: MatrixView) -> list[Statistics]:
+    """The norms of the matrices of each run of output blocks, (matrices, 1, 1)."""
     stored = {view.stored_axis(axis) for axis in view.input_axes}
     if view.folded is not None:
-        # There may be matrices beside the inputs.
+        # The axis where it is stored may hold other matrices beside the inputs.
         stored.discard(view.folded[0])
     squares = jnp.sum(jnp.square(v), axis=tuple(stored), keepdims=True)
     lies = jax.typeof(squares).sharding
     if any(lies.spec):
-        # So few numbers may be on every device; blocks need not end where a device's part does.
+        # A block may end within a device's part: let every device have all of these few numbers.
         squares = jax.reshard(squares, NamedSharding(lies.mesh, PartitionSpec()))
     return [
         jnp.sqrt(jnp.sum(block, axis=(-2, -1), keepdims=True))

@@ -10,13 +10,18 @@ from jax.typing import ArrayLike
 from normuon_core.hyperparameters import check_rate
 from optax_normuon.leaves.injection import refuse_injection_of_static_arguments
 from optax_normuon.leaves.layout import LayoutTree, Views, resolve_layouts
-from optax_normuon.leaves.multipliers import MultiplierTree, resolve_multipliers
+from optax_normuon.leaves.multipliers import Multipliers, MultiplierTree, resolve_multipliers
 from optax_normuon.leaves.parameters import check_leaves, require_params
+from optax_normuon.leaves.paths import KeyPath
 from optax_normuon.leaves.precision import as_schedule, working_dtype
 
 
 class WeightDecayState(NamedTuple):
-    """`count`: steps done, int32."""
+    """The state of a weight decay.
+
+    Attributes:
+      count: steps done, int32.
+    """
 
     count: ArrayLike
 
@@ -39,7 +44,7 @@ def add_cautious_weight_decay(
       weight_decay: lambda, a number or a schedule.
       cautious: False adds lambda wd_mul p everywhere: plain decoupled decay with the same multipliers.
       wd_mul: see `normuon`.
-      layout: see `normuon`; it is looked at only for the batch axes of arrays in `wd_mul`.
+      layout: see `normuon`; only the batch axes of arrays in `wd_mul` depend on it.
 
     Returns:
       A transformation of any tree: float32 arithmetic, or the update's dtype where that is wider.
@@ -50,20 +55,20 @@ def add_cautious_weight_decay(
     check_rate("weight_decay", weight_decay)
     schedule = as_schedule(weight_decay)
 
-    def init(params):
+    def init(params: optax.Params) -> WeightDecayState:
         _multipliers(params)
         return WeightDecayState(jnp.zeros([], jnp.int32))
 
-    def _multipliers(params):
+    def _multipliers(params: optax.Params) -> Multipliers:
         views = resolve_layouts(layout, params) if wd_mul is not None else Views()
         return resolve_multipliers(wd_mul, params, views, what="wd_mul")
 
     def update(updates, state, params=None):
-        require_params(params)
+        params = require_params(params)
         check_leaves(updates, params)
         factors = _multipliers(params)
 
-        def decay(path, v, p):
+        def decay(path: KeyPath, v: jax.Array | None, p: jax.Array) -> jax.Array | None:
             if v is None:
                 return None
             v = v.astype(working_dtype(v.dtype))
@@ -80,8 +85,11 @@ def add_cautious_weight_decay(
     return optax.GradientTransformation(init, update)
 
 
-def decay_term(v, p, amount, *, cautious: bool):
-    """amount [v p >= 0] p, or amount p; all of one dtype."""
+def decay_term(v: jax.Array, p: jax.Array, amount: jax.Array, *, cautious: bool) -> jax.Array:
+    """What decay adds to an update v of p: amount [v p >= 0] p if `cautious`, else amount p.
+
+    All arrays have one dtype.
+    """
     decayed = amount * p
-    # Not v * p >= 0: the product can underflow to zero, which counts as agreement.
+    # Not v * p >= 0: a product of opposite signs that underflows to zero would count as agreement.
     return jnp.where(jnp.sign(v) * jnp.sign(p) >= 0, decayed, 0) if cautious else decayed

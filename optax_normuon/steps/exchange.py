@@ -1,8 +1,7 @@
-"""What travels of a stack by kernels over a mesh: `normuon_core.fused_step.Exchange` in JAX."""
+"""How a stack of the kernels travels over a mesh: `normuon_core.fused_step.Exchange` in JAX."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,8 @@ import jax.numpy as jnp
 from normuon_core.fused_step import Piece
 from normuon_core.kernels.geometry import Geometry, padded
 from normuon_core.placement import Placement
-from optax_normuon.mesh.cut import Cut
+from optax_normuon.leaves.arrays import Matrices, Statistics
+from optax_normuon.mesh.matrix_sharding import MatrixSharding
 from optax_normuon.mesh.owners import Owners, Sides
 from optax_normuon.mesh.specs import Specs
 
@@ -20,8 +20,9 @@ class Exchange:
     """See `normuon_core.fused_step.Exchange`; within a `jax.shard_map`.
 
     Attributes:
-      owners: the way of its matrices, their rows being the short side.
-      geometry: of one device's parts. count: of the stack.
+      owners: of its matrices, whose rows are the short side.
+      geometry: of one device's parts.
+      count: matrices of the stack.
     """
 
     owners: Owners
@@ -30,36 +31,44 @@ class Exchange:
 
     @classmethod
     def of(
-        cls, cut: Cut, placement: Placement, specs: Specs, *, geometry: Geometry, count: int
+        cls,
+        sharding: MatrixSharding,
+        placement: Placement,
+        specs: Specs,
+        *,
+        geometry: Geometry,
+        count: int,
     ) -> "Exchange":
         """For a stack of `count` matrices."""
-        return cls(Owners.of(cut, placement, specs, count=count), geometry, count)
+        return cls(Owners.of(sharding, placement, specs, count=count), geometry, count)
 
     @property
     def owned(self) -> int:
         return self.owners.each
 
-    def gather_partials(self, partials):
+    def gather_partials(self, partials: jax.Array) -> jax.Array:
         gathered = self.owners.gather_parts(partials)
         return gathered.reshape(len(partials), -1)
 
-    def to_owners(self, x):
+    def to_owners(self, x: Matrices) -> Matrices:
         _, long = self.geometry.whole
         whole = self.owners.to_owners(self.owners.replicas_share(x[..., : self.geometry.long]))
         return _widened(whole, padded(long))
 
-    def to_holders(self, v):
+    def to_holders(self, v: Matrices) -> Matrices:
         _, long = self.geometry.whole
         return _widened(self.owners.to_holders(v[..., :long], self.count), self.geometry.pitch)
 
-    def statistics_to_owners(self, pieces: Sequence[tuple[Piece, Any]]):
+    def statistics_to_owners(self, pieces: Sequence[tuple[Piece, jax.Array]]) -> jax.Array:
         own = [x[piece.start : piece.start + piece.count] for piece, x in pieces]
         x = self._beside_reduced(jnp.concatenate(own))
         return self.owners.statistic_to_owners(x, self._sides).reshape(self.owned, -1)
 
-    def statistics_to_holders(self, statistics: Sequence[Any], sums):
+    def statistics_to_holders(
+        self, statistics: Sequence[jax.Array], sums: jax.Array
+    ) -> tuple[list[jax.Array], jax.Array]:
         sent = [(self._beside_reduced(x), self._sides) for x in statistics]
-        # Numbers of a whole matrix, which no side divides.
+        # No side of these numbers is divided: they are of whole matrices.
         flat = sums.reshape(self.owned, 1, -1)
         numbers = [(flat[..., i : i + 1], Sides(False, False)) for i in range(flat.shape[-1])]
         back = self.owners.statistics_to_holders(sent + numbers, self.count)
@@ -67,7 +76,7 @@ class Exchange:
         numbers = jnp.concatenate(back[len(sent) :], axis=-1)
         return known, numbers.reshape(self.count, *sums.shape[1:])
 
-    def rates_to_owners(self, pieces: Sequence[Piece]):
+    def rates_to_owners(self, pieces: Sequence[Piece]) -> tuple[jax.Array, int]:
         rates = pieces[0].block.leaf.rates
         if len(rates) == 1:
             return rates, self.geometry.matrices_a_rate
@@ -83,9 +92,11 @@ class Exchange:
     def _sides(self) -> Sides:
         return Sides(self.geometry.neurons_on_short, not self.geometry.neurons_on_short)
 
-    def _beside_reduced(self, x):
+    def _beside_reduced(self, x: jax.Array) -> Statistics:
+        """(matrices, neurons) with the reduced side as an axis of size 1."""
         return x[:, :, None] if self.geometry.neurons_on_short else x[:, None, :]
 
 
-def _widened(x, pitch: int) -> jax.Array:
+def _widened(x: Matrices, pitch: int) -> Matrices:
+    """Rows of `pitch` entries, as the kernels want them."""
     return jnp.pad(x, [(0, 0), (0, 0), (0, pitch - x.shape[-1])])

@@ -6,7 +6,6 @@ updates are those of the chain of transformations that the kernels stand for.
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,33 +21,37 @@ from optax_normuon.kernels import launcher
 from optax_normuon.kernels.engine import Kernels, left_to_xla
 from optax_normuon.leaves.boxes import unbox
 from optax_normuon.leaves.layout import Views
-from optax_normuon.leaves.multipliers import Multipliers
-from optax_normuon.leaves.paths import named_leaves
+from optax_normuon.leaves.multipliers import Multiplier, Multipliers
+from optax_normuon.leaves.parameters import require_params
+from optax_normuon.leaves.paths import KeyPath, named_leaves
 from optax_normuon.leaves.precision import as_schedule
-from optax_normuon.matrices.plan import Stack, plan
+from optax_normuon.matrices.plan import PlannedStack, plan
+from optax_normuon.matrices.views import LeafStatistic
 from optax_normuon.mesh.collectives import run_on_mesh
-from optax_normuon.mesh.placed_leaf import PlacedLeaf, place_leaf
-from optax_normuon.mesh.specs import Axes, Specs
+from optax_normuon.mesh.leaf_on_mesh import LeafOnMesh, leaf_on_mesh
+from optax_normuon.mesh.specs import MeshAxes, Specs
 from optax_normuon.stages.chain import ChainState
 from optax_normuon.stages.momentum import MomentumState
 from optax_normuon.stages.neuron_norm import NeuronNormState
 from optax_normuon.stages.weight_decay import WeightDecayState
 from optax_normuon.steps.exchange import Exchange
-from optax_normuon.steps.weights import LaidOut, Stepped, Weight, lying_arrays, with_leading_batch
+from optax_normuon.steps.weights import LaidOut, Stepped, Weight, mesh_axes_of, with_leading_batch
 
 
 def step_weights(
-    leaves: Sequence[PlacedLeaf],
-    weights: Sequence[Weight],
-    rates,
+    leaves: Sequence[LeafOnMesh],
+    weights: Sequence[Weight[jax.Array]],
+    rates: jax.Array,
     engine: Kernels,
     specs: Specs | None = None,
-) -> list[Stepped]:
-    """All stages of all weights; under `vmap` of weights with one more batch axis.
+) -> list[Stepped[jax.Array]]:
+    """Runs all stages on all weights. `jax.vmap` gives the weights one more batch axis.
 
     Args:
-      weights: on a mesh one device's parts of them.
-      rates: (runs, `source.RATES`) float32; a weight's matrices are cut into as many equal runs.
+      leaves: how the weights lie.
+      weights: their arrays; on a mesh one device's parts of them.
+      rates: (runs, `source.RATES`) float32: one row for each of as many equal runs of a weight's
+        matrices.
     """
 
     @jax.custom_batching.custom_vmap
@@ -76,12 +79,12 @@ def step_weights(
 
 
 def _step_weights(
-    leaves: Sequence[PlacedLeaf],
-    weights: Sequence[Weight],
-    rates,
+    leaves: Sequence[LeafOnMesh],
+    weights: Sequence[Weight[jax.Array]],
+    rates: jax.Array,
     engine: Kernels,
     specs: Specs | None,
-):
+) -> list[Stepped[jax.Array]]:
     laid_out = [
         LaidOut(leaf, weight, rates, engine.recipe)
         for leaf, weight in zip(leaves, weights, strict=True)
@@ -90,7 +93,7 @@ def _step_weights(
     stacks = plan(dict(enumerate(leaves)), dtypes, engine, specs, ceiling=engine.ceiling)
     done: list[Leaf] = []
     for stack in _in_order(stacks):
-        placement, cut = stack.placement, stack.alike.cut
+        placement, sharding = stack.placement, stack.key.sharding
         assert placement.form is not None
         assert placement.dtype is not None
         pieces = [
@@ -98,9 +101,9 @@ def _step_weights(
             for each in stack.pieces
         ]
         exchange = None
-        if specs is not None and cut is not None and placement.strategy == "owners":
+        if specs is not None and sharding is not None and placement.strategy == "owners":
             geometry = pieces[0].block.geometry
-            exchange = Exchange.of(cut, placement, specs, geometry=geometry, count=stack.count)
+            exchange = Exchange.of(sharding, placement, specs, geometry=geometry, count=stack.count)
             _wait_for_the_last_but_one(pieces[0].block.leaf, done)
         step_stack(
             launcher.launch,
@@ -115,15 +118,18 @@ def _step_weights(
     return [weight.stepped() for weight in laid_out]
 
 
-def _in_order(stacks: Sequence[Stack[int]]) -> list[Stack[int]]:
-    """The smallest group first and the second smallest last: no other group's work hides their ways."""
-    groups = [list(group) for _, group in groupby(stacks, key=lambda stack: stack.alike)]
-    ascending = sorted(groups, key=lambda g: g[0].alike.rows * g[0].alike.columns * g[0].group)
+def _in_order(stacks: Sequence[PlannedStack[int]]) -> list[PlannedStack[int]]:
+    """The order in which stacks are stepped: the smallest group first, the second smallest last.
+
+    A stack travels while another is worked on. Before the first and after the last there is no other.
+    """
+    groups = [list(group) for _, group in groupby(stacks, key=lambda stack: stack.key)]
+    ascending = sorted(groups, key=lambda g: g[0].key.rows * g[0].key.columns * g[0].group_size)
     return [stack for g in (*ascending[:1], *ascending[2:], *ascending[1:2]) for stack in g]
 
 
 def _wait_for_the_last_but_one(leaf: Leaf, done: Sequence[Leaf]) -> None:
-    """So that one stack travels while another is worked on, and no more are in memory."""
+    """Lets one stack travel while another is worked on, and keeps more of them out of memory."""
     if len(done) > 1 and done[-2] is not leaf:
         before = done[-2]
         leaf.gradient, before.delta = jax.lax.optimization_barrier((leaf.gradient, before.delta))
@@ -140,17 +146,25 @@ def with_kernels(
     lr_factors: Multipliers,
     wd_factors: Multipliers,
 ) -> optax.GradientTransformation:
-    """The chain of a recipe's stages for matrices, its update made by the kernels.
+    """The chain of a recipe's stages for matrices, with its update made by the kernels.
 
-    `chain` is a `chain_of_stages`: its state is kept as it is, so that a checkpoint does not know which
-    backend wrote it. Gradients and
+    The state is the chain's own, so that a checkpoint does not depend on the backend. Gradients and
     parameters are taken in their own dtypes.
+
+    Args:
+      chain: a `chain_of_stages`. It steps the leaves that no kernel steps.
+      views: of all leaves that hold matrices.
+      decay_rate: what multiplies the weights in stage 4, `wd_factors` aside.
+      lr_factors, wd_factors: of the leaves.
     """
     recipe = engine.recipe
     beta2 = 0.0 if recipe.neuron_norm is None else recipe.neuron_norm.beta2
     mu, rate = as_schedule(recipe.momentum.momentum), as_schedule(learning_rate)
 
-    def update(updates, state, params=None):
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        params = require_params(params)
         before = ChainState.of(state)
         count = optax.safe_increment(before.momentum.count)
         rates = [
@@ -164,8 +178,8 @@ def with_kernels(
 
         given = {path: leaf for path, _, leaf in named_leaves(updates)}
         dtypes = {path: leaf.dtype for path, leaf in given.items()}
-        placed = {path: place_leaf(views[path], path, specs) for path in given}
-        left_out = left_to_xla(placed, dtypes, engine, specs)
+        on_mesh = {path: leaf_on_mesh(views[path], path, specs) for path in given}
+        left_out = left_to_xla(on_mesh, dtypes, engine, specs)
         kept = before
         if left_out:
             rest = jax.tree_util.tree_map_with_path(
@@ -179,7 +193,7 @@ def with_kernels(
                 updates,
                 is_leaf=lambda leaf: leaf is None,
             )
-            placed = {path: leaf for path, leaf in placed.items() if path not in left_out}
+            on_mesh = {path: leaf for path, leaf in on_mesh.items() if path not in left_out}
 
         parameters = {path: leaf for path, _, leaf in named_leaves(params)}
         momenta = {path: leaf for path, _, leaf in named_leaves(kept.momentum.momentum)}
@@ -193,25 +207,25 @@ def with_kernels(
                 _scales(recipe, leaf.view, lr_factors.on(path)),
                 _decays(leaf.view, wd_factors.on(path)),
             )
-            for path, leaf in placed.items()
+            for path, leaf in on_mesh.items()
         ]
-        leaves = list(placed.values())
+        leaves = list(on_mesh.values())
 
-        def step(weights, rates):
+        def step(weights: list[Weight[jax.Array]], rates: jax.Array) -> list[Stepped[jax.Array]]:
             return step_weights(leaves, weights, rates, engine, specs)
 
         if specs is None:
             stepped = step(weights, rates[None])
         else:
-            lying = [lying_arrays(*each) for each in zip(leaves, weights, strict=True)]
+            axes = [mesh_axes_of(*each) for each in zip(leaves, weights, strict=True)]
             stepped = run_on_mesh(
                 step,
                 specs,
                 (weights, rates[None]),
-                (lying, Axes(((), ()))),
-                [Stepped(own.parameter, own.momentum, own.second_moment) for own in lying],
+                (axes, MeshAxes(((), ()))),
+                [Stepped(own.parameter, own.momentum, own.second_moment) for own in axes],
             )
-        found = dict(zip(placed, stepped, strict=True))
+        found = dict(zip(on_mesh, stepped, strict=True))
 
         updates = _replaced(updates, {path: each.delta for path, each in found.items()})
         momenta = {path: each.momentum for path, each in found.items()}
@@ -228,7 +242,9 @@ def with_kernels(
     return optax.GradientTransformation(chain.init, update)
 
 
-def _moments_by_path(norm: NeuronNormState | None, params) -> dict[Any, Any]:
+def _moments_by_path(
+    norm: NeuronNormState | None, params: optax.Params
+) -> dict[KeyPath, LeafStatistic]:
     """The second moment of every weight, as the state keeps it."""
     if norm is None:
         return {}
@@ -237,29 +253,36 @@ def _moments_by_path(norm: NeuronNormState | None, params) -> dict[Any, Any]:
     return dict(zip(parameters.paths, kept, strict=True))
 
 
-def _with_moments(params, moments: Mapping[Any, Any]):
+def _with_moments(params: optax.Params, moments: Mapping[KeyPath, LeafStatistic]) -> optax.Params:
+    """The inverse of `_moments_by_path`: a tree like the parameters, without their boxes."""
     parameters = unbox(params)
     return parameters.tree.unflatten([moments[path] for path in parameters.paths])
 
 
-def _replaced(tree, leaves: Mapping[Any, Any]):
+def _replaced(tree: optax.Params, leaves: Mapping[KeyPath, jax.Array]) -> optax.Params:
+    """The tree with some of its leaves replaced."""
     return jax.tree_util.tree_map_with_path(lambda path, old: leaves.get(path, old), tree)
 
 
-def _scales(recipe: Recipe, view: MatrixView, lr_factor) -> tuple:
-    """k lr_mul for each matrix of a run, rounded once where `lr_mul` is no JAX array."""
+def _scales(recipe: Recipe, view: MatrixView, lr_factor: Multiplier) -> tuple[jax.Array, ...]:
+    """The shape's factor times `lr_mul`, for each matrix of each run.
+
+    Of a number or a NumPy array the product is taken in double precision, and rounded once.
+    """
     return tuple(
         _each(lr_factor * shape_factor(recipe.shape_scale, run.size, view.inputs), view, run)
         for run in view.runs
     )
 
 
-def _decays(view: MatrixView, wd_factor) -> tuple:
+def _decays(view: MatrixView, wd_factor: Multiplier) -> tuple[jax.Array, ...]:
+    """`wd_mul` for each matrix of each run."""
     return tuple(_each(wd_factor, view, run) for run in view.runs)
 
 
-def _each(value, view: MatrixView, run: Run) -> jax.Array:
-    if np.ndim(value):
+def _each(value: Multiplier, view: MatrixView, run: Run) -> jax.Array:
+    """A leaf's factor for each matrix of a run: over the batch axes and then the blocks, float32."""
+    if isinstance(value, np.ndarray | jax.Array) and value.ndim:
         value = value.reshape(view.unfolded(value.shape))
         value = value[tuple(slice(None) if a in view.batch_axes else 0 for a in range(value.ndim))]
         value = value[..., None]

@@ -1,7 +1,7 @@
 """One weight as the kernels take it, and what a step makes of it."""
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,18 @@ from normuon_core.kernels.geometry import block_geometries
 from normuon_core.layout import MatrixView
 from normuon_core.recipes import Recipe
 from optax_normuon.kernels.polar import output_of, row_major_strides
+from optax_normuon.leaves.arrays import Statistics
 from optax_normuon.matrices.views import as_leaf, as_stack, join_statistic, split_statistic
-from optax_normuon.mesh.placed_leaf import PlacedLeaf, state_axes
-from optax_normuon.mesh.specs import Axes, unfolded_axes
+from optax_normuon.mesh.leaf_on_mesh import LeafOnMesh, state_axes
+from optax_normuon.mesh.specs import MeshAxes
+from optax_normuon.mesh.statistics import unfolded_axes
+
+Entry = TypeVar("Entry")
+"""An array, or how it lies."""
 
 
-class Weight(NamedTuple):
-    """One weight's arrays in a step.
+class Weight(NamedTuple, Generic[Entry]):
+    """One weight's arrays in a step, or how each of them lies on the mesh.
 
     Attributes:
       gradient, parameter, momentum: of the weight's shape.
@@ -26,26 +31,26 @@ class Weight(NamedTuple):
         float32.
     """
 
-    gradient: Any
-    parameter: Any
-    momentum: Any
-    second_moment: Any
-    scales: tuple
-    decays: tuple
+    gradient: Entry
+    parameter: Entry
+    momentum: Entry
+    second_moment: Entry | tuple[Entry, ...]
+    scales: tuple[Entry, ...]
+    decays: tuple[Entry, ...]
 
 
-class Stepped(NamedTuple):
-    """What a step makes of a `Weight`."""
+class Stepped(NamedTuple, Generic[Entry]):
+    """What a step makes of a `Weight`, or how it lies."""
 
-    delta: Any
-    momentum: Any
-    second_moment: Any
+    delta: Entry
+    momentum: Entry
+    second_moment: Entry | tuple[Entry, ...]
 
 
 def with_leading_batch(view: MatrixView, size: int) -> MatrixView:
     """The view of `size` such arrays stacked along a new first axis."""
 
-    def moved(axes):
+    def moved(axes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(axis + 1 for axis in axes)
 
     return replace(
@@ -59,12 +64,18 @@ def with_leading_batch(view: MatrixView, size: int) -> MatrixView:
 
 
 class LaidOut:
-    """A weight as the kernels take it, and the way back."""
+    """A weight as the kernels take it; `stepped` brings it back.
 
-    def __init__(self, placed: PlacedLeaf, weight: Weight, rates, recipe: Recipe):
-        view = placed.local
-        self.placed, self.view, self.weight, self.recipe = placed, view, weight, recipe
-        # What no stride can reach is brought to a stack first.
+    Attributes:
+      leaf: its arrays. blocks: its runs of output blocks.
+    """
+
+    def __init__(
+        self, on_mesh: LeafOnMesh, weight: Weight[jax.Array], rates: jax.Array, recipe: Recipe
+    ):
+        view = on_mesh.local
+        self.view, self.weight, self.recipe = view, weight, recipe
+        # Where a side's axes do not lie in one piece, no stride steps along it: the array is copied.
         self.in_place = view.strides() is not None
         laid_out = view if self.in_place else view.stacked
         gradient, parameter, momentum = (
@@ -86,7 +97,7 @@ class LaidOut:
         geometries = block_geometries(
             laid_out,
             row_major_strides(laid_out),
-            whole=placed.view,
+            whole=on_mesh.view,
             axis="output" if rule is None else rule.axis,
             rates=len(rates),
         )
@@ -104,7 +115,8 @@ class LaidOut:
             )
         ]
 
-    def stepped(self) -> Stepped:
+    def stepped(self) -> Stepped[jax.Array]:
+        """What the step has made of the weight."""
         delta, momentum = (
             x if self.in_place else as_leaf(x, self.view)
             for x in (self.leaf.delta, self.leaf.momentum)
@@ -119,20 +131,20 @@ class LaidOut:
         return Stepped(delta, momentum, kept)
 
 
-def _flat(moment):
-    """(matrices, rows or 1, columns or 1) as (matrices, neurons)."""
+def _flat(moment: Statistics) -> jax.Array:
+    """The same as (matrices, neurons)."""
     return moment.reshape(len(moment), -1)
 
 
-def _moment_of(block: Block):
+def _moment_of(block: Block) -> jax.Array:
     return jnp.concatenate(block.new_moments) if block.new_moments else block.second_moment
 
 
-def lying_arrays(leaf: PlacedLeaf, weight: Weight) -> Weight:
+def mesh_axes_of(leaf: LeafOnMesh, weight: Weight[jax.Array]) -> Weight[MeshAxes]:
     """How a weight's arrays lie on the mesh."""
     own = leaf.axes
     of_view = unfolded_axes(leaf.view, own)
-    batch = Axes((*(of_view[axis] for axis in leaf.view.batch_axes), ()))
+    batch = MeshAxes((*(of_view[axis] for axis in leaf.view.batch_axes), ()))
     moment = jax.tree.map(lambda x: state_axes(x.shape, leaf), weight.second_moment)
     runs = len(leaf.view.runs)
     return Weight(own, own, own, moment, (batch,) * runs, (batch,) * runs)

@@ -16,7 +16,7 @@ SHAPES = {
     "up": (64, 256),
     "down": (256, 64),
     "experts": (4, 64, 256),
-    "lonely": (16, 4096),
+    "kept_sharded": (16, 4096),
     "qkv": (64, 96),
     "cut_through": (64, 96),
     "bias": (64,),
@@ -25,7 +25,7 @@ SPECS = {
     "up": P("fsdp", "tp"),
     "down": P("tp", "fsdp"),
     "experts": P("tp", "fsdp"),
-    "lonely": P(None, ("fsdp", "tp")),
+    "kept_sharded": P(None, ("fsdp", "tp")),
     "qkv": P("fsdp"),
     "cut_through": P(None, "fsdp"),
     "bias": P("fsdp"),
@@ -34,7 +34,7 @@ LAYOUT = {
     "up": MatrixLayout(0, 1),
     "down": MatrixLayout(1, 0),
     "experts": MatrixLayout(1, 2),
-    "lonely": MatrixLayout(0, 1),
+    "kept_sharded": MatrixLayout(0, 1),
     "qkv": MatrixLayout(0, 1, (32, 32, 32)),
     "cut_through": MatrixLayout(0, 1, (32, 32, 32)),
     "bias": None,
@@ -44,11 +44,11 @@ PARAMS = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in SHAP
 
 def lines(engine, stacks):
     """The cells of `describe` that a plan decides."""
-    for _, group in groupby(stacks, key=lambda stack: stack.alike):
+    for _, group in groupby(stacks, key=lambda stack: stack.key):
         first = next(group)
-        alike, placement = first.alike, first.placement
+        key, placement = first.key, first.placement
         yield [
-            f"{first.group} x ({alike.rows}, {alike.columns})",
+            f"{first.group_size} x ({key.rows}, {key.columns})",
             engine,
             placement.strategy,
             *map(str, (placement.owners, placement.each, placement.padding)),

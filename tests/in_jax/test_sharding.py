@@ -225,7 +225,7 @@ def test_bytes_sent_are_the_bound_where_the_devices_divide_the_count():
     assert bound <= sent <= 1.05 * bound
 
 
-def test_a_lonely_matrix_stays_divided():
+def test_a_single_matrix_stays_divided():
     """Two all-reduces of its Gram matrix, one of its norm and one of its statistics."""
     shapes, specs = stack_of(1, P(None, "fsdp"), (32, 2048))
     tx = normuon(0.1, layout=ALIKE_LAYOUT, compute_dtype=jnp.float32)
@@ -238,7 +238,7 @@ def test_a_lonely_matrix_stays_divided():
     assert all(size <= 32 * 4 for _, size, _ in found if size != 32 * 32 * 4)
 
 
-def test_a_lonely_large_matrix_takes_two_gram_matrices():
+def test_a_single_large_matrix_takes_two_gram_matrices():
     assert len(gram_restarts(5, 512)) + 1 == 2
     spread = Spread(1, 1024, 8192, column_parts=8)
     asked = Iteration(5, compute_dtype="float32", on_gpu=False, symmetric=False)
@@ -249,7 +249,7 @@ def test_a_lonely_large_matrix_takes_two_gram_matrices():
 
 @pytest.mark.parametrize("spec", [P(None, "fsdp"), P("fsdp"), P("fsdp", "tp")])
 @pytest.mark.parametrize("shape", [(24, 520), (520, 24)])
-def test_a_lonely_matrix_is_what_it_is_on_one_device(spec, shape):
+def test_a_single_sharded_matrix_is_what_it_is_on_one_device(spec, shape):
     """In float32: largest difference measured 3.9e-6. A side that is cut is turned first."""
     shapes, specs = stack_of(1, P(*spec), shape)
     mesh = mesh_of(fsdp=4, tp=2)
@@ -443,11 +443,11 @@ def test_describe_shows_where_each_group_goes():
     mesh = mesh_of(AUTO, fsdp=4, tp=2)
     params = {
         "up": jax.ShapeDtypeStruct((6, 2048, 1024), jnp.float32),
-        "lonely": jax.ShapeDtypeStruct((512, 65536), jnp.float32),
+        "kept_sharded": jax.ShapeDtypeStruct((512, 65536), jnp.float32),
         "bias": jax.ShapeDtypeStruct((16,), jnp.float32),
     }
-    specs = {"up": P(None, "fsdp", "tp"), "lonely": P(None, ("fsdp", "tp")), "bias": P()}
-    layout = {"up": MatrixLayout(1, 2), "lonely": MatrixLayout(0, 1), "bias": None}
+    specs = {"up": P(None, "fsdp", "tp"), "kept_sharded": P(None, ("fsdp", "tp")), "bias": P()}
+    layout = {"up": MatrixLayout(1, 2), "kept_sharded": MatrixLayout(0, 1), "bias": None}
     text = optax_normuon.describe(params, layout, mesh=mesh, param_specs=specs)
     rows = [line.split("  ") for line in text.split("\n\n")[1].splitlines()[2:]]
     cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]

@@ -14,7 +14,7 @@ from optax_normuon.stages.neuron_norm import neuron_norm_stage
 from optax_normuon.stages.orthogonalization import orthogonalization_stage
 from tests.in_jax.meshes import collectives, mesh_of
 
-# Too lonely and too wide to be worth a move: the polar factor alone stays divided.
+# A single matrix, so wide that the polar factor alone is best made of its parts as they lie.
 X = np.random.default_rng(0).standard_normal((32, 2048)).astype(np.float32)
 
 

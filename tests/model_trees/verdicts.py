@@ -5,7 +5,8 @@ from typing import NamedTuple
 import numpy as np
 
 from optax_normuon.leaves.paths import named_leaves
-from optax_normuon.leaves.routing import Route, route
+from optax_normuon.leaves.route import Route
+from optax_normuon.leaves.routing import route
 
 from .fixtures import Fixture
 from .roles import Role

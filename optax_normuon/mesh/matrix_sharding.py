@@ -1,22 +1,25 @@
-"""How a mesh cuts a leaf's matrices."""
+"""How a mesh divides a leaf's matrices."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from normuon_core.layout import MatrixView
 from normuon_core.placement import Spread
-from optax_normuon.mesh.specs import Axes, Specs, unfolded_axes
+from optax_normuon.mesh.specs import MeshAxes, Specs
+from optax_normuon.mesh.statistics import unfolded_axes
 
 Factor = tuple[int, tuple[str, ...]]
-"""A stretch of a side, outermost first: its size on one device, and the mesh axes that divide it."""
+"""One factor of a side's length: its size on one device, and the mesh axes that divide it.
+
+A side of several axes, such as heads and their size, is the product of its factors, outermost first."""
 
 
-class Cut(NamedTuple):
+class MatrixSharding(NamedTuple):
     """How the matrices of a leaf are divided over a mesh.
 
     Attributes:
       rows, columns: the two sides, each as its factors.
-      batch: mesh axes that divide the batch: their devices have other matrices.
+      batch: mesh axes that divide the batch; devices along these have different matrices.
     """
 
     rows: tuple[Factor, ...]
@@ -37,10 +40,10 @@ def axes_of(side: Sequence[Factor]) -> tuple[str, ...]:
     return tuple(axis for _, axes in side for axis in axes)
 
 
-def cut_of(view: MatrixView, axes: Axes, specs: Specs) -> Cut:
-    """How a leaf's matrices are divided, where its axes are divided as `axes` says."""
+def matrix_sharding(view: MatrixView, axes: MeshAxes, specs: Specs) -> MatrixSharding:
+    """How the matrices of a leaf are divided whose axes are divided as `axes` says."""
     axes = unfolded_axes(view, axes)
-    axes = Axes(tuple(axis for axis in own if specs.mesh.shape[axis] > 1) for own in axes)
+    axes = MeshAxes(tuple(axis for axis in own if specs.mesh.shape[axis] > 1) for own in axes)
     local = specs.local_shape(view.shape, axes)
 
     def side(of_side: tuple[int, ...]) -> tuple[Factor, ...]:
@@ -54,46 +57,57 @@ def cut_of(view: MatrixView, axes: Axes, specs: Specs) -> Cut:
         return tuple(factors)
 
     batch = sorted({name for axis in view.batch_axes for name in axes[axis]})
-    return Cut(side(view.row_axes), side(view.column_axes), tuple(batch))
+    return MatrixSharding(side(view.row_axes), side(view.column_axes), tuple(batch))
 
 
-def movable_axes(view: MatrixView, axes: Axes, specs: Specs) -> Axes:
+def movable_axes(view: MatrixView, axes: MeshAxes, specs: Specs) -> MeshAxes:
     """The axes over which a leaf is divided while its matrices are moved.
 
-    Its own, unless they cut through the blocks of a fused projection, or an unfolded axis elsewhere than
-    between the entries of the first axis that it becomes: these go to another axis that they divide, a
-    reduction axis if there is one, or the leaf is gathered.
+    These are its own where they leave whole what must stay whole: the blocks of a fused projection, and
+    the entries of the first axis that an unfolded axis becomes. Mesh axes that divide one of these go to
+    another axis that they divide evenly, preferably one of the inputs; if there is none, the leaf is
+    gathered.
     """
     whole = {view.stored_axis(axis) for axis in view.output_axes} if view.is_split else set()
     if view.folded is not None:
         first, _ = view.folded
         if view.shape[first] % specs.parts(axes[first]):
             whole.add(first)
-    cutting = tuple(name for axis in sorted(whole) for name in axes[axis])
-    if specs.parts(cutting) == 1:
+    misplaced = tuple(name for axis in sorted(whole) for name in axes[axis])
+    if specs.parts(misplaced) == 1:
         return axes
     moved = [() if axis in whole else own for axis, own in enumerate(axes)]
     shape = view.stored_shape
     for axis in map(view.stored_axis, view.input_axes + view.output_axes):
-        if axis not in whole and shape[axis] % specs.parts(moved[axis] + cutting) == 0:
-            moved[axis] += cutting
+        if axis not in whole and shape[axis] % specs.parts(moved[axis] + misplaced) == 0:
+            moved[axis] += misplaced
             break
-    return Axes(moved)
+    return MeshAxes(moved)
 
 
 def spread_of(
-    cut: Cut | None, specs: Specs | None, *, count: int, rows: int, columns: int, dtype: str
+    sharding: MatrixSharding | None,
+    specs: Specs | None,
+    *,
+    count: int,
+    rows: int,
+    columns: int,
+    dtype: str,
 ) -> Spread:
-    """What a group's placement is decided from; count: matrices on one device."""
-    if cut is None or specs is None:
+    """What decides where a group of matrices is orthogonalized.
+
+    Args:
+      count: matrices of which a device has parts. rows, columns, dtype: of a whole matrix.
+    """
+    if sharding is None or specs is None:
         return Spread(count, rows, columns, dtype=dtype, on_mesh=specs is not None)
-    used = {*cut.row_axes, *cut.column_axes, *cut.batch}
+    used = {*sharding.row_axes, *sharding.column_axes, *sharding.batch}
     return Spread(
         count,
         rows,
         columns,
-        row_parts=specs.parts(cut.row_axes),
-        column_parts=specs.parts(cut.column_axes),
+        row_parts=specs.parts(sharding.row_axes),
+        column_parts=specs.parts(sharding.column_axes),
         replicas=specs.parts(tuple(axis for axis in specs.axes if axis not in used)),
         dtype=dtype,
         on_mesh=True,

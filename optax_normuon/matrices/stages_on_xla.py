@@ -1,0 +1,175 @@
+"""Stages on matrices by XLA's operations: the engine that the plan asks, and a step of its stacks."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from normuon_core.placement import Placement, Spread
+from optax_normuon.leaves.arrays import Matrices, Statistics
+from optax_normuon.matrices.plan import PlannedPiece, PlannedStack, StackKey
+from optax_normuon.matrices.stack import MatrixStack, MatrixStage, abstract_state
+from optax_normuon.matrices.views import (
+    LeafStatistic,
+    join_blocks,
+    join_statistic,
+    split_blocks,
+    split_statistic,
+)
+from optax_normuon.mesh.leaf_on_mesh import LeafOnMesh
+from optax_normuon.mesh.owners import Owners, Sides
+from optax_normuon.mesh.shards import Shards
+from optax_normuon.mesh.specs import Specs
+
+
+class StagesOnXla(NamedTuple):
+    """The engine that runs a stage on matrices by XLA's operations; see `plan.Engine`."""
+
+    stage: MatrixStage
+
+    @property
+    def name(self) -> str:
+        """As `describe` prints it."""
+        return "xla"
+
+    def stack_keys(self, leaf: LeafOnMesh, dtype: str) -> list[StackKey]:
+        """By sides and orientation, as stored: a stage is told of a stack which side the outputs are."""
+        sides = [leaf.view.block_stack_shape(run.size)[1:] for run in leaf.view.runs]
+        return [
+            StackKey(rows, columns, sharding, dtype, leaf.view.output_stack_axis)
+            for (rows, columns), sharding in zip(sides, leaf.shardings, strict=True)
+        ]
+
+    def place(self, spread: Spread) -> Placement:
+        """Where the stage wants them.
+
+        Raises:
+          ValueError: it wants parts of matrices without saying that it works on them.
+        """
+        placement = self.stage.place(spread, self.stage.takes_shards)
+        if placement.strategy == "shards" and not self.stage.takes_shards:
+            raise ValueError(
+                "a stage on matrices placed them as shards without `takes_shards`, which says that it"
+                " works on parts of matrices; place them with `with_an_owner`."
+            )
+        return placement
+
+    def bytes_a_matrix(self, spread: Spread, placement: Placement) -> int:
+        """The input, the iterate and two products, in the dtype of the input."""
+        entries = spread.rows * spread.columns
+        if placement.strategy == "shards":
+            entries = entries // spread.parts + spread.short**2
+        return 4 * entries * jnp.dtype(spread.dtype).itemsize
+
+
+def step_stacks(
+    inner: MatrixStage,
+    stacks: list[PlannedStack[int]],
+    on_mesh: Mapping[int, LeafOnMesh],
+    leaves: Mapping[int, jax.Array],
+    states: Sequence[Mapping[int, LeafStatistic]],
+    specs: Specs | None,
+) -> tuple[dict[int, jax.Array], list[dict[int, LeafStatistic]]]:
+    """Runs `inner` on all stacks; on a mesh, on one device's parts of the leaves.
+
+    Args:
+      stacks: the plan.
+      leaves: by number, in any shape that holds matrices.
+      states: for each array of `inner`'s state the statistics of all leaves.
+
+    Returns:
+      Leaves and states, as they were given.
+    """
+    blocks = {i: split_blocks(leaf, on_mesh[i].local) for i, leaf in leaves.items()}
+    state_blocks = [
+        {i: split_statistic(kept, on_mesh[i].local) for i, kept in each.items()} for each in states
+    ]
+    outputs: list[list[jax.Array]] = []
+    for stack in stacks:
+        values = _gather(blocks, stack.pieces)
+        if outputs and len(stacks) > 1:
+            # Unordered, the compiler may hold the working memory of all stacks at once.
+            values, outputs[-1] = jax.lax.optimization_barrier((values, outputs[-1]))
+        gathered = [_gather(each, stack.pieces) for each in state_blocks]
+        outputs.append(_step_stack(inner, stack.key, stack.placement, values, gathered, specs))
+    scattered = [_scatter(stacks, each) for each in zip(*outputs, strict=True)]
+    new_leaves: dict[int, jax.Array] = {}
+    new_states: list[dict[int, LeafStatistic]] = [{} for _ in states]
+    for i, leaf in leaves.items():
+        view = on_mesh[i].local
+        values, *arrays = (each[i] for each in scattered)
+        # Before they are joined: blocks of other shapes may have another compute dtype.
+        values = [value.astype(leaf.dtype) for value in values]
+        new_leaves[i] = join_blocks(values, view)
+        for new, kept, own in zip(new_states, states, arrays, strict=True):
+            new[i] = join_statistic(own, view, like=kept[i])
+    return new_leaves, new_states
+
+
+def _step_stack(
+    inner: MatrixStage,
+    key: StackKey,
+    placement: Placement,
+    values: Matrices,
+    states: Sequence[Statistics],
+    specs: Specs | None,
+) -> list[jax.Array]:
+    """Runs `inner` on one stack where the plan places it: [values, *arrays of its state], as given."""
+    rows, columns, sharding, dtype, output_axis = key
+    assert isinstance(output_axis, int)
+    template = abstract_state(inner, (1, rows, columns), dtype, output_axis)
+    structure = jax.tree.structure(template)
+    here = MatrixStack(values, output_axis, placement=placement)
+    if placement.strategy == "whole" or specs is None or sharding is None:
+        output, state = inner.update(here, structure.unflatten(states))
+        return [output.values, *jax.tree.leaves(state)]
+    stay = placement.strategy == "shards"
+    here = replace(
+        here, shards=Shards(rows, columns, sharding.row_axes, sharding.column_axes, stay)
+    )
+    if stay:
+        output, state = inner.update(inner.prepare(here), structure.unflatten(states))
+        return [output.values, *jax.tree.leaves(state)]
+    count = len(values)
+    owners = Owners.of(sharding, placement, specs, count=count)
+    prepared = inner.prepare(replace(here, values=owners.replicas_share(values)))
+    sides = [Sides(rows=s.shape[1] > 1, columns=s.shape[2] > 1) for s in jax.tree.leaves(template)]
+    moved = [
+        owners.statistic_to_owners(state, which) for state, which in zip(states, sides, strict=True)
+    ]
+    whole = replace(prepared, values=owners.to_owners(prepared.values), shards=None)
+    output, state = inner.update(whole, structure.unflatten(moved))
+    new_states = list(zip(jax.tree.leaves(state), sides, strict=True))
+    return [
+        owners.to_holders(output.values, count),
+        *owners.statistics_to_holders(new_states, count),
+    ]
+
+
+def _gather(
+    runs: Mapping[int, Sequence[jax.Array]], pieces: Sequence[PlannedPiece[int]]
+) -> jax.Array:
+    """A stack's matrices, or their statistics, from the runs of output blocks of all leaves."""
+    arrays = [runs[piece.leaf][piece.run][piece.start : piece.stop] for piece in pieces]
+    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)
+
+
+def _scatter(
+    stacks: Sequence[PlannedStack[int]], arrays: Sequence[jax.Array]
+) -> dict[int, list[jax.Array]]:
+    """The inverse of `_gather` for all stacks: every leaf's runs, each (matrices, ...)."""
+    parts: dict[tuple[int, int], list[jax.Array]] = defaultdict(list)
+    for stack, array in zip(stacks, arrays, strict=True):
+        start = 0
+        for piece in stack.pieces:
+            count = piece.stop - piece.start
+            parts[piece.leaf, piece.run].append(array[start : start + count])
+            start += count
+    leaves: dict[int, list[jax.Array]] = defaultdict(list)
+    for leaf, run in sorted(parts):
+        own = parts[leaf, run]
+        leaves[leaf].append(own[0] if len(own) == 1 else jnp.concatenate(own))
+    return leaves
