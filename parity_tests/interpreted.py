@@ -41,7 +41,7 @@ def _launch(launch, inputs):
 
 @functools.lru_cache
 def _callback(launch, scalars):
-    """The callback of a launch, always the same function: for a new one JAX would compile anew."""
+    """The same one for the same launch: JAX compiles a callback anew for every other function."""
 
     def run(*arrays):
         rest = iter(arrays)

@@ -13,7 +13,7 @@ from optax_normuon.kernels import backend
 
 @pytest.fixture
 def with_gpu(monkeypatch):
-    """Pretends that this machine has a GPU on which the kernels could run."""
+    """As on a machine whose kernels could run."""
     monkeypatch.setattr(backend, "_missing", lambda: None)
 
 
@@ -41,7 +41,7 @@ def test_auto_leaves_arrays_that_may_be_sharded_to_xla(with_gpu, monkeypatch):
 
 @pytest.mark.parametrize("before", [None, "somewhere"])
 def test_importing_jax_triton_leaves_tritons_cache_as_it_was(monkeypatch, before):
-    """jax-triton sets TRITON_CACHE_DIR to nothing, and PyTorch's own Triton cannot start with that."""
+    """jax-triton empties the variable, and PyTorch's own Triton cannot start with it empty."""
 
     def empty_the_variable(name):
         os.environ["TRITON_CACHE_DIR"] = ""
