@@ -40,7 +40,7 @@ test-ordinary: export ORDINARY_XLA := 1
 test-ordinary: override ARGS := $(ORDINARY) $(ARGS)
 test-ordinary: test  ## run a few of the tests with XLA's ordinary flags
 
-parity: $(INSTALLED)  ## print the parity report: JAX, PyTorch, the oracle and the originals
+parity: $(INSTALLED)  ## print the largest differences between JAX and PyTorch, stage by stage
 	$(VENV)/bin/python -m parity_tests $(ARGS)
 
 demo: $(WITH_EXAMPLES)  ## train the example GPT

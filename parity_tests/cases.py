@@ -1,4 +1,4 @@
-"""Traces that no original made: for recipes and corners that the golden ones do not reach."""
+"""Traces that no original made, for recipes and inputs that the golden traces do not cover."""
 
 import dataclasses
 
@@ -33,9 +33,9 @@ def make_trace(
     """Gradients of hard spectra on weights of several layouts, rates and momenta that change.
 
     The gradients of the weights' names run through `spectra`, another one each step. One row of the
-    first weight is never fed, and a third of every weight's entries are exactly zero, so that floors
-    and the mask's equality count. `params` beyond the first are left NaN: a trace to be run, not to
-    be reproduced.
+    first weight always has a zero gradient, and a third of every weight's entries are exactly zero, so
+    that floors and the mask's equality count. `params` beyond the first are left NaN: a trace to be
+    run, not to be reproduced.
     """
     rng = np.random.default_rng(seed)
     recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe

@@ -1,4 +1,4 @@
-"""Distances between arrays, as the tiers state them."""
+"""Distances between arrays, in the norms in which the tests state their bounds."""
 
 import numpy as np
 

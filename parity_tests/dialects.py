@@ -68,12 +68,12 @@ def _with_stage(settings: Settings, stage: str, **fields: Any) -> Settings:
 
 
 def _recorded(settings: Settings, value: Any) -> Settings:
-    """Learning rate and momentum: the trace has them for every step."""
+    """Learning rate and momentum are passed over here: the trace has them for every step."""
     return settings
 
 
 def _elsewhere(settings: Settings, value: Any) -> Settings:
-    """A hyperparameter of the AdamW beside, of which no trace has a weight."""
+    """A hyperparameter of the AdamW for the rest, which no trace has weights for."""
     return settings
 
 

@@ -36,7 +36,7 @@ def _run(weight: Weight, trace: Trace) -> Trajectory:
 
 
 def _second_moment_in_order(state: oracle.WeightState) -> np.ndarray:
-    """Block by block, and matrix by matrix within a block."""
+    """The second moments of a weight, flat: block by block, and matrix by matrix within a block."""
     keys = sorted(state.matrices, key=lambda key: (key[1], key[0]))
     return np.concatenate([np.ravel(state.matrices[key].second_moment) for key in keys])
 

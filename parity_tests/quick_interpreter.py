@@ -15,7 +15,7 @@ _patched: set[int] = set()
 
 
 def make_quick() -> None:
-    """From now on, in this process."""
+    """Makes the interpreter quick from now on, in this process."""
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     interpreter._patch_lang = _patch_language_once_a_launch

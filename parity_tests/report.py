@@ -77,7 +77,7 @@ def rows() -> Iterator[Row]:
 
 
 def _largest(pairs) -> tuple[float, float]:
-    """Over (jax, torch) pairs."""
+    """The largest relative distance and ulps over (jax, torch) pairs."""
     pairs = list(pairs)
     return (
         max(infinity_distance(ours, theirs) for ours, theirs in pairs),

@@ -49,7 +49,7 @@ def test_a_nan_breaks_the_bound_and_an_exact_plain_form_leaves_the_absolute_floo
         *((["--shape", size], "ROWSxCOLUMNS") for size in ("24", "24x", "24x40x3", "0x3")),
     ],
 )
-def test_what_is_no_spectrum_or_shape_is_refused(arguments, message):
+def test_an_unknown_spectrum_or_a_bad_shape_is_refused(arguments, message):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert message in result.output

@@ -98,8 +98,8 @@ def test_the_libraries_own_products_are_not_the_same_to_the_bit():
 
 
 @pytest.mark.gpu
-def test_a_matrix_does_not_feel_its_neighbours_on_a_gpu():
-    """Alone in its stack, and among others in stacks of one or of many: the same bits."""
+def test_a_matrix_has_the_same_bits_whatever_shares_its_stack_on_a_gpu():
+    """Each matrix is stepped alone in its stack, and then among one other or many."""
     many = {**FEW, "batch": LARGE["batch"]}
     together = make(many, 3, "float32")
     bounded = make(many, 3, "float32", max_stack_bytes=1)

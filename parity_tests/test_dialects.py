@@ -152,7 +152,7 @@ def test_a_variant_recorded_with_the_oracle_is_reproduced(tmp_path, name):
 
 
 def with_recipe(recipe: Recipe):
-    """The trace as a reader would see it that passes over what it does not know."""
+    """The trace as a reader would see it that ignores hyperparameters which it does not know."""
     return lambda trace: replace(
         trace, weights=tuple(replace(weight, recipe=recipe) for weight in trace.weights)
     )
@@ -190,7 +190,7 @@ TORCH: dict[str, dict[str, Any]] = {
 @pytest.mark.usefixtures("x64")
 def test_a_variant_recorded_with_torch_is_reproduced(tmp_path, monkeypatch, hyper):
     """Largest distance: 2.5e-14."""
-    # It iterates in bfloat16 whatever it is given; its in-place division needs a copy.
+    # PyTorch's Muon iterates in bfloat16 whatever it is given; its in-place division needs a copy.
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor.double().clone())
 
     def rule(start, grads):
@@ -263,7 +263,9 @@ def test_a_variant_recorded_with_optax_is_reproduced(tmp_path, hyper):
         ("nanochat", {"lr": 0.02}, "a trace of 'nanochat', which is no recipe here"),
     ],
 )
-def test_what_has_no_translation_is_refused_by_name(tmp_path, dialect, hyper, message):
+def test_a_hyperparameter_without_a_translation_is_refused_by_name(
+    tmp_path, dialect, hyper, message
+):
     path = record(
         tmp_path / "strange.npz", dialect, hyper, lambda start, _: np.stack([start] * (STEPS + 1))
     )
@@ -271,7 +273,7 @@ def test_what_has_no_translation_is_refused_by_name(tmp_path, dialect, hyper, me
         load_trace(path)
 
 
-def test_what_is_said_of_a_weight_is_translated_or_refused_too(tmp_path):
+def test_the_metadata_of_a_weight_are_translated_or_refused(tmp_path):
     path = record(
         tmp_path / "strange.npz",
         "moonlight",
@@ -284,7 +286,7 @@ def test_what_is_said_of_a_weight_is_translated_or_refused_too(tmp_path):
 
 
 def test_every_hyperparameter_of_the_golden_traces_has_a_translation():
-    """Also where the value is the recipe's own: a trace of another value would be read."""
+    """The recipe's own values are translated too, so that traces with others can be read."""
     names = set()
     for path in find_traces(GOLDEN):
         with np.load(path) as file:

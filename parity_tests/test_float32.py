@@ -46,12 +46,12 @@ def distances(ours, theirs) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_fifty_steps_stay_together(recipe):
+def test_fifty_steps_of_both_frameworks_stay_within_the_bounds(recipe):
     found = distances(*trajectories(recipe))
     assert all(found[what] <= bound for what, bound in BOUNDS.items()), found
 
 
-def test_another_recipe_does_not():
+def test_another_recipe_leaves_the_bounds():
     ours, _ = trajectories("normuon")
     _, theirs = trajectories("normuon_official")
     found = distances(ours, theirs)

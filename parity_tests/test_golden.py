@@ -1,6 +1,7 @@
 """Tier T0: both frameworks, in float64, do what the originals did.
 
-`pytest parity_tests/test_golden.py --golden-dir DIR` runs the same test over another folder of traces.
+`pytest parity_tests/test_golden.py -rP` prints the largest distance of each weight; with
+`--golden-dir DIR` the same test runs over another folder of traces.
 """
 
 import pytest
@@ -46,5 +47,6 @@ def test_the_original_is_reproduced(trace_path, run):
                 f"second moment, step {t}": infinity_distance(second_moment[t], expected.ravel())
                 for t, expected in weight.second_moment.items()
             }
+        print(f"{trace.name}, {name}: {max(distances.values()):.1e} (bound {weight.bound:.0e})")
         broken = {what: value for what, value in distances.items() if not value <= weight.bound}
         assert not broken, f"{trace.name}, {name}: beyond {weight.bound}: {broken}"

@@ -61,7 +61,7 @@ def test_a_captured_step_replays_to_the_bits_of_steps():
 @pytest.mark.parametrize("backend", ["triton", "eager"])
 @pytest.mark.parametrize("recipe", ["normuon", "optax_muon"])
 def test_a_resumed_step_is_captured_at_once_and_replays_to_the_bits_of_steps(backend, recipe):
-    """No step warms it up, as it would change the weights: what is compiled is compiled already."""
+    """A warm-up step would change the weights, so there is none: the kernels are compiled already."""
     params, first = torch_training(backend=backend, recipe=recipe)
     for _ in range(2):
         first.step()
@@ -104,7 +104,7 @@ def test_a_multiplier_changes_where_a_graph_has_captured_it():
     for optimizer in (in_graph, plain):
         optimizer.param_groups[0]["lr_mul"] = 0.5
         optimizer.step()
-    # What the graph reads has not been freed: its next replay takes the new number.
+    # The graph still reads the same memory, so its next replay takes the new number.
     graph.replay()
     plain.step()
     for ours, theirs in zip(captured, stepped, strict=True):
@@ -200,7 +200,7 @@ def test_half_precision_products_are_as_exact_as_the_vendors(dtype):
     assert errors[0] <= 1.01 * errors[1]
 
 
-def test_a_stack_past_two_to_the_31_entries():
+def test_products_of_a_stack_of_more_than_two_to_the_31_entries_are_right():
     count, short, long = 1100, 1024, 2048
     assert count * short * long > 2**31
     x = torch.zeros(count, short, long, dtype=torch.float16, device="cuda")
@@ -214,7 +214,7 @@ def test_a_stack_past_two_to_the_31_entries():
 
 
 def test_a_kernels_first_launch_is_right():
-    """Not the second: nothing warms up here, and the shape is used nowhere else."""
+    """A launch that also compiles: no other test uses this shape, and nothing runs before it."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 72, 344)), jnp.float32)
     keywords = dict(compute_dtype=jnp.float16, algorithm="standard")
     ours, theirs = (polar_factor(x, backend=b, **keywords) for b in ("triton", "xla"))

@@ -64,14 +64,14 @@ def test_a_power_of_two_changes_no_bit_in_the_default_dtype(name, recipe, update
 
 @UPDATES
 def test_heavy_ball_at_its_steady_state_does_not_overflow(update):
-    """Norm 20 g; a first step shows 1.95 g."""
+    """There the momentum has 20 times the gradient's norm; after one step it has 1.95 times."""
     g = unit("gaussian") * np.float32(2.0**49)
     assert np.isfinite(update(g, "muon_complete", 80)).all()
 
 
 @UPDATES
 @pytest.mark.usefixtures("interpreted")
-def test_kernels_are_as_free_of_scale(update):
+def test_the_update_by_kernels_does_not_depend_on_the_scale_of_the_gradient(update):
     keywords = {"compute_dtype": "float16", "backend": "triton"}
     g = unit("rank one")[:24, :40]
     wanted = update(g, "normuon", **keywords)
@@ -118,7 +118,7 @@ def torch_factor(x, **keywords):
 @pytest.mark.parametrize("factor", [jax_factor, torch_factor], ids=["jax", "torch"])
 @pytest.mark.parametrize("name", ["gaussian", "rank one", "log-spaced"])
 def test_a_large_matrix_has_the_same_factor_over_the_whole_range(name, factor):
-    """u = 0.0975 g on the first step of lerp momentum."""
+    """The scales are those of g; on the first step of lerp momentum the direction u is 0.0975 g."""
     u = large(name) * np.float32(0.0975)
     wanted = factor(u, steps=1, compute_dtype="float32")
     for scale in (1e-15, 3.3e-10, 7e9, 1e15):
@@ -143,7 +143,7 @@ def test_any_factor_changes_a_float32_update_by_rounding_alone(recipe, update):
 
 
 @pytest.mark.parametrize("layout", ["owners", "shards"])
-def test_a_mesh_is_as_free_of_scale(layout):
+def test_the_update_on_a_mesh_does_not_depend_on_the_scale_of_the_gradient(layout):
     mesh = mesh_of(f=8)
     shape = (8, 16, 32) if layout == "owners" else (32, 2048)
     spec = jax.P(None, "f")
@@ -174,7 +174,7 @@ def test_a_bad_entry_reaches_its_own_matrix_alone_at_any_scale(update, bad):
     assert np.isnan(found[1]).all()
 
 
-def test_float64_is_as_free_of_scale(x64):
+def test_the_update_in_float64_does_not_depend_on_the_scale_of_the_gradient(x64):
     g = MATRICES["gaussian"] / np.linalg.norm(MATRICES["gaussian"])
     wanted = jax_factor(g, compute_dtype="float64")
     for scale in (1e-15, 1e15):

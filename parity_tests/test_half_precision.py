@@ -98,8 +98,8 @@ LIBRARIES = {"jax": with_jax, "torch": with_torch}
 
 @pytest.mark.parametrize("shape", DRAWS, ids=str)
 @pytest.mark.parametrize("spectrum", HARD_SPECTRA)
-def test_no_worse_than_the_plain_bfloat16_form(spectrum, shape):
-    """Median of 16 draws, at 512x640 of two.
+def test_no_form_is_worse_than_the_plain_bfloat16_form(spectrum, shape):
+    """The median error of 16 draws (at 512x640, of two) is compared.
 
     Largest ratio to the plain form: bf16 standard 1.012 (one huge row; else 0.88), fp16 standard 0.31,
     fp16 Gram 0.76 (one huge column, 512x640; else 0.32). Largest ratio of fp16 Gram to our own bf16
@@ -121,7 +121,7 @@ def test_no_worse_than_the_plain_bfloat16_form(spectrum, shape):
 @pytest.mark.parametrize("shape", [(48, 128), (128, 48), (96, 96)], ids=str)
 @pytest.mark.parametrize("polar", POLARS)
 def test_the_gram_form_holds_the_bound_with_any_polynomial(polar, shape):
-    """So "auto" need not ask for it. Median of four draws.
+    """So "auto" need not look at the recipe's polynomial. Median of four draws.
 
     Largest ratio: Newton-Schulz 0.20, You 0.15, Polar Express 1.05 0.23, cubic 0.22.
     """
@@ -133,7 +133,7 @@ def test_the_gram_form_holds_the_bound_with_any_polynomial(polar, shape):
 
 @pytest.mark.parametrize("polar", ["recipe", *POLARS])
 def test_a_dominant_column_costs_the_gram_form_most_on_large_matrices(polar):
-    """R is then near 1/short everywhere, not on its diagonal alone, and so are its rounding errors.
+    """All entries of the Gram matrix are then near 1/short, not its diagonal alone, and all are rounded.
 
     Ratio to the plain form at 512x640: Polar Express 0.76, Newton-Schulz 0.69, You 0.23, cubic 0.29;
     with `POLAR_EXPRESS_1_05`, which no recipe has, 1.59: beyond the bound. Ratio to our own bf16
@@ -148,7 +148,7 @@ def test_a_dominant_column_costs_the_gram_form_most_on_large_matrices(polar):
 
 @pytest.mark.parametrize("form", ["fp16 standard", "fp16 Gram"])
 def test_interpreted_kernels_hold_the_bound_in_both_frameworks(form, interpreted):
-    """Of one draw: the interpreter takes a fifth of a second a matrix. Largest ratio: 0.22."""
+    """One draw each, because the interpreter takes a fifth of a second a matrix. Largest ratio: 0.22."""
     cases = [matrices(spectrum, (48, 128), draws=1) for spectrum in HARD_SPECTRA]
     stack = np.concatenate([case.stack for case in cases])
     found = with_torch(stack, form, backend="triton")
@@ -205,8 +205,10 @@ def test_the_gram_form_restarts_by_the_short_side():
         ("power law", (48, 128), (3,)),
     ],
 )
-def test_with_other_restarts_the_gram_form_loses(spectrum, shape, restarts, monkeypatch):
-    """None; one before the third step; one before the fourth, which is for long short sides.
+def test_the_gram_form_is_worse_than_the_standard_form_with_other_restarts(
+    spectrum, shape, restarts, monkeypatch
+):
+    """The restarts: none; one before the third step; one before the fourth, as large matrices have it.
 
     Errors, bf16 standard, fp16 Gram as it is and with these restarts: 0.33, 0.043, 19; 0.013, 0.0049,
     0.027; 0.046, 0.014, 0.083; 0.015, 0.0067, 0.037.
@@ -219,7 +221,9 @@ def test_with_other_restarts_the_gram_form_loses(spectrum, shape, restarts, monk
 
 
 @pytest.mark.parametrize("factors", LIBRARIES.values(), ids=LIBRARIES)
-def test_bfloat16_loses_the_gram_form(factors, monkeypatch):
+def test_the_gram_form_is_several_times_less_exact_in_bfloat16_than_in_float16(
+    factors, monkeypatch
+):
     """Why "auto" takes the Gram form in float16 only: 8 times the error, 0.34 against 0.043."""
     stack, exact, _ = matrices("log-spaced to 1e-9", (48, 128), draws=4)
     half = median_error(factors(stack, "fp16 Gram"), exact)
@@ -231,7 +235,7 @@ def test_bfloat16_loses_the_gram_form(factors, monkeypatch):
 @pytest.mark.parametrize("form", ["fp16 standard", "fp16 Gram"])
 @pytest.mark.parametrize("factors", LIBRARIES.values(), ids=LIBRARIES)
 def test_float16_keeps_entries_below_its_smallest_normal_number(factors, form):
-    """As most entries of a normalised 8192x28672 matrix are: 6.5e-5.
+    """Most entries of a normalised 8192x28672 matrix are as small: 6.5e-5.
 
     Here one row carries the norm and the others, at 1e-6, are nearly linear in the polynomial.
     Relative error of those rows: standard 5.6e-4, Gram 5.0e-4; without the powers of two 1.9e-2.

@@ -34,14 +34,14 @@ def test_a_container_makes_the_bits_of_a_dict(container):
         chex.assert_trees_all_equal(run(container, backend="triton"), of_a_dict())
 
 
-def test_the_kernels_did_run():
-    """XLA's products are summed in another order."""
+def test_xla_makes_other_bits_so_the_kernels_did_run():
+    """XLA sums its products in another order; without this control XLA might have run in every test."""
     with interpreted_kernels():
         pairs = zip(run("dict", backend="xla"), of_a_dict(), strict=True)
     assert any(not np.array_equal(*pair) for pair in pairs)
 
 
-def test_a_masked_subtree_is_not_asked_for():
+def test_a_masked_subtree_passes_and_the_rest_steps_as_if_alone():
     params = {"up": draw("dict", 0), "frozen": {"w": jnp.ones((4, 6))}}
     gradients = {"up": draw("dict", 1), "frozen": {"w": jnp.ones((4, 6))}}
     with interpreted_kernels():

@@ -1,6 +1,7 @@
-"""What recipes and hyperparameters do to kernels: rules make launches, numbers never do.
+"""A new rule makes a new launch of a kernel; a new number never does.
 
-In JAX, under Triton's interpreter: however a number is given, the same bits and one compilation.
+In JAX, under Triton's interpreter. However a number is given, the bits are the same and one compilation
+is enough.
 """
 
 import dataclasses
@@ -89,7 +90,7 @@ def test_arrays_and_schedules_make_the_bits_of_numbers(interpreted, expected, ki
         "schedule": [lambda count, v=value: jnp.where(count < 9, v, 0.5) for value in FIRST],
     }[kind]
     if kind == "schedule":
-        values[1] = FIRST[1]  # stage 3 counts no steps
+        values[1] = FIRST[1]  # Stage 3 keeps no count of steps, so it cannot follow a schedule.
     np.testing.assert_array_equal(jax.jit(lambda: steps(make(*values)))(), expected[0])
 
 
@@ -122,7 +123,7 @@ def test_injected_hyperparameters_compile_once_and_make_the_bits_of_numbers(inte
     assert update._cache_size() == 1
 
 
-def test_a_momentum_schedule_is_that_of_the_other_backend(interpreted):
+def test_a_momentum_schedule_makes_the_steps_that_xla_makes(interpreted):
     """Largest difference relative to the largest weight: measured 5.2e-8; a constant is 5.5e-3 off."""
     schedule = optax.linear_schedule(0.95, 0.3, 2)
     ours, theirs, constant = (
@@ -135,7 +136,7 @@ def test_a_momentum_schedule_is_that_of_the_other_backend(interpreted):
 
 
 def test_interpreted_bfloat16_products_are_refused(interpreted):
-    """The interpreter multiplies their bit patterns."""
+    """The interpreter would multiply their bit patterns as integers."""
     tx = normuon(0.1, layout=MatrixLayout(0, 1), backend="triton")
     params = {"w": jnp.ones((16, 16))}
     with pytest.raises(ValueError, match=r"16 x 16.*bfloat16.*compute_dtype float32 or float16"):

@@ -1,4 +1,4 @@
-"""The kernels under JAX's transformations: what a user's own code may do with an optimizer on them.
+"""The kernels under JAX's transformations (jit, scan, vmap), as users' programs apply them.
 
 Here under Triton's interpreter; `test_bitwise.py` runs the same code on a GPU.
 """
@@ -62,7 +62,7 @@ def assert_equal(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-def test_state_is_that_of_the_other_backend(interpreted):
+def test_the_kernels_and_xla_keep_the_same_state(interpreted):
     """The largest relative difference of any array after two steps: 2.2e-7."""
     ours, theirs = steps(optimizer()), steps(optimizer(backend="xla"))
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
@@ -71,7 +71,7 @@ def test_state_is_that_of_the_other_backend(interpreted):
         np.testing.assert_allclose(x, y, rtol=0, atol=9e-7 * float(jnp.max(jnp.abs(y))))
 
 
-def test_a_state_of_one_backend_goes_on_with_the_other(interpreted):
+def test_a_run_of_one_backend_goes_on_with_the_other(interpreted):
     params, state = steps(optimizer(backend="xla"), 1)
     ours, _ = jax.jit(optimizer().update)(draw(2), state, params)
     theirs, _ = jax.jit(optimizer(backend="xla").update)(draw(2), state, params)
@@ -91,7 +91,7 @@ def test_vmap_over_learning_rates_is_a_loop_over_them(interpreted):
 
 
 def test_vmap_over_gradients_folds_into_the_stack(interpreted, monkeypatch):
-    """One launch of each product for all of them, and the bits of each alone."""
+    """Each product is launched once for all gradients, and each has the bits of a step of its own."""
     from normuon_core.kernels import launches
 
     tx, params = optimizer(), draw(0)
@@ -112,12 +112,12 @@ def test_vmap_over_gradients_folds_into_the_stack(interpreted, monkeypatch):
         one = jax.tree.map(lambda x, i=index: x[i], grads)
         alone, _ = update(one)
         assert_equal(jax.tree.map(lambda x, i=index: x[i], together), alone)
-    # vmap looks at the function without the batch axis first.
+    # vmap traces the function without the batch axis first, so the launches of one step come before.
     alone = counts
     assert folded == alone + [2 * count for count in alone]
 
 
-def test_vmap_within_vmap(interpreted):
+def test_a_vmap_within_a_vmap_makes_the_bits_of_a_loop(interpreted):
     rates = jnp.asarray([[0.02, 0.1], [0.003, 0.05]])
     state = optimizer().init(draw(0))
 
@@ -170,7 +170,7 @@ def test_half_precision_parameters_are_taken_as_they_are(interpreted, dtype):
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 9), (2, 3, 9, 5)])
-def test_polar_factors_under_vmap(interpreted, shape):
+def test_polar_factors_under_vmap_are_those_of_a_loop(interpreted, shape):
     x = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
     keywords = dict(backend="triton", compute_dtype=jnp.float32)
     factor = jax.jit(lambda x: polar_factor(x, **keywords))
@@ -182,7 +182,7 @@ def test_polar_factors_under_vmap(interpreted, shape):
     )
 
 
-def test_the_stage_alone_and_in_a_chain(interpreted):
+def test_the_kernels_run_in_stages_that_stand_alone(interpreted):
     keywords = dict(layout=LAYOUT, compute_dtype=jnp.float32)
     for make in (optax_normuon.orthogonalize, optax_normuon.scale_by_normuon):
         ours, theirs = (make(backend=backend, **keywords) for backend in ("triton", "xla"))

@@ -131,8 +131,10 @@ def test_a_product_is_as_exact_as_one_rounded_once(sides, dtype):
         assert errors[0] <= 1.01 * errors[1], (name, errors)
 
 
-def test_a_product_said_to_be_symmetric_is_so_where_rounding_has_made_it_not():
-    """S and T commute but for rounding; here they do not at all: below the diagonal stands S T."""
+def test_a_product_declared_symmetric_comes_out_exactly_symmetric():
+    """In a step the factors S and T commute up to rounding; these two do not commute at all.
+
+    The kernel computes S T below the diagonal and mirrors it."""
     rng = np.random.default_rng(0)
     s, t = (x + x.swapaxes(1, 2) for x in rng.standard_normal((2, 2, 150, 150)))
     s, t = Stack(s, torch.float16), Stack(t, torch.float16)
@@ -142,7 +144,7 @@ def test_a_product_said_to_be_symmetric_is_so_where_rounding_has_made_it_not():
     found = products.multiply(s.padded, t.padded, alpha=0.1)[..., :150]
     assert torch.equal(found, found.mT)
     wanted = torch_ref.product(s.plain, t.plain, alpha=0.1)
-    # Measured: 1.2e-5, a few entries rounded the other way.
+    # Measured: 1.2e-5, because a few entries are rounded the other way.
     assert frobenius_distance(found.tril().double().cpu(), wanted.tril().double().cpu()) < 5e-5
     assert not torch.equal(wanted, wanted.mT)
 
@@ -176,7 +178,7 @@ BOUND = 8e-6
 
 
 def short(recipe: str) -> Recipe:
-    """The recipe with two steps of its polynomial: the interpreter takes a moment for each product."""
+    """The recipe with two steps of its polynomial, because the interpreter is slow."""
     polar = RECIPES[recipe].polar
     return replace(RECIPES[recipe], polar=replace(polar, coefficients=polar.coefficients[:2]))
 
@@ -301,7 +303,7 @@ def test_a_zero_gradient_is_a_zero_update_under_decay(recipe):
     [("normuon", np.nan), ("normuon", np.inf), ("normuon_paper", np.nan), ("torch_muon", np.nan)],
 )
 def test_a_bad_gradient_reaches_only_its_own_matrix(recipe, bad):
-    """The others' bits are those of a run without it, in its stack and in the weights beside it."""
+    """All other matrices, in its stack and in other weights, have the bits of a run without it."""
     gradients = draw(["wide, in out", "stack", "split QKV"])
     clean = train(short(recipe), gradients)
     gradients["stack"][0, 1, 2, 3] = bad
@@ -315,7 +317,7 @@ def test_a_bad_gradient_reaches_only_its_own_matrix(recipe, bad):
 
 
 @pytest.mark.parametrize("algorithm", ["standard", "gram"])
-def test_what_lies_beyond_a_ragged_edge_never_counts(algorithm, request):
+def test_memory_beyond_a_ragged_edge_never_reaches_a_result(algorithm, request):
     gradients = draw(["several tiles", "split QKV", "many neurons"])
     clean = train(NORMUON, gradients, algorithm=algorithm)
     request.getfixturevalue("nan_everywhere")
@@ -324,16 +326,16 @@ def test_what_lies_beyond_a_ragged_edge_never_counts(algorithm, request):
         np.testing.assert_array_equal(found[name], expected)
 
 
-def test_a_matrix_does_not_feel_its_neighbours():
-    """Each in a stack of its own, or together: the same bits."""
+def test_a_matrix_has_the_same_bits_whatever_shares_its_stack():
+    """Each matrix is stepped in a stack of its own, and then with others."""
     gradients = draw(["tall", "split QKV", "heads that no stride merges"])
     alone, together = (train(NORMUON, gradients, max_stack_bytes=bound) for bound in (1, None))
     for name, expected in alone.items():
         np.testing.assert_array_equal(together[name], expected)
 
 
-def test_a_norm_may_be_summed_in_a_few_parts(monkeypatch):
-    """As that of a matrix of more than 1024 tiles is: here three parts of three tiles, for eight."""
+def test_a_norm_is_right_when_its_tiles_are_summed_in_fewer_parts(monkeypatch):
+    """A matrix of more than 1024 tiles needs this; here eight tiles are summed in three parts."""
     gradients = draw(["several tiles"])
     monkeypatch.setattr(geometry, "MOST_PARTS", 3)
     assert largest_distance(train(NORMUON, gradients), train_oracle(NORMUON, gradients)) <= BOUND

@@ -50,7 +50,7 @@ def run_snippet(name: str, **given: Any) -> dict[str, Any]:
     return names
 
 
-def of_the_rest() -> tuple[Weights, Weights]:
+def start_of_the_rest() -> tuple[Weights, Weights]:
     """First values and gradients of an embedding and a scale."""
     random = np.random.default_rng(0)
     shapes = {"embedding": (7, 4), "scale": (6,)}
@@ -60,7 +60,7 @@ def of_the_rest() -> tuple[Weights, Weights]:
     )
 
 
-def of_a_trace(name: str) -> tuple[Weights, Weights]:
+def weights_of_a_trace(name: str) -> tuple[Weights, Weights]:
     """A golden trace's weights that are plain matrices, (out, in), and their gradients."""
     trace = load_trace(GOLDEN / f"{name}__a.npz")
     chosen = [weight for weight in trace.weights if weight.name in ("tall", "wide", "square")]
@@ -151,7 +151,7 @@ def new(name: str, start: Weights, grads: Weights) -> Weights:
 
 
 def largest_distance(actual: Weights, expected: Weights) -> float:
-    """Of any weight after any step."""
+    """The largest relative distance of any weight after any step."""
     assert set(actual) == set(expected)
     return max(
         infinity_distance(mine, theirs)
@@ -162,13 +162,13 @@ def largest_distance(actual: Weights, expected: Weights) -> float:
 
 def both_halves(trace: str) -> tuple[Weights, Weights, Weights]:
     """First values, gradients, and what the original made of the matrices."""
-    params, grads = of_a_trace(trace)
-    rest, rest_grads = of_the_rest()
+    params, grads = weights_of_a_trace(trace)
+    rest, rest_grads = start_of_the_rest()
     start = {**{name: values[0] for name, values in params.items()}, **rest}
     return start, {**grads, **rest_grads}, {name: v[1:] for name, v in params.items()}
 
 
-# The AdamW beside each original, by its own numbers.
+# The hyperparameters of the AdamW that each original has for the rest.
 BESIDE = {
     "KellerJordan/Muon": dict(lr=3e-4, b1=0.9, b2=0.95, eps=1e-10, weight_decay=0.01),
     "dion": dict(lr=3e-3, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1),
@@ -187,7 +187,7 @@ OF_TRACES = [
 
 @pytest.mark.parametrize(("name", "trace"), OF_TRACES)
 @pytest.mark.usefixtures("x64")
-def test_the_new_call_repeats_the_original_s_trace_and_its_adamw(name, trace):
+def test_the_new_call_repeats_the_trace_of_the_original_and_its_adamw(name, trace):
     """Largest distance: 9.7e-16."""
     start, grads, expected = both_halves(trace)
     actual = new(name, start, grads)
@@ -243,7 +243,7 @@ def test_the_new_call_repeats_torch(monkeypatch, kind):
     origin, model = "torch.optim.Muon and torch.optim.AdamW", TorchModel(start)
     made = run_snippet(f"{origin}: old", **model.given)
     with monkeypatch.context() as patch:
-        # It iterates in bfloat16 whatever it is given; its in-place division needs a copy.
+        # PyTorch's Muon iterates in bfloat16 whatever it is given; its in-place division needs a copy.
         patch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor.double().clone())
         expected = model.train([made["muon"], made["adamw"]], grads)
     assert largest_distance(new(f"{origin}: {kind}", start, grads), expected) <= 1e-11

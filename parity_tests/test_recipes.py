@@ -67,7 +67,7 @@ VARIANTS = {
 """Every field but `momentum.momentum`, which a trace's schedule replaces."""
 
 
-def test_the_variants_name_every_field():
+def test_there_is_a_variant_for_every_field_of_a_recipe():
     stages = ("momentum", "polar", "neuron_norm", "decay")
     fields = {
         f"{stage}.{field.name}"
@@ -80,7 +80,7 @@ def test_the_variants_name_every_field():
 @pytest.mark.parametrize("run", [run_jax, run_torch], ids=["jax", "torch"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_field_of_a_recipe_counts(variant, run):
-    """A field that an implementation does not read would leave the trajectory as it was."""
+    """An implementation that did not read a field would make the same steps with another value."""
     stage, field = variant.split(".")
     record = dataclasses.replace(getattr(NORMUON, stage), **{field: VARIANTS[variant]})
     changed = dataclasses.replace(NORMUON, **{stage: record})
@@ -95,8 +95,10 @@ def test_every_field_of_a_recipe_counts(variant, run):
 @pytest.mark.parametrize("run", [run_jax, run_torch], ids=["jax", "torch"])
 @pytest.mark.parametrize("inside_scale", [True, False])
 @pytest.mark.parametrize("rule", ["rms", "spectral"])
-def test_mask_and_rms_norm_are_the_directions_own(rule, inside_scale, run):
-    """Not those of the decayed or scaled update: a rate multiplier of 0 or -1 leaves the mask."""
+def test_the_mask_and_the_rms_scale_look_at_the_update_before_decay_and_scale(
+    rule, inside_scale, run
+):
+    """A rate multiplier of 0 or -1 therefore leaves the mask as it is."""
     decay = dataclasses.replace(NORMUON.decay, inside_scale=inside_scale)
     recipe = dataclasses.replace(NORMUON, decay=decay, shape_scale=rule)
     made = make_trace(recipe, shapes={name: SHAPES[name] for name in ("split", "stack")}, steps=3)

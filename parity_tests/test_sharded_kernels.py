@@ -103,10 +103,10 @@ def test_the_norm_of_the_rms_rule_comes_home_with_the_statistics(interpreted):
     assert_equal(paper, steps(optimizer(recipe="normuon_paper"), mesh_of(2, 2)))
 
 
-def test_a_lonely_matrix_stays_and_the_others_are_the_same(interpreted):
-    """In float16 Gram form, by XLA's products; relative difference measured: 3.4e-4 of the
-    update."""
-    # With one step alone a move would be cheaper.
+def test_a_matrix_without_twins_stays_divided_and_the_others_keep_their_bits(interpreted):
+    """It goes through the Gram form in float16, by XLA's products. Largest difference measured, relative
+    to the update: 3.4e-4."""
+    # With a single step of the polynomial it would be cheaper to move the matrix.
     keywords = dict(algorithm="auto", steps=2)
     one, other = (
         steps(optimizer(**keywords), count=1),
@@ -119,8 +119,8 @@ def test_a_lonely_matrix_stays_and_the_others_are_the_same(interpreted):
         assert 0 < error < 1.2e-3 if name == "c" else error == 0, name
 
 
-def test_a_lonely_matrix_may_be_all_there_is(interpreted):
-    """No kernel runs then."""
+def test_a_step_may_have_no_matrix_for_the_kernels(interpreted):
+    """All of its matrices stay divided, so XLA steps them."""
     layout, params = {"c": LAYOUT["c"]}, {"c": draw(0)["c"]}
     updates = []
     for mesh in (None, mesh_of(4, 2)):

@@ -31,7 +31,7 @@ def run(*, gradients=3, **group):
 
 
 @pytest.mark.parametrize("name", KEYWORDS)
-def test_a_group_makes_the_update_of_jax(name, x64):
+def test_a_keyword_makes_the_update_that_it_makes_in_jax(name, x64):
     keywords = KEYWORDS[name]
     found, _ = run(**keywords)
     tx = normuon(0.1, layout=MatrixLayout(1, 0), compute_dtype=jnp.float64, **keywords)
@@ -46,7 +46,7 @@ def test_a_group_makes_the_update_of_jax(name, x64):
 
 
 @pytest.mark.parametrize("name", KEYWORDS)
-def test_a_state_dict_keeps_them(name, tmp_path):
+def test_a_state_dict_keeps_the_keywords(name, tmp_path):
     wanted, _ = run(**KEYWORDS[name])
     _, optimizer = run(gradients=2, **KEYWORDS[name])
     torch.save(optimizer.state_dict(), tmp_path / "state")
@@ -58,20 +58,20 @@ def test_a_state_dict_keeps_them(name, tmp_path):
     np.testing.assert_array_equal(weight.detach().numpy(), wanted)
 
 
-def test_a_keyword_is_the_recipe_with_that_field():
+def test_a_keyword_makes_the_update_of_a_recipe_with_that_field():
     recipe = RECIPES["normuon"]
     other = dataclasses.replace(recipe, polar=dataclasses.replace(recipe.polar, eps=3.0))
     np.testing.assert_array_equal(run(eps=3.0)[0], run(recipe=other)[0])
 
 
-def test_the_function_takes_them_as_well():
+def test_polar_factor_takes_the_same_keywords():
     x = torch.from_numpy(W)
     found = polar_factor(x, coefficients="newton_schulz", steps=2, compute_dtype=torch.float64)
     triples = RECIPES["muon_keller"].polar.coefficients[:2]
     assert torch.equal(found, polar_factor(x, coefficients=triples, compute_dtype=torch.float64))
 
 
-def test_in_a_group_of_adamw_eps_is_adams():
+def test_eps_in_a_group_of_adamw_is_the_epsilon_of_adam():
     weight = torch.nn.Parameter(torch.ones(4))
     optimizer = NorMuon([{"params": [weight], "optimizer": "adamw", "eps": 0.5}], lr=0.1, eps=1e-3)
     weight.grad = torch.ones(4)
@@ -79,7 +79,7 @@ def test_in_a_group_of_adamw_eps_is_adams():
     torch.testing.assert_close(weight.detach(), torch.full((4,), 1 - 0.1 / 1.5))
 
 
-def test_a_value_that_cannot_be_names_what_to_write():
+def test_an_impossible_value_is_refused_and_the_error_names_the_remedy():
     with pytest.raises(ValueError, match="did you mean 'newton_schulz'"):
         run(coefficients="newton_shulz")
     with pytest.raises(ValueError, match="steps=6"):

@@ -23,7 +23,7 @@ def relative_error(found, wanted):
 
 
 def gradients(shape, steps=3):
-    """Hard on every rule: a zero row and column, a nearly zero matrix last."""
+    """Gradients that are hard on every rule: a zero row and column, and a nearly zero matrix."""
     rng = np.random.default_rng(7)
     result = rng.standard_normal((steps, *shape))
     result[:, ..., 1, :] = 0.0

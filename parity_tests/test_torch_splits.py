@@ -58,7 +58,7 @@ def test_a_fused_projection_steps_as_in_jax(name):
 
 
 @pytest.mark.parametrize("name", ["unequal blocks", "each head in turn"])
-def test_kernels_step_it_alike_in_both_frameworks(name, interpreted):
+def test_the_kernels_step_a_fused_projection_alike_in_both_frameworks(name, interpreted):
     del interpreted
     layout = LAYOUTS[name]
     by_kernels, _ = run(layout, "triton", count=1)

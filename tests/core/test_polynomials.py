@@ -38,14 +38,14 @@ def test_the_optimal_quintic_equioscillates(lower):
     assert np.count_nonzero(np.diff(signs)) == 3
 
 
-def test_near_one_the_optimal_quintic_is_taylors():
-    """About the middle of the interval, which is 5e-8 below 1: 2.5e-7 in the last coefficient."""
+def test_the_optimal_quintic_of_a_short_interval_is_the_taylor_quintic():
+    """The middle of the interval is 5e-8 below 1, which changes the last coefficient by 2.5e-7."""
     chex.assert_trees_all_close(
         optimal_quintic(1 - 1e-7, 1.0), POLYNOMIALS["quintic_taylor"][0], rtol=1e-6
     )
 
 
-def test_the_optimal_quintic_is_continuous_where_taylors_takes_over():
+def test_the_optimal_quintic_is_continuous_where_the_taylor_quintic_takes_over():
     """Measured: 5.8e-7."""
     below, above = optimal_quintic(1 - 1.0001e-3, 1.0), optimal_quintic(1 - 0.9999e-3, 1.0)
     chex.assert_trees_all_close(below, above, rtol=2.4e-6)
@@ -60,8 +60,8 @@ def test_every_lower_bound_has_polynomials(steps, safety):
         assert np.isfinite(found).all()
 
 
-def test_converged_steps_are_taylors_quintic():
-    """0.003 needs eight steps; the ninth has nothing left to correct."""
+def test_steps_after_convergence_are_the_taylor_quintic():
+    """A lower bound of 0.003 needs eight steps; the ninth has nothing left to correct."""
     for lower in (0.0029, 0.003, 0.0031):
         last = polar_express(lower, steps=16)[-1]
         chex.assert_trees_all_close(last, POLYNOMIALS["quintic_taylor"][0], rtol=1e-9)
@@ -77,7 +77,7 @@ def test_converged_steps_are_taylors_quintic():
         ({"cushion": 1.5}, "cushion=1.5: use a number in"),
     ],
 )
-def test_what_polar_express_cannot_use_is_refused(given, message):
+def test_polar_express_refuses_arguments_that_it_cannot_use(given, message):
     with pytest.raises(ValueError, match=message):
         polar_express(**{"lower_bound": 1e-3, "steps": 5, **given})
 
@@ -90,7 +90,7 @@ def test_an_empty_interval_is_refused(lower, upper):
 
 @pytest.mark.parametrize("name", ["polar_express", "polar_express_1_05", "you", "newton_schulz"])
 def test_every_set_lifts_all_but_the_smallest_singular_values(name):
-    """Five steps bring [0.01, 1/1.05] into [0.6, 1.3]; the smallest values are not promised."""
+    """Five steps bring [0.01, 1/1.05] into [0.6, 1.3]; nothing is promised for smaller values."""
     lifted = evaluate(POLYNOMIALS[name], np.linspace(0.01, 1 / 1.05, 10_001))
     assert lifted.min() > 0.6
     assert lifted.max() < 1.3

@@ -30,7 +30,7 @@ ADD_OR_MAX = "Known: add, max"
     ],
     ids=str,
 )
-def test_a_record_refuses_what_no_stage_knows(record, field, value, message):
+def test_a_record_refuses_unknown_rules_and_numbers_out_of_range(record, field, value, message):
     with pytest.raises(ValueError, match=message):
         record(**{field: value})
     with pytest.raises(ValueError, match=message):
@@ -44,8 +44,8 @@ def test_a_recipe_refuses_an_unknown_shape_scale():
         replace(RECIPES["normuon"], shape_scale="spectrall")
 
 
-def test_what_is_no_number_passes():
-    """A schedule and an array, whose values nobody knows yet."""
+def test_a_record_does_not_check_schedules_and_arrays():
+    """Their values are not known when the record is made."""
     recipe = RECIPES["normuon"].override(momentum=np.asarray(2.0), beta2=np.asarray([7.0]))
     assert recipe.momentum.momentum == 2.0
     assert callable(replace(recipe.momentum, momentum=lambda count: 0.9).momentum)

@@ -1,4 +1,4 @@
-"""Who may import whom: no circle, no arrow upward, no foreign framework.
+"""Who may import whom: no circle, no import of a higher wing, no foreign framework.
 
 Imports within functions count too: they are made late because of what they cost, not to hide a circle.
 """
@@ -39,7 +39,7 @@ def is_for_types_alone(node: ast.AST) -> bool:
 
 
 def nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes that run."""
+    """All nodes of a tree but those that stand under `if TYPE_CHECKING`."""
     for child in ast.iter_child_nodes(tree):
         if not is_for_types_alone(child):
             yield child
@@ -63,7 +63,7 @@ IMPORTS = {name: imports(path) for name, path in MODULES.items()}
 
 
 def floor(module: str) -> tuple[str, int]:
-    """(package, how high its wing stands)."""
+    """The package of a module, and how high its wing stands in `WINGS`."""
     package, *rest = module.split(".")
     in_wing = package != "normuon_core" and rest and rest[0] in WINGS
     return package, WINGS.index(rest[0]) if in_wing else len(WINGS)
@@ -85,14 +85,14 @@ def test_a_module_imports_its_own_framework_alone(module):
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_no_arrow_goes_up(module):
+def test_no_wing_imports_a_wing_above_it(module):
     package, own = floor(module)
     for other in IMPORTS[module]:
         other_package, height = floor(other)
         assert other_package != package or height <= own, f"{module} imports {other}"
 
 
-def test_there_is_no_circle():
+def test_modules_do_not_import_each_other_in_a_circle():
     done: set[str] = set()
 
     def visit(module: str, way: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""What the tests of Optax's contract are asked of: leaves that are matrices, stacks and vectors.
+"""The leaves on which Optax's contract is tested: a matrix, a stack of matrices and a vector.
 
 Optax's own contract tests use vectors, which would exercise AdamW alone. Most tests run eagerly on one
 set of shapes, so that all of them share what XLA compiled for the first. Those that need `jit` iterate
@@ -8,7 +8,6 @@ in float32, which compiles in half the time of bfloat16.
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -16,6 +15,7 @@ import optax
 import optax_normuon
 from optax_normuon import MatrixLayout, with_bf16_remainder
 from tests.in_jax.engines import KERNELS
+from tests.in_jax.trees import at, random_tree
 
 SHAPES = {"blocks": {"up": {"kernel": (3, 6, 7)}}, "dense": {"bias": (6,), "kernel": (7, 6)}}
 LAYOUT = {"blocks": MatrixLayout(-2, -1), "dense": {"bias": None, "kernel": MatrixLayout(0, 1)}}
@@ -61,12 +61,7 @@ TRANSFORMATIONS = {**OPTIMIZERS, **STAGES, "with_bf16_remainder": remainder, **B
 
 def draw(seed, dtype=jnp.float32) -> Any:
     """A tree with a stack of three matrices, a matrix and a vector."""
-    random = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda shape: jnp.asarray(random.normal(size=shape), dtype),
-        SHAPES,
-        is_leaf=lambda node: isinstance(node, tuple),
-    )
+    return random_tree(SHAPES, seed, dtype)
 
 
 def one_step(tx, gradients, params) -> Any:
@@ -81,12 +76,6 @@ def run(tx, params, gradients, **extra_args) -> Any:
         updates, state = tx.update(gradient, state, params, **extra_args)
         params = optax.apply_updates(params, updates)
     return params, state
-
-
-def at(tree: Any, path) -> Any:
-    for key in path:
-        tree = tree[key]
-    return tree
 
 
 def without(tree, path, value=None) -> Any:

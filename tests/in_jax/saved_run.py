@@ -61,7 +61,7 @@ def _on(mesh, specs):
 
 
 def _wait_in_the_next_save() -> None:
-    """Everything is written then, and the checkpoint has not its name yet."""
+    """At that moment everything is written, but the checkpoint does not have its name yet."""
 
     async def wait(path, *arguments, **keywords):
         print("saving", flush=True)

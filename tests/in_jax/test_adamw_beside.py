@@ -1,4 +1,4 @@
-"""What trains the leaves that are no matrices: AdamW's options, factors by path, `others=`."""
+"""The optimizer of the leaves that are no matrices: AdamW's options, factors by path, `others=`."""
 
 from typing import Any, NamedTuple
 
@@ -11,8 +11,9 @@ import pytest
 
 import optax_normuon
 from optax_normuon import STATIC_ARGS, multipliers_by_path, muon, normuon
+from tests.in_jax.trees import at, random_tree
 
-# The matrices are not what is tested here: a stage that compiles quickly takes the iteration's place.
+# These tests are not about matrices, so a stage that compiles quickly takes the iteration's place.
 QUICK: dict[str, Any] = {"orthogonalizer": lambda stack: stack / 2}
 
 SHAPES = {"embed": {"embedding": (6, 4)}, "dense": {"bias": (4,), "kernel": (6, 4)}}
@@ -21,11 +22,7 @@ OTHERS = [("dense", "bias"), ("embed", "embedding")]
 
 
 def draw(seed: int, dtype: Any = jnp.float32) -> Any:
-    random = np.random.default_rng(seed)
-    return {
-        layer: {name: jnp.asarray(random.normal(size=shape), dtype) for name, shape in of.items()}
-        for layer, of in SHAPES.items()
-    }
+    return random_tree(SHAPES, seed, dtype)
 
 
 def run(tx, *, steps: int = 2, dtype: Any = jnp.float32, **extra) -> Any:
@@ -37,12 +34,6 @@ def run(tx, *, steps: int = 2, dtype: Any = jnp.float32, **extra) -> Any:
         updates, state = update(draw(seed, dtype), state, params, **extra)
         params = optax.apply_updates(params, updates)
     return params, state
-
-
-def at(tree: Any, path) -> Any:
-    for key in path:
-        tree = tree[key]
-    return tree
 
 
 def only(tree: Any, chosen) -> Any:
@@ -133,7 +124,7 @@ def test_injection_leaves_the_options_of_adamw_as_they_are(inject, make):
     assert not {"adam_nesterov", "adam_moment_dtype"} & set(state.hyperparams)
 
 
-# Another transformation in its place
+# Another transformation in AdamW's place
 
 
 class Seen(NamedTuple):
@@ -268,7 +259,7 @@ def test_patterns_may_be_about_leaves_that_are_masked_away():
     masked, _ = run(
         optax.masked(normuon(0.1, **QUICK, lr_mul=factors), {"embed": False, "dense": True})
     )
-    # Another program, compiled anew: to rounding.
+    # Another program is compiled anew and may round otherwise.
     chex.assert_trees_all_close(masked["dense"], whole["dense"], rtol=1e-6)
     parts = {
         "own": normuon(0.1, **QUICK, lr_mul=factors),

@@ -1,4 +1,4 @@
-"""What bad input gets: an error at the door that names the leaf, the value and the remedy."""
+"""Bad input is refused in `init` or earlier, by an error that names leaf, value and remedy."""
 
 import re
 
@@ -48,19 +48,19 @@ def init(params=None, **keywords):
     ],
     ids=str,
 )
-def test_a_layout_that_does_not_fit_its_leaf(layout, message):
+def test_a_layout_that_does_not_fit_its_leaf_is_refused(layout, message):
     with pytest.raises(ValueError, match=message):
         init(layout=layout)
 
 
-def test_a_layout_tree_that_does_not_match_the_parameters():
+def test_a_layout_tree_that_does_not_match_the_parameters_is_refused():
     with pytest.raises(
         ValueError, match=r"layout does not match the parameters \(leaves: mlp/kernel"
     ):
         init(layout={"attention": MatrixLayout(0, 1)})
 
 
-def test_a_path_pattern_that_meets_no_leaf():
+def test_a_path_pattern_that_meets_no_leaf_is_refused():
     with pytest.raises(ValueError, match=r"'atention/\*' meets no leaf; the leaves are mlp/kernel"):
         init(layout=layout_by_path({"atention/*": None}))
 
@@ -71,7 +71,7 @@ def test_an_unknown_recipe_is_answered_with_the_nearest(name, near):
         normuon(0.1, recipe=name)
 
 
-def test_beta2_for_a_recipe_without_neuron_normalization():
+def test_beta2_for_a_recipe_without_neuron_normalization_is_refused():
     with pytest.raises(ValueError, match=r"beta2=0.9 has no effect.*'normuon'"):
         muon(0.1, beta2=0.9)
 
@@ -86,21 +86,21 @@ def test_missing_parameters_get_optaxs_own_message(make):
 
 @pytest.mark.parametrize("dtype", [jnp.complex64, jnp.int32])
 @pytest.mark.parametrize("shape", [(4, 6), (4,)])
-def test_a_complex_or_integer_leaf(dtype, shape):
+def test_a_complex_or_integer_leaf_is_refused(dtype, shape):
     params = {"mlp": {"kernel": jnp.ones((4, 6)), "phase": jnp.ones(shape, dtype)}}
     name = jnp.dtype(dtype).name
     with pytest.raises(TypeError, match=f"mlp/phase: dtype {name}.*optax.masked"):
         init(params)
 
 
-def test_a_gradient_without_a_parameter():
+def test_a_gradient_without_a_parameter_is_refused():
     tx = normuon(0.1)
     state = tx.init(KERNEL)
     with pytest.raises(ValueError, match="mlp/bias: a gradient without a parameter"):
         tx.update({"mlp": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}}, state, KERNEL)
 
 
-def test_a_gradient_of_another_shape():
+def test_a_gradient_of_another_shape_is_refused():
     tx = normuon(0.1)
     with pytest.raises(ValueError, match=r"mlp/kernel: .*shape \(6, 4\) .*shape \(4, 6\)"):
         tx.update({"mlp": {"kernel": jnp.ones((6, 4))}}, tx.init(KERNEL), KERNEL)
@@ -108,17 +108,17 @@ def test_a_gradient_of_another_shape():
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a GPU has it")
 @pytest.mark.parametrize("make", [lambda **k: normuon(0.1, **k), orthogonalize])
-def test_triton_where_there_is_none(make):
+def test_the_triton_backend_is_refused_where_triton_cannot_run(make):
     with pytest.raises(ValueError, match=r"backend='triton' needs a CUDA device.*backend='auto'"):
         make(backend="triton")
 
 
-def test_a_backend_that_is_none():
+def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError, match=r"backend='tritton' is unknown; use one of .*'triton'"):
         normuon(0.1, backend="tritton")
 
 
-def test_an_orthogonalizer_beside_the_kernels():
+def test_an_orthogonalizer_beside_the_kernels_is_refused():
     with pytest.raises(ValueError, match="leave the orthogonalizer out"):
         normuon(0.1, backend="triton", orthogonalizer=lambda x: x)
 
@@ -132,12 +132,12 @@ def test_an_orthogonalizer_beside_the_kernels():
     ],
     ids=["algorithm", "shape_scale", "max_stack_bytes"],
 )
-def test_an_option_that_is_none(keywords, message):
+def test_an_unknown_option_is_refused(keywords, message):
     with pytest.raises(ValueError, match=message):
         init(**keywords)
 
 
-def test_an_integer_compute_dtype():
+def test_an_integer_compute_dtype_is_refused():
     with pytest.raises(TypeError, match="compute_dtype=.*int32.*not real floating point"):
         orthogonalize(compute_dtype=jnp.int32)
 
@@ -150,7 +150,7 @@ def test_an_integer_compute_dtype():
     ],
     ids=["shape", "tree"],
 )
-def test_a_multiplier_that_does_not_fit(lr_mul, message):
+def test_a_multiplier_that_does_not_fit_is_refused(lr_mul, message):
     with pytest.raises(ValueError, match=message):
         init(lr_mul=lr_mul)
     with pytest.raises(ValueError, match=message):
@@ -164,7 +164,7 @@ def test_a_vector_has_no_polar_factor():
         polar_factor(jnp.ones((3, 3), jnp.int32))
 
 
-def test_an_unknown_neuron_axis():
+def test_an_unknown_neuron_axis_is_refused():
     with pytest.raises(ValueError, match="unknown axis 'rows'; did you mean"):
         normalize_neurons(axis="rows")
 
@@ -218,13 +218,13 @@ def test_a_schedule_of_beta2_is_sent_to_injection():
         normuon(0.1, beta2=lambda count: 0.9)
 
 
-def test_arrays_tracers_and_schedules_are_not_read():
-    """What they hold is not known when they are given: the range is the caller's to keep."""
+def test_the_values_of_arrays_tracers_and_schedules_are_not_checked():
+    """Their values are not known when they are given, so the caller must keep to the range."""
     normuon(jnp.float32(-1), momentum=lambda count: 2.0, weight_decay=np.asarray(-1.0))
     jax.jit(lambda mu: normuon(mu, momentum=mu, beta2=mu, adam_weight_decay=mu).init(KERNEL))(-1.0)
 
 
-def test_an_orthogonalizer_that_changes_the_shape():
+def test_an_orthogonalizer_that_changes_the_shape_is_refused():
     tx = normuon(0.1, orthogonalizer=lambda stack: stack[:, :2])
     with pytest.raises(ValueError, match=r"orthogonalizer returned shape \(1, 2, 6\)"):
         tx.update(KERNEL, tx.init(KERNEL), KERNEL)

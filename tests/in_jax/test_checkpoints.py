@@ -5,12 +5,12 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
 
 from optax_normuon import STATIC_ARGS, MatrixLayout, normuon, with_bf16_remainder
+from tests.in_jax.trees import random_tree
 
 SHAPES = {"blocks": {"up": {"kernel": (3, 4, 8)}}, "dense": {"bias": (4,), "kernel": (8, 4)}}
 SPLIT = {
@@ -21,12 +21,7 @@ SPLIT = {
 
 def draw(seed, dtype) -> Any:
     """A tree with a stack of three matrices, a matrix and a vector."""
-    random = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda shape: jnp.asarray(random.normal(size=shape), dtype),
-        SHAPES,
-        is_leaf=lambda node: isinstance(node, tuple),
-    )
+    return random_tree(SHAPES, seed, dtype)
 
 
 def train(step, params, state, seeds, dtype) -> Any:

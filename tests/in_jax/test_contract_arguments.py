@@ -9,15 +9,8 @@ import optax
 import pytest
 
 import optax_normuon
-from tests.in_jax.contract import (
-    LEAVES,
-    OPTIMIZERS,
-    TRANSFORMATIONS,
-    at,
-    draw,
-    leaves_that_differ,
-    run,
-)
+from tests.in_jax.contract import LEAVES, OPTIMIZERS, TRANSFORMATIONS, draw, leaves_that_differ, run
+from tests.in_jax.trees import at
 
 
 @pytest.mark.parametrize("name", [*OPTIMIZERS, "with_bf16_remainder"])

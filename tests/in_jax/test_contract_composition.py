@@ -17,13 +17,13 @@ from tests.in_jax.contract import (
     SPLIT,
     STAGES,
     TRANSFORMATIONS,
-    at,
     draw,
     leaves_that_differ,
     one_step,
     run,
     without,
 )
+from tests.in_jax.trees import at
 
 
 @pytest.mark.parametrize("path", LEAVES, ids="/".join)

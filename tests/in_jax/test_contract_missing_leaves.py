@@ -9,16 +9,8 @@ import optax
 import pytest
 
 import optax_normuon
-from tests.in_jax.contract import (
-    LEAVES,
-    SPLIT,
-    STAGES,
-    TRANSFORMATIONS,
-    at,
-    draw,
-    one_step,
-    without,
-)
+from tests.in_jax.contract import LEAVES, SPLIT, STAGES, TRANSFORMATIONS, draw, one_step, without
+from tests.in_jax.trees import at
 
 
 @pytest.mark.parametrize("path", LEAVES, ids="/".join)

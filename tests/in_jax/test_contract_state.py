@@ -10,7 +10,8 @@ import optax
 import pytest
 
 from optax_normuon import with_bf16_remainder
-from tests.in_jax.contract import LAYOUT, SPLIT, TRANSFORMATIONS, at, draw, one_step
+from tests.in_jax.contract import LAYOUT, SPLIT, TRANSFORMATIONS, draw, one_step
+from tests.in_jax.trees import at
 
 
 def is_masked(node):

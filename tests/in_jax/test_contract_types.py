@@ -10,7 +10,8 @@ import pytest
 
 import optax_normuon
 from optax_normuon import RECIPES
-from tests.in_jax.contract import LAYOUT, OPTIMIZERS, SPLIT, STAGES, TRANSFORMATIONS, at, draw
+from tests.in_jax.contract import LAYOUT, OPTIMIZERS, SPLIT, STAGES, TRANSFORMATIONS, draw
+from tests.in_jax.trees import at
 
 
 def types(tree) -> Any:

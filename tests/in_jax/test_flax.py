@@ -13,6 +13,7 @@ from flax.training.train_state import TrainState
 
 from optax_normuon import MatrixLayout, describe, layout_by_path, normuon, with_bf16_remainder
 from tests.in_jax.tables import leaf_rows
+from tests.in_jax.trees import random_tree
 
 INPUTS = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
 TARGETS = np.tanh(INPUTS @ np.random.default_rng(1).normal(size=(8, 3)).astype(np.float32))
@@ -106,7 +107,7 @@ def test_an_nnx_model_learns():
 
 
 class StackAndLinear(nnx.Module):
-    """The leaves of `draw`: a stack of three matrices, a matrix and a vector."""
+    """A model whose leaves are those of `draw`: a stack of three matrices, a matrix and a vector."""
 
     def __init__(self, dtype=jnp.float32):
         tree = draw(0, dtype)
@@ -117,13 +118,8 @@ class StackAndLinear(nnx.Module):
 
 
 def draw(seed, dtype=jnp.float32) -> Any:
-    random = np.random.default_rng(seed)
     shapes = {"dense": {"bias": (4,), "kernel": (8, 4)}, "up": {"kernel": (3, 4, 8)}}
-    return jax.tree.map(
-        lambda shape: jnp.asarray(random.normal(size=shape), dtype),
-        shapes,
-        is_leaf=lambda node: isinstance(node, tuple),
-    )
+    return random_tree(shapes, seed, dtype)
 
 
 def test_a_step_through_nnx_is_a_step_through_optax():

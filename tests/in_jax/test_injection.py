@@ -31,7 +31,7 @@ def draw(seed) -> Any:
 
 
 def layout(params):
-    """None, which is AdamW, wherever it is called with a count in place of parameters."""
+    """A layout that is a function. Called with a step count in place of parameters it returns None."""
     return jax.tree.map(lambda leaf: MatrixLayout(0, 1) if leaf.ndim == 2 else None, params)
 
 

@@ -5,11 +5,11 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
 from optax_normuon import MatrixLayout, layout_by_path, normuon
+from tests.in_jax.trees import random_tree
 
 SHAPES = {"up": {"kernel": (4, 6)}, "frozen": {"kernel": (4, 8), "bias": (8,)}}
 BY_LEAF = {"up": {"kernel": True}, "frozen": {"kernel": False, "bias": False}}
@@ -25,12 +25,7 @@ SETTINGS = {
 
 
 def draw(seed) -> Any:
-    random = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda shape: jnp.asarray(random.standard_normal(shape), jnp.float32),
-        SHAPES,
-        is_leaf=lambda node: isinstance(node, tuple),
-    )
+    return random_tree(SHAPES, seed)
 
 
 def partitioned(tx, labels):
@@ -75,7 +70,7 @@ def test_a_subtree_that_is_none_is_not_asked_about(name):
     assert jnp.all(jnp.isfinite(updates["up"]["kernel"]))
 
 
-def test_a_pattern_that_meets_neither_a_leaf_nor_a_masked_subtree_is_a_typo():
+def test_a_pattern_that_meets_neither_a_leaf_nor_a_masked_subtree_is_refused():
     tx = optax.masked(normuon(0.1, layout=layout_by_path({"forzen/*": None})), BY_SUBTREE)
     with pytest.raises(ValueError, match="'forzen/\\*' meets no leaf"):
         tx.init(draw(0))

@@ -14,8 +14,9 @@ from optax_normuon import (
     add_cautious_weight_decay,
     scale_by_shape,
 )
-from tests.in_jax.contract import LEAVES, SHAPES, at, draw, leaves_that_differ, one_step
+from tests.in_jax.contract import LEAVES, SHAPES, draw, leaves_that_differ, one_step
 from tests.in_jax.schedules import MATRIX, STACK, run
+from tests.in_jax.trees import at
 
 
 def scaled(updates, factors) -> Any:

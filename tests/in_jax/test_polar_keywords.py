@@ -1,4 +1,4 @@
-"""The polar factor's polynomial, number of steps and epsilon, said by plain keywords."""
+"""Plain keywords change the polar factor's polynomial, its number of steps and its epsilon."""
 
 import dataclasses
 
@@ -55,7 +55,7 @@ KEYWORDS = {
 
 @pytest.mark.parametrize("name", KEYWORDS)
 @pytest.mark.parametrize("maker", MAKERS)
-def test_a_keyword_is_the_recipe_with_that_field(maker, name):
+def test_a_keyword_makes_the_update_of_a_recipe_with_that_field(maker, name):
     keywords, fields = KEYWORDS[name]
     recipe = RECIPES["muon" if maker == "muon" else "normuon"]
     recipe = dataclasses.replace(recipe, polar=dataclasses.replace(recipe.polar, **fields))
@@ -65,7 +65,7 @@ def test_a_keyword_is_the_recipe_with_that_field(maker, name):
 
 
 @pytest.mark.parametrize("name", KEYWORDS)
-def test_the_stage_and_the_function_take_them_as_well(name):
+def test_orthogonalize_and_polar_factor_take_the_same_keywords(name):
     keywords, fields = KEYWORDS[name]
     found = polar_factor(X["w"], compute_dtype=jnp.float32, **keywords)
     chex.assert_trees_all_equal(found, polar_factor(X["w"], compute_dtype=jnp.float32, **fields))
@@ -100,7 +100,7 @@ def test_a_table_of_different_steps_can_be_shortened_and_not_lengthened():
         (dict(eps=-1.0), "eps=-1.0; use a finite number of at least 0"),
     ],
 )
-def test_a_value_that_cannot_be_is_refused_when_it_is_given(keywords, message):
+def test_an_impossible_value_is_refused_when_it_is_given(keywords, message):
     for make in MAKERS.values():
         with pytest.raises(ValueError, match=message):
             make(**keywords)
@@ -108,7 +108,7 @@ def test_a_value_that_cannot_be_is_refused_when_it_is_given(keywords, message):
         find_recipe("normuon").override(**keywords)
 
 
-def test_they_are_static_where_hyperparameters_are_injected():
+def test_the_keywords_are_static_where_hyperparameters_are_injected():
     keywords = dict(coefficients="newton_schulz", steps=2, eps=3.0, weight_decay=0.1)
     assert {"coefficients", "steps", "eps"} <= set(STATIC_ARGS)
 
@@ -121,7 +121,7 @@ def test_they_are_static_where_hyperparameters_are_injected():
 
 
 def test_an_array_where_a_program_wants_a_number_is_refused():
-    """A kernel's launch would take it for a pointer."""
+    """The launch of a kernel would take the array for a pointer."""
     for make in (MAKERS["normuon"], orthogonalize):
         with pytest.raises(TypeError, match="eps is no schedule"):
             make(eps=jnp.float32(1e-7))

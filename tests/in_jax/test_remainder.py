@@ -99,9 +99,8 @@ def test_a_weight_that_shrinks_beyond_reach_is_taken_where_it_landed(exponent):
         chex.assert_trees_all_equal(joined, intended)
 
 
-def test_it_never_drifts_from_where_it_landed():
-    """A random walk over 40 binades: after every step the high half of the joined weight is the
-    parameter."""
+def test_the_high_half_of_the_joined_weight_is_always_the_parameter():
+    """The weights walk at random over 40 powers of two; the two are compared after every step."""
     rng = np.random.default_rng(0)
     params = jnp.ones(512, jnp.bfloat16)
     state = with_bf16_remainder(optax.identity()).init(params)

@@ -40,7 +40,7 @@ def test_a_kernel_with_two_readings_is_refused_with_a_line_to_paste():
     )
     assert "a 1-D convolution, 36 in, 20 out: MatrixLayout(reduction_axis=(-3, -2)" in message
     assert outcome(params, layout) == {"mixer/kernel": "3 x (20, 12)", "up/kernel": "1 x (20, 12)"}
-    # Each reading that is printed is one that can be pasted.
+    # Every reading that is printed can be pasted.
     for reading, expected in [
         (MatrixLayout((-3, -2), -1), "1 x (20, 36)"),
         (MatrixLayout(-3, (-2, -1)), "1 x (240, 3)"),
@@ -77,7 +77,7 @@ def test_what_path_and_shape_do_not_settle_is_asked(tree):
     assert "?" not in outcome(params, layout).values()
 
 
-# What the first name suggests is not what the leaf is; the right outcome, which may also be asked for.
+# Leaves whose first name misleads, with the right outcome; asking about them is right as well.
 CONTRADICTIONS = {
     # The bias beside the kernel is no stack, so the kernel is not one either.
     "a ConvTranspose named up": ({"up": {"kernel": (2, 2, 6, 20), "bias": (20,)}}, "1 x (20, 24)"),

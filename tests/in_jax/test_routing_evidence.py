@@ -93,7 +93,7 @@ SETTLED = {
 
 
 @pytest.mark.parametrize(("leaves", "expected"), SETTLED.values(), ids=SETTLED.keys())
-def test_neighbours_and_the_parts_of_names_settle_it(leaves, expected):
+def test_neighbours_and_parts_of_names_decide_how_a_leaf_is_read(leaves, expected):
     found = outcome(leaves)
     assert {path: found[path] for path in expected} == expected
 

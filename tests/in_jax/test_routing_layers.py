@@ -72,7 +72,7 @@ LINEN = {
 
 
 @pytest.mark.parametrize(("module", "inputs", "expected"), LINEN.values(), ids=LINEN.keys())
-def test_a_linen_layer(module, inputs, expected):
+def test_a_linen_layer_is_read_as_the_matrices_that_it_multiplies_by(module, inputs, expected):
     assert outcome(linen(module, inputs)) == expected
 
 
@@ -127,7 +127,7 @@ NNX = {
 
 
 @pytest.mark.parametrize(("make", "expected"), NNX.values(), ids=NNX.keys())
-def test_an_nnx_layer(make, expected):
+def test_an_nnx_layer_is_read_as_the_matrices_that_it_multiplies_by(make, expected):
     assert outcome(of_nnx(make)) == expected
 
 
@@ -166,7 +166,7 @@ def test_attention_heads_are_merged_with_and_without_biases(api, use_bias):
     assert reasons(params)["out/kernel"] == "an attention output kernel, 8 in, 12 out"
 
 
-def test_heads_as_matrices_of_their_own_are_a_layout_away():
+def test_a_layout_makes_each_head_a_matrix_of_its_own():
     params = linen(nn.MultiHeadDotProductAttention(2, qkv_features=8, use_bias=False), SEQUENCE)
     per_head = layout_by_path({"out/*": MatrixLayout(1, 2), "*": MatrixLayout(0, 2)})
     assert outcome(params, per_head) == {

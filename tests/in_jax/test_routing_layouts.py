@@ -1,11 +1,10 @@
-"""Layouts that are given instead."""
+"""Layouts that the user gives in place of the routing."""
 
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from optax.contrib import MuonDimensionNumbers
@@ -13,17 +12,13 @@ from optax.contrib import MuonDimensionNumbers
 from optax_normuon import MatrixLayout, describe, layout_by_path, normuon
 from tests.in_jax.routing import ADAMW, TOKENS, Transformer, linen, outcome, shapes
 from tests.in_jax.tables import leaf_rows
+from tests.in_jax.trees import random_tree
 
 PARAMS = {"blocks": {"up": {"kernel": (3, 4, 8)}}, "dense": {"bias": (4,), "kernel": (8, 4)}}
 
 
 def draw(seed) -> Any:
-    random = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda shape: jnp.asarray(random.normal(size=shape), jnp.float32),
-        PARAMS,
-        is_leaf=lambda node: isinstance(node, tuple),
-    )
+    return random_tree(PARAMS, seed)
 
 
 LAYOUTS = {

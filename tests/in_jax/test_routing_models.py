@@ -36,7 +36,7 @@ def block_of(matrices, use_bias):
 
 @pytest.mark.parametrize("use_bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("scanned", [False, True], ids=["one block", "scanned"])
-def test_a_linen_transformer(scanned, use_bias):
+def test_every_leaf_of_a_linen_transformer_is_routed_by_its_role(scanned, use_bias):
     params = linen(Transformer(use_bias, scanned), TOKENS)
     prefix = "blocks" if scanned else "Block_0"
     block = block_of(3 if scanned else 1, use_bias)
@@ -88,7 +88,7 @@ class NnxTransformer(nnx.Module):
 
 @pytest.mark.parametrize("use_bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("layers", [2, None], ids=["listed", "vmapped"])
-def test_an_nnx_transformer(layers, use_bias):
+def test_every_leaf_of_an_nnx_transformer_is_routed_by_its_role(layers, use_bias):
     params = of_nnx(lambda rngs: NnxTransformer(rngs, layers, use_bias))
     block = {
         "ln1/scale": ADAMW,

@@ -75,7 +75,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize(("path", "shape", "expected"), NAMES, ids=[name for name, *_ in NAMES])
-def test_a_name_seen_in_flax_models(path, shape, expected):
+def test_names_seen_in_flax_models_are_routed_by_their_role(path, shape, expected):
     assert outcome(leaf(path, shape)) == {path: expected}
 
 

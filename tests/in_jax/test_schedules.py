@@ -14,8 +14,9 @@ from optax_normuon import (
     heavy_ball_momentum,
     lerp_momentum,
 )
-from tests.in_jax.contract import LEAVES, at, draw, leaves_that_differ, one_step
+from tests.in_jax.contract import LEAVES, draw, leaves_that_differ, one_step
 from tests.in_jax.schedules import MATRIX, STACK, VECTOR, run
+from tests.in_jax.trees import at
 
 RATE_TWICE = [name for name, recipe in RECIPES.items() if recipe.decay.rate_power == 2]
 
@@ -52,7 +53,7 @@ def test_a_constant_schedule_equals_its_constant_bit_for_bit(normuon, name):
 
 
 @pytest.mark.parametrize("name", SCHEDULED)
-def test_a_traced_value_is_a_constant_too(normuon, name):
+def test_a_traced_value_makes_the_steps_of_a_constant(normuon, name):
     value, reaches = SCHEDULED[name]
     base = {"learning_rate": 0.2}
     traced, _ = run(normuon(**{**base, name: jnp.asarray(value, jnp.float32)}))

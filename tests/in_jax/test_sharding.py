@@ -144,14 +144,14 @@ BOUNDS = {"parameters": 1.6e-6, "state": 4e-5, "update": 2.7e-5}
 """Four times the largest of all these meshes, 3.9e-7 and 9.1e-6, and of an update's, 6.7e-6."""
 
 
-def test_the_bounds_tell_other_numbers_apart(on_one_device):
+def test_a_slightly_different_momentum_breaks_the_bounds(on_one_device):
     other, _ = train(momentum=0.9501)
     assert difference(other, on_one_device[0]) > 10 * BOUNDS["parameters"]
 
 
 @pytest.mark.parametrize("keywords", [dict(recipe="normuon_paper"), dict(shape_scale="spectral")])
 @pytest.mark.parametrize("mode", [EXPLICIT, AUTO])
-def test_the_scale_of_a_matrix_is_the_whole_matrices(mode, keywords):
+def test_the_scale_of_a_divided_matrix_is_that_of_the_whole_one(mode, keywords):
     """By its norm, and by the shape of its blocks: of heads, and of a fused leaf cut through them."""
     mesh = mesh_of(mode, fsdp=4, tp=2)
     updates = []
@@ -162,7 +162,7 @@ def test_the_scale_of_a_matrix_is_the_whole_matrices(mode, keywords):
     assert difference(*updates) < BOUNDS["state"]
 
 
-def test_axes_have_any_name():
+def test_mesh_axes_may_have_any_name():
     tx = normuon(0.1, layout=ALIKE_LAYOUT, compute_dtype=jnp.float32)
     shapes, specs = stack_of(3, P("x", "model"))
     on_mesh, on_one = (
@@ -341,7 +341,7 @@ def test_within_a_shard_map_matrices_are_the_devices_own():
     assert difference(jax.jit(mapped)(params), expected) < BOUNDS["update"]
 
 
-def test_state_specs_are_the_states_own():
+def test_state_specs_say_how_the_state_lies():
     """With wrappers around it; reduced axes and a fused leaf's blocks are not divided."""
     mesh = mesh_of(fsdp=4, tp=2)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optimizer())
@@ -414,7 +414,7 @@ def test_a_mesh_that_is_set_must_be_the_arrays_own():
             other.init({"w": jnp.ones((8, 4))})
 
 
-def test_specs_other_than_the_arrays_own_and_specs_without_a_mesh():
+def test_specs_that_contradict_the_arrays_and_specs_without_a_mesh_are_refused():
     mesh = mesh_of(fsdp=4, tp=2)
     params = put({"w": np.ones((8, 4), np.float32)}, {"w": P("fsdp")}, mesh)
     with pytest.raises(
@@ -425,7 +425,7 @@ def test_specs_other_than_the_arrays_own_and_specs_without_a_mesh():
         normuon(0.1, layout=ALIKE_LAYOUT, param_specs={"w": P("tp")}).init({"w": jnp.ones((8, 4))})
 
 
-def test_an_axis_that_the_matrix_cannot_leave():
+def test_a_mesh_axis_of_a_surrounding_shard_map_is_refused_in_specs():
     mesh = mesh_of(fsdp=4, tp=2)
     tx = normuon(0.1, layout=ALIKE_LAYOUT, param_specs={"w": P("fsdp")})
 

@@ -37,8 +37,8 @@ def train(params, gradients, layout, **keywords) -> Any:
     return params, state
 
 
-# What a line of the layout's table says, and the matrices (in, out) that it must amount to, as functions
-# of the stored kernel (d_model, outputs).
+# A layout as a line of its table has it, and the matrices (in, out) that it must mean, as functions of
+# the stored kernel (d_model, outputs).
 Q, K = 2 * SIZE, SIZE
 FUSED = {
     "three blocks, by number": (
@@ -163,7 +163,7 @@ def test_a_split_that_does_not_fit_names_the_leaf(layout, message):
 
 
 def as_it_was(tx, params, state):
-    """A state whose split statistics are a tuple of one array a block."""
+    """The state as older checkpoints have it: the statistics of a split leaf are one array a block."""
     shapes = older_state(tx, params)
     tree = jax.tree.structure(state)
 

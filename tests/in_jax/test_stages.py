@@ -163,7 +163,7 @@ def test_in_terms_of_optax_updates_the_mask_is_the_negated_one():
         ("none", 1.0, 1.0),
     ],
 )
-def test_shape_factors(rule, tall, wide):
+def test_every_shape_rule_has_its_factor(rule, tall, wide):
     """(out, in) = (12, 4) and (4, 12)."""
     for shape, factor in [((12, 4), tall), ((4, 12), wide)]:
         updates, _ = run(scale_by_shape(rule, layout=OUT_IN), [jnp.ones(shape)])

@@ -89,7 +89,7 @@ def test_a_loop_of_unknown_length_counts_as_one_round():
 
 @pytest.mark.parametrize(("axes", "devices"), [("a", 2), ("b", 4), (("a", "b"), 8)])
 def test_collectives_of_the_partitioner_are_read_too(axes, devices):
-    """It writes groups of devices as axes of a mesh."""
+    """XLA's partitioner writes groups of devices as axes of a mesh."""
     lies = NamedSharding(MESH, PartitionSpec(None, axes))
     product = jax.jit(lambda x: x @ x.T, out_shardings=NamedSharding(MESH, PartitionSpec()))
     text = product.lower(jax.device_put(jnp.ones((6, 8)), lies)).compile().as_text()
@@ -144,7 +144,7 @@ def test_the_bound_is_each_matrix_once_there_and_once_back():
 
 
 def test_a_step_repeated_alone_sends_the_same_bytes():
-    """And NorMuon's keeps to the bound, but for the second moments, which small matrices show."""
+    """NorMuon also keeps to the bound, apart from its second moments, which count on small matrices."""
     mesh = mesh_steps.mesh_of(jax.devices()[:2])
     step = mesh_steps.step(mesh_steps.normuon, [(2, 64, 256)], mesh)
     sent = sum(each.sent for each in step.collectives)
