@@ -231,3 +231,12 @@ def test_products_race_against_cublas():
     (found,) = products.races([problem], Pace(rounds=1, turn=0.0))
     assert [row.who for row in found.rows] == [products.CUBLAS, products.OURS]
     assert all(row.milliseconds for row in found.rows)
+
+
+def test_clocks_are_sampled_while_contestants_run(monkeypatch):
+    line = "1980, 2619, 650.00, 60"
+    loop = f"while :; do echo '{line}'; sleep 0.02; done"
+    monkeypatch.setattr(clocks, "_command", lambda queries: ["sh", "-c", loop])
+    found = contest({"a": lambda: time.sleep(0.02)}).clocks
+    assert found["SM clock, MHz"] == [1980, 1980, 1980]
+    assert found["power, W"] == [650, 650, 650]
