@@ -50,11 +50,12 @@ def update(make: MakeTransformation) -> Step:
 
 def apply(make: MakeTransformation) -> Step:
     """`optax_normuon.apply`: new parameters and state from one call."""
+    return _compiled(make, apply_once)
 
-    def step(tx, grads, params, state):
-        return getattr(optax_normuon, "apply")(tx, grads, state, params)  # noqa: B009
 
-    return _compiled(make, step)
+def apply_once(tx, grads, params, state):
+    """One such step, its arguments in the order of the other's."""
+    return getattr(optax_normuon, "apply")(tx, grads, state, params)  # noqa: B009
 
 
 def _compiled(make: MakeTransformation, step) -> Step:
