@@ -1,6 +1,6 @@
 """Tables and the picture of what was measured.
 
-`python -m benchmarks.report FOLDER` renders them anew, as when FOLDER/cards got another file.
+`python -m benchmarks.report --out FOLDER` renders them anew, as when FOLDER/cards got another file.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -185,9 +185,13 @@ def _of(rows: Sequence[Row], what: str) -> list[Row]:
     return [row for row in rows if row.what == what]
 
 
-def main(folder: Annotated[Path, typer.Argument(help="Has cards/, and gets the report.")]) -> None:
+def main(
+    out: Annotated[Path, typer.Option(help="Folder that has cards/ and gets the report.")] = Path(
+        "benchmarks/results"
+    ),
+) -> None:
     """Render the results of every GPU in a folder."""
-    write(folder)
+    write(out)
 
 
 if __name__ == "__main__":
