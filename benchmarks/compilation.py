@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 
 import optax_normuon
+from benchmarks.race import Race
 from benchmarks.rows import Row, measure
-from benchmarks.steps import OUT_IN
+from benchmarks.workloads import OUT_IN
 
 OPTIMIZERS = {
     "optax.adamw": lambda: optax.adamw(1e-3),
@@ -21,11 +22,12 @@ OPTIMIZERS = {
 }
 
 
-def rows(layers: int, layer: Sequence[tuple[int, int]]) -> Iterator[Row]:
-    """Milliseconds of tracing, lowering and compiling; beside them those of the first call."""
+def races(layers: int, layer: Sequence[tuple[int, int]]) -> Iterator[Race]:
+    """Milliseconds of tracing, lowering and compiling; the seconds of the first call beside them."""
     for who, make in OPTIMIZERS.items():
         row = Row(f"{layers} layers of {len(layer)} matrices", who)
-        yield measure(row, lambda make=make: _compile(make(), layers, layer))
+        measure(row, lambda make=make: _compile(make(), layers, layer))
+        yield Race(who, [row])
 
 
 def _compile(tx: optax.GradientTransformation, layers: int, layer):

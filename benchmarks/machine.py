@@ -8,7 +8,10 @@ import torch
 from benchmarks.arithmetic import Rates
 from benchmarks.timing import median_milliseconds
 
-PACKAGES = ("jax", "jaxlib", "optax", "torch", "triton", "jax-triton", "gram-newton-schulz")
+PACKAGES = (
+    *("jax", "jaxlib", "optax", "torch", "triton", "jax-triton"),
+    *("dion", "gram-newton-schulz", "quack-kernels", "nvidia-cutlass-dsl", "heavyball"),
+)
 
 
 def versions() -> dict[str, str]:
@@ -18,9 +21,13 @@ def versions() -> dict[str, str]:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "absent"
-    cuda = torch.cuda.is_available()
-    return {**found, "device": torch.cuda.get_device_name() if cuda else platform.machine()}
+            found[package] = "not installed"
+    return {**found, "device": device()}
+
+
+def device() -> str:
+    """The GPU's name, by which results are kept; the processor's where there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
 
 
 def measure_rates(*, side: int = 8192, copied: int = 2**31) -> Rates | None:

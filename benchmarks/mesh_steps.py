@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import optax_normuon
 from benchmarks.collectives import Collective, collectives
-from benchmarks.steps import DECAY, OUT_IN, Stack, matrix_sizes
+from benchmarks.workloads import DECAY, OUT_IN, Stack, matrix_sizes
 
 SPEC = PartitionSpec("fsdp", None)
 """Every matrix is divided along its first axis."""

@@ -14,43 +14,47 @@ from benchmarks.arithmetic import (
     orthogonalization_operations,
     orthogonalization_seconds,
 )
-from benchmarks.rows import Row, measure
-from benchmarks.timing import median_milliseconds, median_wall_milliseconds
+from benchmarks.race import Pace, Prepared, Race, race
+from benchmarks.rows import Row
+from benchmarks.workloads import Stack
 from normuon_core.cost import Iteration
 
-Stack = tuple[int, int, int]
 
-
-def rows(
-    shapes: Sequence[Stack], rates: Rates | None, *, on_gpu: bool, calls: int
-) -> Iterator[Row]:
-    """A row for every shape and implementation."""
+def races(shapes: Sequence[Stack], rates: Rates | None, pace: Pace) -> Iterator[Race]:
+    """One for every shape."""
     for shape in shapes:
         count, *sides = shape
-        for who, prepare in IMPLEMENTATIONS.items():
-            row = Row(
-                "x".join(map(str, shape)),
-                who,
-                reference=(
-                    None if rates is None else 1e3 * orthogonalization_seconds([shape], rates)
-                ),
-                operations=count * orthogonalization_operations(*sides),
-            )
-            yield measure(row, lambda prepare=prepare, shape=shape: prepare(shape, on_gpu, calls))
+        what = "x".join(map(str, shape))
+        reference = None if rates is None else 1e3 * orthogonalization_seconds([shape], rates)
+        operations = count * orthogonalization_operations(*sides)
+        rows = [
+            Row(what, who, base=OURS, reference=reference, operations=operations)
+            for who in IMPLEMENTATIONS
+        ]
+        prepare = {
+            who: functools.partial(implementation, shape)
+            for who, implementation in IMPLEMENTATIONS.items()
+        }
+        yield race(what, rows, prepare, pace, peers=PEERS)
 
 
-def _jax(function: Callable, shape: Stack, calls: int, dtype: str) -> float:
+def _jax(function: Callable, shape: Stack, dtype: str) -> Prepared:
     x = jax.random.normal(jax.random.key(0), shape, jnp.float32).astype(dtype)
-    compiled = jax.jit(function)
+    compiled = jax.jit(function).lower(x).compile()
+    last = x
+
     # Nothing depends on the last result, but a queue of calls runs one after the other.
-    return median_wall_milliseconds(lambda _: compiled(x), x, jax.block_until_ready, calls=calls)
+    def run():
+        nonlocal last
+        last = compiled(x)
+
+    return Prepared(run, lambda: jax.block_until_ready(last))
 
 
-def _torch(function: Callable, shape: Stack, on_gpu: bool, calls: int, dtype: str) -> float:
-    if not on_gpu:
-        raise RuntimeError("PyTorch is timed by CUDA events, and there is no CUDA device")
-    x = torch.randn(shape, device="cuda").to(getattr(torch, dtype))
-    return median_milliseconds(lambda: function(x), calls=calls)
+def _torch(function: Callable, shape: Stack, dtype: str) -> Prepared:
+    on_gpu = torch.cuda.is_available()
+    x = torch.randn(shape, device="cuda" if on_gpu else "cpu").to(getattr(torch, dtype))
+    return Prepared(lambda: function(x), torch.cuda.synchronize if on_gpu else lambda: None)
 
 
 def _own_dtype(shape: Stack) -> str:
@@ -60,32 +64,28 @@ def _own_dtype(shape: Stack) -> str:
     return dtype
 
 
-def _ours_in_jax(shape: Stack, on_gpu: bool, calls: int) -> float:
-    del on_gpu
+def _ours_in_jax(shape: Stack) -> Prepared:
     function = functools.partial(optax_normuon.polar_factor, backend="triton")
-    return _jax(function, shape, calls, _own_dtype(shape))
+    return _jax(function, shape, _own_dtype(shape))
 
 
-def _ours_in_torch(shape: Stack, on_gpu: bool, calls: int) -> float:
+def _ours_in_torch(shape: Stack) -> Prepared:
     function = functools.partial(torch_ref.polar_factor, backend="triton")
-    return _torch(function, shape, on_gpu, calls, _own_dtype(shape))
+    return _torch(function, shape, _own_dtype(shape))
 
 
-def _xla_standard(shape: Stack, on_gpu: bool, calls: int) -> float:
-    del on_gpu
+def _xla_standard(shape: Stack) -> Prepared:
     function = functools.partial(optax_normuon.polar_factor, backend="xla", algorithm="standard")
-    return _jax(function, shape, calls, "bfloat16")
+    return _jax(function, shape, "bfloat16")
 
 
-def _xla_gram(shape: Stack, on_gpu: bool, calls: int) -> float:
-    del on_gpu
+def _xla_gram(shape: Stack) -> Prepared:
     function = functools.partial(optax_normuon.polar_factor, backend="xla", algorithm="gram")
-    return _jax(function, shape, calls, "float16")
+    return _jax(function, shape, "float16")
 
 
-def _optax(shape: Stack, on_gpu: bool, calls: int) -> float:
+def _optax(shape: Stack) -> Prepared:
     """As `optax.contrib.muon` does it by default: float32, which JAX multiplies as TF32 on a GPU."""
-    del on_gpu
     from optax.contrib import _muon
 
     coefficients = jnp.asarray(_muon._DEFAULT_NS_COEFFS)
@@ -94,10 +94,10 @@ def _optax(shape: Stack, on_gpu: bool, calls: int) -> float:
     def one(x):
         return _muon.orthogonalize_via_newton_schulz(x, coefficients, dimension_numbers=sides)
 
-    return _jax(jax.vmap(one), shape, calls, "float32")
+    return _jax(jax.vmap(one), shape, "float32")
 
 
-def _torch_muon(shape: Stack, on_gpu: bool, calls: int) -> float:
+def _torch_muon(shape: Stack) -> Prepared:
     from torch.optim import _muon
 
     def function(x):
@@ -105,15 +105,15 @@ def _torch_muon(shape: Stack, on_gpu: bool, calls: int) -> float:
             _muon._zeropower_via_newtonschulz(each, (3.4445, -4.775, 2.0315), 5, 1e-7) for each in x
         ]
 
-    return _torch(function, shape, on_gpu, calls, "bfloat16")
+    return _torch(function, shape, "bfloat16")
 
 
-def _gram_newton_schulz(shape: Stack, on_gpu: bool, calls: int) -> float:
+def _gram_newton_schulz(shape: Stack) -> Prepared:
     from gram_newton_schulz import GramNewtonSchulz  # pyright: ignore[reportMissingImports]
 
     # It is compiled: a second shape would otherwise be taken as a dynamic one.
     torch.compiler.reset()
-    return _torch(GramNewtonSchulz(), shape, on_gpu, calls, "float16")
+    return _torch(GramNewtonSchulz(), shape, "float16")
 
 
 OURS = "ours, JAX, Triton"
@@ -127,3 +127,4 @@ IMPLEMENTATIONS = {
     "torch.optim.Muon": _torch_muon,
     "gram-newton-schulz": _gram_newton_schulz,
 }
+PEERS = ("optax.contrib.muon", "torch.optim.Muon", "gram-newton-schulz")

@@ -20,8 +20,8 @@ from benchmarks.collectives import Collective, by_kind, bytes_bound
 from benchmarks.mesh_steps import Prepared
 from benchmarks.paper_model import DEVICES, LLAMAS, PaperRates, StepOnPaper, step_on_paper
 from benchmarks.rows import Row
-from benchmarks.steps import Stack
 from benchmarks.timing import interleaved_milliseconds
+from benchmarks.workloads import Stack
 
 OURS = "NorMuon, mesh"
 ALONE = "NorMuon, one device"

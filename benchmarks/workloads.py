@@ -1,5 +1,17 @@
 """What is timed: stacks of matrices, and the matrices of two models."""
 
+from collections.abc import Iterator, Sequence
+
+from normuon_core import MatrixLayout
+
+Stack = tuple[int, int, int]
+"""(count, rows, columns) of matrices."""
+
+OUT_IN = MatrixLayout(reduction_axis=-1, output_axis=-2)
+RATE = 0.02
+DECAY = 0.1
+"""Layout, learning rate and weight decay of every step."""
+
 SHAPES = [
     (12, 768, 3072),
     (48, 768, 768),
@@ -10,7 +22,7 @@ SHAPES = [
     (4, 4096, 14336),
     (1, 8192, 8192),
 ]
-"""(count, rows, columns) of orthogonalizations."""
+"""Of orthogonalizations."""
 
 MODELS = {
     "GPT-2 124M": [(48, 768, 768), (12, 3072, 768), (12, 768, 3072)],
@@ -28,3 +40,9 @@ QUICK_MODELS = {"tiny": [(2, 24, 16), (1, 16, 40)]}
 LAYERS = 128
 LAYER = [(256, 256), (64, 256), (1024, 256), (256, 1024)]
 """For the time of compilation: layers that are not stacked, each of four matrices."""
+
+
+def matrix_sizes(shapes: Sequence[Stack]) -> Iterator[tuple[int, int]]:
+    """(rows, columns) of every matrix."""
+    for count, rows, columns in shapes:
+        yield from [(rows, columns)] * count

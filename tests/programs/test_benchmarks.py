@@ -7,15 +7,19 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import orthogonalization, report, steps, tune, workloads
+import torch_ref.kernels.backend
+from benchmarks import cards, orthogonalization, report, steps, tune, workloads
 from benchmarks.__main__ import main
 from benchmarks.arithmetic import (
     Rates,
     orthogonalization_operations,
     step_seconds,
 )
-from benchmarks.rows import Row, measure
+from benchmarks.race import Pace, Prepared, Race
+from benchmarks.rows import Row
 from normuon_core.kernels.tiles import ProductConfiguration, product_configuration
+
+BRIEFLY = Pace(rounds=1, turn=0.0)
 
 
 def run(*arguments: str):
@@ -38,21 +42,35 @@ def test_the_reference_of_a_step_is_arithmetic_and_bytes():
     )
 
 
-def test_a_quick_run_writes_its_files_and_says_what_needs_a_gpu(tmp_path):
+def test_a_quick_run_writes_its_files_and_says_what_needs_a_gpu(tmp_path, monkeypatch):
+    # Under the interpreter a step of the kernels would take seconds.
+    monkeypatch.setattr(torch_ref.kernels.backend, "is_interpreted", lambda: False)
     # Optax's own Muon mixes dtypes, which the tests forbid.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         result = run("--quick", "--only", "steps", "--only", "compilation", "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
-    assert list(found["rows"]) == ["Whole steps", "Compilation"]
-    assert {row["failure"] for row in found["rows"]["Compilation"]} == {None}
+    (path,) = (tmp_path / "cards").iterdir()
+    found = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert list(found["parts"]) == ["Whole steps", "Compilation"]
+    compilation = found["parts"]["Compilation"]["rows"]
+    assert {row["failure"] for row in compilation} == {None}
     # Milliseconds: nothing compiles in less than one.
-    assert min(row["milliseconds"] for row in found["rows"]["Compilation"]) > 1
-    rows = {row["who"]: row for row in found["rows"]["Whole steps"]}
-    assert rows["NorMuon, JAX, XLA"]["milliseconds"] > 0
-    assert rows["optax.contrib.muon"]["milliseconds"] > 0
-    assert "CUDA" in rows["NorMuon, JAX, Triton"]["failure"]
-    assert {"jax", "torch", "triton", "device"} <= set(found["machine"])
+    assert min(row["milliseconds"] for row in compilation) > 1
+    part = found["parts"]["Whole steps"]
+    rows = {row["who"]: row for row in part["rows"]}
+    everyone = [steps.IN_TORCH, steps.PEERS_IN_TORCH, steps.IN_JAX, steps.PEERS_IN_JAX]
+    assert list(rows) == [who for each in everyone for who in each]
+    timed = {who for who, row in rows.items() if row["milliseconds"]}
+    assert timed >= {"NorMuon, JAX, XLA", "optax.contrib.muon", "torch.optim.Muon"}
+    for who in rows:
+        one_reason = (rows[who]["failure"] is None) != (rows[who]["missing"] is None)
+        assert one_reason == (who not in timed), who
+    assert "CUDA" in rows[steps.OURS_IN_JAX]["failure"]
+    assert "CUDA" in rows[steps.OURS_IN_TORCH]["failure"]
+    # Everyone who could run had one turn in each of the two rounds.
+    turns = [set(turn.split(" | ")) for turn in part["order"]["tiny, JAX"]]
+    assert turns == [timed & {*steps.IN_JAX, *steps.PEERS_IN_JAX}] * 2
+    assert {"jax", "torch", "triton", "dion", "device"} <= set(part["machine"])
     assert "optax.contrib.muon" in (tmp_path / "results.md").read_text()
     # A share of a rate that nobody measured would be an invented figure.
     assert {row["share of reference"] for row in rows.values()} == {None}
@@ -60,13 +78,16 @@ def test_a_quick_run_writes_its_files_and_says_what_needs_a_gpu(tmp_path):
     assert "no picture" in result.output
 
 
-def test_one_part_can_be_run_alone(tmp_path):
+def test_one_part_can_be_run_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch_ref.kernels.backend, "is_interpreted", lambda: False)
+    monkeypatch.setattr(workloads, "QUICK_SHAPES", workloads.QUICK_SHAPES[:1])
     result = run("--quick", "--only", "shapes", "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert list(found["rows"]) == ["Orthogonalization"]
-    timed = {row["who"] for row in found["rows"]["Orthogonalization"] if row["milliseconds"]}
-    assert timed == {"ours, JAX, XLA, standard", "ours, JAX, XLA, Gram", "optax.contrib.muon"}
+    ((_, card),) = cards.load(tmp_path).items()
+    assert list(card) == ["Orthogonalization"]
+    timed = {row.who for row in card["Orthogonalization"].rows if row.milliseconds}
+    xla = {"ours, JAX, XLA, standard", "ours, JAX, XLA, Gram", "optax.contrib.muon"}
+    assert timed >= {*xla, "torch.optim.Muon"}
 
 
 def test_the_models_are_those_that_they_are_called():
@@ -82,40 +103,60 @@ def test_the_models_are_those_that_they_are_called():
 def test_rows_carry_the_work_of_all_their_matrices(monkeypatch):
     """2 of 10x40: 38 n^3 each and 30 bytes an entry; at 1e9 FLOP/s and 1e6 bytes/s, in milliseconds."""
     rates = Rates(products=1e9, copies=1e6)
-    keywords = dict(on_gpu=False, calls=1)
-    for module in (steps, orthogonalization):
-        monkeypatch.setattr(module, "IMPLEMENTATIONS", {"a peer": lambda *_: 1.0})
-    (step,) = steps.rows({"a model": [(2, 10, 40)]}, rates, **keywords)
-    (stack,) = orthogonalization.rows([(2, 10, 40)], rates, **keywords)
-    assert step.operations == stack.operations == 2 * 38_000
-    assert stack.reference == pytest.approx(0.076)
-    assert step.reference == pytest.approx(0.076 + 24.0)
+    peer = {"a peer": lambda _: Prepared(lambda: None, lambda: None)}
+    framework = steps.Framework("a peer", {}, peer, lambda shapes: None)
+    monkeypatch.setattr(steps, "FRAMEWORKS", {"none": framework})
+    monkeypatch.setattr(orthogonalization, "IMPLEMENTATIONS", peer)
+    (step,) = steps.races({"a model": [(2, 10, 40)]}, rates, BRIEFLY)
+    (stack,) = orthogonalization.races([(2, 10, 40)], rates, BRIEFLY)
+    assert step.rows[0].operations == stack.rows[0].operations == 2 * 38_000
+    assert stack.rows[0].reference == pytest.approx(0.076)
+    assert step.rows[0].reference == pytest.approx(0.076 + 24.0)
 
 
 def test_a_picture_is_drawn_of_rows_with_a_reference(tmp_path):
     path = tmp_path / "results.png"
     rows = [Row("a stack", who, milliseconds=2.0, reference=1.0) for who in ("ours", "a peer")]
-    assert report.draw(path, {"Orthogonalization": rows, "Compilation": [Row("b", "ours", 1.0)]})
+    without = part_of("Compilation", [Row("b", "ours", milliseconds=1.0)])
+    both = {"Orthogonalization": part_of("Orthogonalization", rows), "Compilation": without}
+    assert report.draw(path, {"a GPU": both, "another": both})
     assert path.stat().st_size > 10_000
-    assert not report.draw(path, {"Compilation": [Row("b", "ours", 1.0)]})
+    assert not report.draw(path, {"a GPU": {"Compilation": without}})
     assert not path.exists()
 
 
-def test_a_peer_that_fails_is_a_line_with_its_reason():
-    def fail():
-        raise MemoryError("out of memory\nand more")
-
-    row = measure(Row("a stack", "a peer"), fail)
-    assert row.milliseconds is None
-    assert row.failure == "MemoryError: out of memory"
-    assert report.cells(row, 1.0)[-1] == row.failure
-
-
 def test_times_are_compared_with_the_base_on_the_same_workload():
-    rows = [Row("a", "ours", 2.0), Row("a", "peer", 5.0), Row("b", "ours", 1.0)]
-    assert [line[3] for line in report.lines(rows, "ours")] == ["1.00", "2.50", "1.00"]
+    times = [("a", "ours", 2.0), ("a", "peer", 5.0), ("b", "ours", 1.0)]
+    rows = [Row(what, who, milliseconds=time) for what, who, time in times]
+    assert [line[4] for line in report.lines(rows, "ours")] == ["1.00", "2.50", "1.00"]
+    rows[0].base = "peer"
+    assert [line[4] for line in report.lines(rows, "ours")] == ["0.40", "2.50", "1.00"]
     row = Row("a", "ours", milliseconds=4.0, reference=3.0, operations=2e9)
     assert (row.share, row.teraflops) == (0.75, 0.5)
+
+
+def part_of(title: str, rows: list[Row]) -> cards.Part:
+    return cards.Part.of(title, "ours", {"driver": "1"}, [Race("a race", rows, [["ours"]])], [])
+
+
+def test_results_of_several_gpus_stand_side_by_side(tmp_path):
+    """A file for each, of which a later run replaces its own part alone."""
+    row = Row("a", "ours", milliseconds=2.0, times=[1.0, 2.0, 3.0], quartiles=(1.5, 2.5))
+    absent = Row("a", "peer", missing="a-package")
+    names = ["NVIDIA H100 80GB HBM3", "NVIDIA H200"]
+    for name in names:
+        cards.save(tmp_path, name, {"Whole steps": part_of("Whole steps", [row, absent])})
+    assert cards.file_of(tmp_path, names[0]).name == "nvidia-h100-80gb-hbm3.json"
+    assert set(cards.load(tmp_path)) == set(names)
+    kept = cards.load(tmp_path)[names[0]]
+    assert kept["Whole steps"] == part_of("Whole steps", [row, absent])
+    cards.save(tmp_path, names[0], {**kept, "Products": part_of("Products", [row])})
+    report.write(tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    assert [text.count(f"## {name}\n") for name in names] == [1, 1]
+    assert text.count("### Whole steps") == 2
+    assert text.count("### Products") == 1
+    assert "not installed: a-package" in text
 
 
 def test_tuning_never_keeps_a_fast_wrong_configuration():
