@@ -1,7 +1,7 @@
 """NorMuon and the Muon family as one PyTorch optimizer, assembled from a Recipe."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -30,6 +30,7 @@ from torch_ref.leaves.groups import parameter_view
 from torch_ref.saved_groups import loading_hooks
 from torch_ref.stages.stack import Orthogonalizer
 from torch_ref.steps.groups import step_groups
+from torch_ref.steps.plan import Planner, plan_step
 from torch_ref.steps.state import KeptState
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ class NorMuon(torch.optim.Optimizer):
         process_group: "ProcessGroup | None" = None,
     ):
         self._parallel = None if process_group is None else _data_parallel(process_group)
+        self._plans = _remembered_plans()
         defaults = {
             "lr": lr,
             "recipe": recipe,
@@ -232,7 +234,7 @@ class NorMuon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         check_gradients(self.param_groups)
-        step_groups(self.param_groups, KeptState(self.state, self._parallel))
+        step_groups(self.param_groups, KeptState(self.state, self._parallel), self._plans)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -277,6 +279,12 @@ class NorMuon(torch.optim.Optimizer):
         super().__setstate__({**state, "state": unpickled(state["state"])})
         # Loading a state dict comes by here too.
         self.__dict__.setdefault("_parallel", None)
+        self.__dict__.setdefault("_plans", _remembered_plans())
+
+
+def _remembered_plans() -> Planner:
+    """Makes a plan on the first step of a set of specs, and finds it again on every later one."""
+    return lru_cache(maxsize=256)(plan_step)
 
 
 def _data_parallel(group: "ProcessGroup") -> "DataParallel":

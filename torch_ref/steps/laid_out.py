@@ -5,26 +5,27 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from normuon_core import shape_factor
 from normuon_core.fused_step import Block, Leaf
-from normuon_core.kernels.geometry import block_geometries
 from normuon_core.kernels.source import RATES
 from normuon_core.layout import Run
-from torch_ref.kernels.polar import output_of, row_major_strides
+from torch_ref.kernels.polar import output_of
 from torch_ref.leaves.dtypes import Scalar, rounded_product
 from torch_ref.matrices.state import second_moments
 from torch_ref.matrices.views import from_stack, to_stack
 from torch_ref.stages.remainder import add_to_weight, join_remainder
+from torch_ref.steps.kernel_layout import KernelLayout
 from torch_ref.steps.weight import MatrixWeight
 
 
 class LaidOut:
-    """A weight as the kernels take it, row by row, and the way back."""
+    """A weight as the kernels take it, row by row, and the way back.
 
-    def __init__(self, weight: MatrixWeight, rates: torch.Tensor):
-        self.weight = weight
-        self.missing = sum(map(weight.view.matrices, weight.runs))
-        # What no stride can reach is brought to a stack first.
-        self.in_place = weight.view.strides() is not None
-        view = weight.view if self.in_place else weight.view.stacked
+    Args:
+      rates: (1, RATES) float32, see `rates_of`.
+    """
+
+    def __init__(self, weight: MatrixWeight, layout: KernelLayout, rates: torch.Tensor):
+        self.weight, self.in_place = weight, layout.in_place
+        self.missing = weight.missing
         parameter, gradient = weight.param, weight.gradient
         if weight.remainder is not None:
             parameter = join_remainder(parameter, weight.remainder)
@@ -40,23 +41,24 @@ class LaidOut:
             momentum_output=output_of(self.momentum),
             delta_output=output_of(parameter),
         )
-        rule = weight.recipe.neuron_norm
-        geometries = block_geometries(
-            view, row_major_strides(view), axis="output" if rule is None else rule.axis
-        )
-        self.given = [] if rule is None else weight.moment_parts()
-        moments = [part.flatten(1).contiguous() for part in self.given] or [None] * len(geometries)
+        self.given = [] if weight.recipe.neuron_norm is None else weight.moment_parts()
+        moments = [part.flatten(1).contiguous() for part in self.given]
         self.blocks = [
             Block(
                 self.leaf,
                 geometry,
-                view.matrices(run),
+                weight.view.matrices(run),
                 moment,
                 _scale(weight, number, run),
                 _each(weight.wd_mul, weight, run, ("decay", number)),
             )
             for number, (geometry, moment, run) in enumerate(
-                zip(geometries, moments, weight.runs, strict=True)
+                zip(
+                    layout.geometries,
+                    moments or [None] * len(weight.runs),
+                    weight.runs,
+                    strict=True,
+                )
             )
         ]
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from normuon_core import MatrixView
 from torch_ref.leaves.part import Region, stack_indices
-from torch_ref.matrices.plan import plan as plan_of_matrices
+from torch_ref.matrices.plan import plan
 from torch_ref.mesh.exchange import Route, Tile, route, tiles, to_holders, to_owners
 from torch_ref.stages.stack import StackStages
 
@@ -91,7 +91,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Stack:
+class StackOnRanks:
     """Matrices of one shape that go through the stages together, each on its owner.
 
     Attributes:
@@ -133,7 +133,9 @@ class _Together(NamedTuple):
 
 
 @lru_cache(maxsize=16)
-def plan(weights: tuple[WeightOnRanks, ...], *, rank: int, ranks: int) -> tuple[Stack, ...]:
+def plan_on_ranks(
+    weights: tuple[WeightOnRanks, ...], *, rank: int, ranks: int
+) -> tuple[StackOnRanks, ...]:
     """The stacks of a step of these weights, seen by one of the ranks.
 
     A matrix whose rows and columns some ranks hold whole is done by one of these; any other by the rank
@@ -146,7 +148,7 @@ def plan(weights: tuple[WeightOnRanks, ...], *, rank: int, ranks: int) -> tuple[
     ]
     load = [0] * ranks
     result = []
-    for (stages, needs_norm), pieces in plan_of_matrices(members, ranks=ranks):
+    for (stages, needs_norm), pieces in plan(members, ranks=ranks):
         own = [(*block, start, stop) for block, start, stop in pieces]
         result.append(_stack(weights, stages, needs_norm, own, load, rank))
     return tuple(result)
@@ -159,7 +161,7 @@ def _stack(
     pieces: Sequence[tuple[int, int, int, int]],
     load: list[int],
     rank: int,
-) -> Stack:
+) -> StackOnRanks:
     ranks = len(load)
     matrices: list[tuple[Tile, ...]] = []
     moments: list[tuple[Tile, ...]] = []
@@ -182,7 +184,7 @@ def _stack(
             for each in matrices
         ]
     back = [(*moment, *norm) for moment, norm in zip(moments, norms, strict=True)]
-    return Stack(
+    return StackOnRanks(
         stages=stages,
         slots=tuple(slots),
         owned=tuple(i for i, owner in enumerate(owners) if owner == rank),
