@@ -92,7 +92,7 @@ def create_matrix_state(
     dtype = working_dtype(dtype)
     if "momentum" not in state:
         state["momentum"] = zeros(view.stored_shape, group["momentum_dtype"] or dtype)
-    if rule is None:
+    if rule is None or second_moments(state):
         return
     shapes = moment_shapes(view, rule)
     for key, shape in zip(_moment_keys(len(shapes)), shapes, strict=True):

@@ -17,8 +17,10 @@ def to_stack(array: torch.Tensor, view: MatrixView) -> torch.Tensor:
 
     A side that a statistic reduces has size 1. A view of `array` wherever its memory allows.
     """
-    ordered = array.reshape(view.unfolded(array.shape)).permute(view.order)
     batch, rows = len(view.batch_axes), len(view.row_axes)
+    ordered = array if view.folded is None else array.reshape(view.unfolded(array.shape))
+    if view.order != tuple(range(len(view.order))):
+        ordered = ordered.permute(view.order)
     sides = (
         ordered.shape[:batch],
         ordered.shape[batch : batch + rows],
@@ -49,6 +51,8 @@ def to_blocks(
         own sizes.
     """
     stack, axis = to_stack(array, view), view.output_stack_axis
+    if not view.is_split:
+        return [stack]
     result, start = [], 0
     for run, width in zip(view.runs, widths or [run.size for run in view.runs], strict=True):
         part = stack.narrow(axis, start, run.blocks * width)

@@ -20,7 +20,7 @@ from torch_ref.leaves.dtypes import working_dtype
 from torch_ref.leaves.part import Part, Region, cut
 from torch_ref.matrices.views import from_stack, to_stack
 from torch_ref.mesh.rectangles import Sharding
-from torch_ref.steps.weight import DEFAULT_STACK_BYTES
+from torch_ref.steps.plan import DEFAULT_STACK_BYTES
 
 StackKey = tuple[tuple[int, int], torch.dtype, torch.device]
 

@@ -80,7 +80,9 @@ class KeptState:
         shard: torch.Tensor | None = None,
     ) -> MatrixWeight:
         """The parameter during one step; `shard` is this process's part of it, None all."""
-        state = local_state(self.state[param])
+        state = self.state[param]
+        if shard is not None:
+            state = local_state(state)
         return MatrixWeight(
             param if shard is None else shard,
             gradient,
