@@ -10,6 +10,7 @@ from torch import nn
 from normuon_core import MatrixView, Recipe, find_recipe
 from normuon_core.shape_rules import ShapeRule, shape_factor
 from normuon_core.table import Total, leaf_table, table, totals_table
+from torch_ref.checkpoint import ParameterState
 from torch_ref.kernels.backend import Backend, check_backend
 from torch_ref.leaves.dtensor import is_dtensor
 from torch_ref.leaves.dtypes import dtype_name
@@ -104,7 +105,9 @@ def _scale(view: MatrixView, rule: ShapeRule) -> str:
 
 
 def _stepped_on_meta(
-    routes: list[tuple[Owned, Route]], rates: dict[str, Any], keywords: dict[str, Any]
+    routes: list[tuple[Owned, Route]],
+    rates: dict[str, float | torch.Tensor],
+    keywords: dict[str, Any],
 ) -> tuple[NorMuon | None, dict[torch.Tensor, torch.Tensor]]:
     """(the optimizer after a step in which nothing is computed, the parameters by their stand-ins).
 
@@ -196,7 +199,7 @@ def _totals(
     members: dict[str, list[torch.Tensor]] = {}
     for param, (_, found) in zip(originals, routes, strict=True):
         members.setdefault(optimizer_of(found, name), []).append(param)
-    made: Mapping[torch.Tensor, Mapping[str, Any]] = {} if optimizer is None else optimizer.state
+    made: Mapping[torch.Tensor, ParameterState] = {} if optimizer is None else optimizer.state
     totals = []
     for kind, params in members.items():
         state: dict[str, int] = {}

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import ParamsT, StateDict
 
 from normuon_core import (
     Coefficients,
@@ -34,9 +34,12 @@ from torch_ref.steps.plan import Planner, plan_step
 from torch_ref.steps.state import KeptState
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     from torch.distributed import ProcessGroup
 
     from torch_ref.steps.data_parallel import DataParallel
+
+Loss = TypeVar("Loss")
 
 # A group's layout and recipe are part of a state dict: let torch.load read them with
 # weights_only=True.
@@ -135,8 +138,8 @@ class NorMuon(torch.optim.Optimizer):
         steps: int | None = None,
         eps: float | None = None,
         layout: MatrixLayout | None = None,
-        lr_mul: Any = 1.0,
-        wd_mul: Any = 1.0,
+        lr_mul: "npt.ArrayLike | torch.Tensor" = 1.0,
+        wd_mul: "npt.ArrayLike | torch.Tensor" = 1.0,
         optimizer: Literal["normuon", "adamw"] = MATRIX,
         orthogonalizer: Orthogonalizer | None = None,
         adam_b1: float = 0.9,
@@ -216,7 +219,7 @@ class NorMuon(torch.optim.Optimizer):
         " kernels already"
     )
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """One step of every parameter that has a gradient.
 
         Args:
@@ -237,7 +240,7 @@ class NorMuon(torch.optim.Optimizer):
         step_groups(self.param_groups, KeptState(self.state, self._parallel), self._plans)
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """As in every optimizer, without the orthogonalizers, which are code and not state: None."""
         saved = super().state_dict()
         for group in saved["param_groups"]:
@@ -245,7 +248,7 @@ class NorMuon(torch.optim.Optimizer):
             group["orthogonalizer"] = None
         return saved
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """As in every optimizer, but each state keeps the dtype in which it was saved.
 
         An older file's missing options are filled in, and its second moments of a split weight, one
@@ -266,7 +269,7 @@ class NorMuon(torch.optim.Optimizer):
             before.remove()
             after.remove()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> StateDict:
         if self._parallel is not None:
             raise TypeError(
                 "a NorMuon with a process_group cannot be copied or pickled; make another one, and save"
@@ -275,7 +278,7 @@ class NorMuon(torch.optim.Optimizer):
         own = super().__getstate__()
         return {**own, "state": picklable(own["state"])}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: StateDict) -> None:
         super().__setstate__({**state, "state": unpickled(state["state"])})
         # Loading a state dict comes by here too.
         self.__dict__.setdefault("_parallel", None)

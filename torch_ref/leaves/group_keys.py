@@ -28,7 +28,7 @@ _ADAMW_KEYWORDS = {
 ADAMW_KEYS = frozenset(_ADAMW_KEYWORDS)
 
 
-def read_group(group: Mapping[str, Any], defaults: Mapping[str, Any], index: int) -> Group:
+def read_group(group: Mapping[str, Any], defaults: Group, index: int) -> Group:
     """A copy of a group that is about to be added, with Keller Jordan's `use_muon` as `optimizer`.
 
     Args:

@@ -9,7 +9,7 @@ import glob
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -189,7 +189,9 @@ def _route_module(path: str, module: nn.Module, own: str, shape: tuple[int, ...]
     return _route_unknown(path, module, own, shape)
 
 
-def _route_recurrent(module: Any, own: str, shape: tuple[int, ...]) -> Route:
+def _route_recurrent(
+    module: nn.RNNBase | nn.RNNCellBase, own: str, shape: tuple[int, ...]
+) -> Route:
     """Gates lie along the outputs, each a matrix of its own; `weight_hr` projects the hidden state."""
     gates = 1 if own.startswith("weight_hr") else shape[0] // module.hidden_size
     if gates == 1:
@@ -197,7 +199,7 @@ def _route_recurrent(module: Any, own: str, shape: tuple[int, ...]) -> Route:
     return Route(MatrixLayout(-1, -2, (shape[0] // gates,) * gates), f"{gates} gates")
 
 
-def _route_convolution(path: str, module: Any, shape: tuple[int, ...]) -> Route:
+def _route_convolution(path: str, module: nn.modules.conv._ConvNd, shape: tuple[int, ...]) -> Route:
     """A convolution multiplies patches (in, *kernel) by a matrix (out, in * kernel); the patches are
     cut by no weight. A transposed one multiplies each position (in) by a matrix (out * kernel, in) and
     adds the patches up. In a grouped convolution each group is a matrix of its own: a block of the

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from itertools import count, takewhile
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -25,7 +25,7 @@ def _moment_keys(count: int) -> list[str]:
     return [f"second_moment.{block}" for block in range(count)]
 
 
-def second_moments(state: Mapping[str, Any]) -> list[torch.Tensor]:
+def second_moments(state: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
     """A weight's second moments: one, or one for each output block; none where it has no such state."""
     if "second_moment" in state:
         return [state["second_moment"]]
@@ -59,8 +59,8 @@ def _as_kept(statistic: tuple[int, int, int], view: MatrixView) -> tuple[int, ..
 
 
 def with_moments_joined(
-    state: Mapping[str, Any], view: MatrixView, rule: NeuronNorm
-) -> dict[str, Any]:
+    state: Mapping[str, torch.Tensor], view: MatrixView, rule: NeuronNorm
+) -> dict[str, torch.Tensor]:
     """A weight's state in which the second moments are kept as they are now.
 
     An older file may have a list of one array for each output block, or a key for each.
@@ -76,7 +76,7 @@ def with_moments_joined(
 
 
 def create_matrix_state(
-    state: dict[str, Any],
+    state: dict[str, torch.Tensor],
     view: MatrixView,
     group: Group,
     dtype: torch.dtype,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -29,7 +29,7 @@ class KeptState:
       parallel: who owns which matrix, in plain data parallelism; None elsewhere.
     """
 
-    state: Mapping[torch.Tensor, dict[str, Any]]
+    state: Mapping[torch.Tensor, dict[str, torch.Tensor]]
     parallel: "DataParallel | None"
 
     def sharding(self, param: torch.Tensor) -> "Sharding | None":

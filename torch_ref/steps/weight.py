@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import groupby
-from typing import Any
 
 import torch
 
@@ -48,7 +47,7 @@ class MatrixWeight:
         param: torch.Tensor,
         gradient: torch.Tensor,
         remainder: torch.Tensor | None,
-        state: dict[str, Any],
+        state: dict[str, torch.Tensor],
         *,
         part: Part,
         group: Group,
