@@ -1,4 +1,4 @@
-"""State dicts that keep what PyTorch would cast away.
+"""State dicts whose tensors keep their dtypes.
 
 `torch.optim.Optimizer.load_state_dict` casts every state to its parameter's dtype, which turns the
 float32 momentum and the 16 remainder bits of a bfloat16 parameter into bfloat16.

@@ -1,4 +1,4 @@
-"""What would become of every parameter of a model, as a table to be read before training."""
+"""How every parameter of a model would be trained, as tables to be read before training."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, groupby

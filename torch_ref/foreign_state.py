@@ -79,7 +79,7 @@ def _muon_options(whose: str, saved: Group, own: Group, index: int) -> Group:
         "shape_scale": None,
         "beta2": None,
     }
-    # The recipe of the file, whole: what the group was given in place of its own recipe's is not.
+    # The recipe is the file's as a whole: the group's own coefficients, steps and eps do not change it.
     options |= {key: None for key in ("coefficients", "steps", "eps") if key in own}
     for position, param in enumerate(own["params"]):
         _check_matrix(param, own, recipe.shape_scale, parameter_name(own, index, position), whose)
@@ -87,7 +87,7 @@ def _muon_options(whose: str, saved: Group, own: Group, index: int) -> Group:
 
 
 def _check_recipe(own: Recipe, of_file: Recipe, place: str, name: str) -> None:
-    """Numbers are the file's; what the stages do must be what the group was made for."""
+    """Refuses a group whose stages do something else than the file's; numbers may differ."""
     kinds = [
         (r.momentum.rule, r.polar.eps_rule, r.polar.norm_scale, r.neuron_norm, r.decay)
         for r in (own, of_file)
@@ -100,7 +100,7 @@ def _check_recipe(own: Recipe, of_file: Recipe, place: str, name: str) -> None:
 
 
 def _check_matrix(param: torch.Tensor, own: Group, rule: ShapeRule, name: str, whose: str) -> None:
-    """Refuses matrices that are not the ones of the file's optimizer, or that it scaled otherwise."""
+    """Refuses a weight that the file's optimizer read as other matrices, or scaled otherwise."""
     convolution = param.ndim == 4
     layout = MatrixLayout((1, 2, 3), 0) if convolution else MatrixLayout(-1, -2)
     view = parameter_view(own, param, name)

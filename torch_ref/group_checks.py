@@ -70,7 +70,10 @@ def settle_group(group: Group, index: int, given: Collection[str]) -> None:
 
 
 def _array(values: npt.ArrayLike | torch.Tensor) -> torch.Tensor:
-    """float64, where it is or on the CPU: the user's default device may be one that holds no numbers."""
+    """A float64 tensor: a tensor stays on its device, all else is put on the CPU.
+
+    (The user's default device may be "meta", which holds no numbers.)
+    """
     if not isinstance(values, torch.Tensor):
         values = torch.as_tensor(values, device="cpu")
     return values.double()

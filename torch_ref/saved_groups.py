@@ -1,6 +1,7 @@
-"""A state dict is read before it is believed: options filled in, others' translated, misfits refused.
+"""State dicts are checked before they are loaded: what is missing is filled in, what is wrong refused.
 
-`torch.optim.Optimizer.load_state_dict` takes whatever a file has for this optimizer's options and state.
+`torch.optim.Optimizer.load_state_dict` itself takes any keys and shapes. The files of other optimizers
+are translated (`foreign_state`).
 """
 
 from collections.abc import Callable

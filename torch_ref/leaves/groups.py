@@ -15,7 +15,7 @@ OUT_IN = MatrixLayout(reduction_axis=-1, output_axis=-2)
 
 
 def parameter_name(group: Group, group_index: int, position: int) -> str:
-    """What an error calls a parameter: its place, its name where the group has names, its shape."""
+    """What an error calls a parameter: its place, its name if the group has names, and its shape."""
     place = f"group {group_index}, parameter {position}"
     if "param_names" in group:
         place += f" ({group['param_names'][position]})"
@@ -74,7 +74,7 @@ def whole_part(view: MatrixView) -> Part:
 
 
 def kernel_iteration(group: Group) -> Iteration:
-    """The iteration that a group asks for, where the kernels run it."""
+    """The iteration that a group asks for, if the kernels run it."""
     return Iteration(
         len(group_recipe(group).polar.coefficients),
         group["algorithm"],

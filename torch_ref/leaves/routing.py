@@ -37,11 +37,11 @@ Reading = tuple[str, MatrixLayout | None]
 
 
 class Route(NamedTuple):
-    """What becomes of a parameter.
+    """How a parameter is trained.
 
     Attributes:
-      layout: of its matrices; None is AdamW, or a doubt.
-      why: in words.
+      layout: of its matrices; None for AdamW, and for a parameter in doubt.
+      why: the reason, in words.
       readings: what a parameter in doubt may be, (meaning, layout or None), the likeliest first; empty
         where there is no doubt.
     """
@@ -137,7 +137,7 @@ def _route(model: nn.Module, each: Owned, heads: Mapping[nn.Linear, str]) -> Rou
 
 
 def _owner(model: nn.Module, path: str, module: nn.Module, own: str) -> tuple[str, nn.Module, str]:
-    """Whose weight a parameter stands for where it is parametrized."""
+    """(path, module, name) of the weight that a parameter stands for where one is parametrized."""
     if isinstance(module, ParametrizationList):
         # `linear.parametrizations.weight` holds `original`, or `original0` (a magnitude) and the rest.
         path, _, name = path.rpartition(".parametrizations.")
@@ -200,10 +200,12 @@ def _route_recurrent(
 
 
 def _route_convolution(path: str, module: nn.modules.conv._ConvNd, shape: tuple[int, ...]) -> Route:
-    """A convolution multiplies patches (in, *kernel) by a matrix (out, in * kernel); the patches are
-    cut by no weight. A transposed one multiplies each position (in) by a matrix (out * kernel, in) and
-    adds the patches up. In a grouped convolution each group is a matrix of its own: a block of the
-    outputs, which reads its own inputs alone. A matrix of one row or column is a vector.
+    """Which matrices a convolution's weight holds.
+
+    A convolution multiplies patches (in, *kernel) by a matrix (out, in * kernel). A transposed one
+    multiplies each position (in) by a matrix (out * kernel, in) and adds the patches up. In a grouped
+    convolution each group is a matrix of its own, whose outputs are a block of all and read their own
+    inputs alone. A matrix of one row or column is a vector.
     """
     *_, parent, own = ["", *path.split(".")]
     if {"patch"} & {*_words(parent), *_words(own)} and _TABLE & {*_words(parent), *_words(own)}:
@@ -260,7 +262,8 @@ def _readings(shape: tuple[int, ...]) -> tuple[Reading, ...]:
 def _heads(model: nn.Module) -> dict[nn.Linear, str]:
     """The layers that make the model's output: those called so, else the last linear layer.
 
-    A layer inside one of a list's blocks is no head by its place: a model without a head ends so.
+    A last layer inside of one of a list's blocks is no head: it ends the last block of a model that has
+    no head.
     """
     linear = list(_linear_layers(model))
     named = {module: path for path, module in linear if _is_called_head(path)}

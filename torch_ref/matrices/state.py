@@ -15,10 +15,10 @@ from torch_ref.matrices.views import from_stack, to_stack
 
 
 def _moment_keys(count: int) -> list[str]:
-    """Under which keys so many second moments are kept.
+    """The keys of a weight's `count` second moments in its state.
 
-    Several have a key each, which every form of checkpoint takes. The keys are what
-    `torch.distributed.checkpoint` calls the entries of a list.
+    A list under one key is more than some forms of checkpoint take, so that each moment has a key. They
+    are those that `torch.distributed.checkpoint` gives the entries of a list.
     """
     if count == 1:
         return ["second_moment"]
@@ -42,8 +42,9 @@ class Zeros(Protocol):
 def moment_shapes(view: MatrixView, rule: NeuronNorm) -> list[tuple[int, ...]]:
     """The shape of the second moment: the weight's rank, reduced axes kept as 1.
 
-    The output blocks' stand side by side on the output axis. One for each block only where some blocks'
-    belong to the outputs and others' to the inputs, as those of unequal blocks may in the `longer` rule.
+    The moments of several output blocks stand side by side on the output axis, as one array. Only where
+    some blocks have one number for each output and others one for each input, as the `longer` rule may
+    give unequal blocks, each block has an array of its own.
     """
     blocks = [
         statistic_shape(rule.axis, view.block_stack_shape(size), output_is_rows=view.output_is_rows)

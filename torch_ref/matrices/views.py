@@ -1,7 +1,6 @@
 """From weights to stacks of matrices, and back.
 
-The matrices of one shape, whichever weights they come from, are orthogonalized as one batch; the
-batch is cut where it would take too much memory.
+The matrices of one shape, whichever weights they come from, are orthogonalized as one batch.
 """
 
 import math
@@ -78,7 +77,7 @@ def from_blocks(runs: Sequence[torch.Tensor], view: MatrixView) -> torch.Tensor:
 def bytes_per_matrix(
     rows: int, columns: int, *, dtype: torch.dtype, compute_dtype: torch.dtype
 ) -> int:
-    """Temporary memory of one matrix in a stack, at its peak, rounded up.
+    """An upper estimate of the temporary memory that one matrix of a stack takes at its peak.
 
     Four arrays of the matrix's size in the working dtype `dtype` and three in the compute dtype,
     and as many of its Gram matrix's.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch_ref.steps.data_parallel import DataParallel
 
 Given = tuple[Group, list[tuple[torch.Tensor, torch.Tensor]]]
-"""A group, and its parameters that have a gradient, with it."""
+"""A group, and (parameter, gradient) of those of its parameters that have a gradient."""
 
 
 def step_groups(groups: Sequence[Group], kept: KeptState, planner: Planner) -> None:
@@ -45,7 +45,7 @@ def step_groups(groups: Sequence[Group], kept: KeptState, planner: Planner) -> N
 
 
 def _count_steps(groups: Sequence[Group], kept: KeptState) -> None:
-    """One more for every parameter that has a gradient, on the parameter's own device."""
+    """Counts a step of every parameter that has a gradient, on the parameter's own device."""
     counters: dict[torch.device, list[torch.Tensor]] = defaultdict(list)
     for group in groups:
         for param, _ in _with_gradient(group):
@@ -84,8 +84,11 @@ def _step_matrix_groups(groups: list[Given], kept: KeptState, planner: Planner) 
 def _step_replicated(
     groups: list[Given], kept: KeptState, parallel: "DataParallel", planner: Planner
 ) -> None:
-    """Matrices of plain data parallelism: while one stack is stepped, the next one's gradients are
-    on their way, and so are the parameters of the one before. No other stack has buffers then."""
+    """Matrices of plain data parallelism, one buffer after the other.
+
+    While one is stepped, the gradients of the next one and the parameters of the one before are on their
+    way; no other has memory then.
+    """
     gradients: dict[torch.Tensor, torch.Tensor] = {}
     settings: dict[torch.Tensor, tuple[Group, Recipe]] = {}
     for group, given in groups:

@@ -34,7 +34,7 @@ class LaidOut:
         parameter, gradient = weight.param, weight.gradient
         if weight.remainder is not None:
             parameter = join_remainder(parameter, weight.remainder)
-            # The order of a sum depends on the dtype that is read, and JAX passes float32 here.
+            # JAX passes float32 here, and the order of a sum depends on the dtype that is read.
             gradient = gradient.float()
         parameter = self._laid_out(parameter)
         self.momentum = self._laid_out(weight.state["momentum"])
@@ -69,7 +69,7 @@ class LaidOut:
         ]
 
     def receive(self, matrices: int) -> None:
-        """So many more matrices are done. The last of them finish the weight, and free its update."""
+        """Counts matrices that are done. Those that come last finish the weight, and free its update."""
         self.missing -= matrices
         if self.missing == 0:
             self._finish()
@@ -96,7 +96,7 @@ class LaidOut:
         return array if self.in_place else from_stack(array, self.weight.view)
 
     def _is_kept(self, block: Block) -> bool:
-        """Whether the kernels have written a second moment where it is kept, or there is none."""
+        """Whether the kernels have written the second moment where it is kept, or there is none."""
         if block.second_moment is None:
             return True
         own = block.second_moment.untyped_storage().data_ptr()
@@ -127,7 +127,7 @@ def _fill(place: torch.Tensor, value: Scalar) -> None:
     if isinstance(value, torch.Tensor) and value.device == place.device:
         place.copy_(value.reshape(()))
     else:
-        # A number, or a tensor on the CPU: passed to the fill, where a copy would wait for the GPU.
+        # A number, or a tensor on the CPU, is an argument of the fill: a copy would wait for the GPU.
         place.fill_(value)
 
 

@@ -1,6 +1,7 @@
 """Which rank orthogonalizes which matrix of the weights on one mesh, and what travels for that.
 
-Decided from shapes and placements alone, once, and then kept: every rank comes to the same plan.
+It is decided from shapes and placements alone, so that every rank makes the same plan, and is kept from
+step to step.
 """
 
 from collections.abc import Sequence
@@ -73,7 +74,7 @@ class WeightOnRanks:
 
 @dataclass(frozen=True)
 class Slot:
-    """Consecutive matrices of one block of a weight in a stack.
+    """Consecutive matrices of one output block of a weight, and their place in a stack.
 
     Attributes:
       weight, block: which. first: the number in the stack of the first of them.
@@ -98,11 +99,12 @@ class StackOnRanks:
       stages: what they go through.
       slots: where they come from.
       owned: the numbers of this rank's own.
-      counted: of which matrices this rank adds its part to the norm: of replicas one does.
+      counted: the matrices to whose norm this rank adds its part; of several replicas one does.
       is_divided: whether the norms are sums over ranks.
       matrices_to_owners, matrices_to_holders: the way of the matrices.
-      statistics: how long a row of statistics is: a number a neuron, and one for the update's norm.
-      statistics_to_owners, statistics_to_holders: the way of the second moments, and of the norms.
+      statistics: the length of a row of statistics: one number for each neuron, and one for the norm of
+        the update.
+      statistics_to_owners, statistics_to_holders: the way of the second moments and of the norms.
     """
 
     stages: StackStages

@@ -99,7 +99,10 @@ def _step_stack(
 def _own_stages(
     stages: StackStages, x: torch.Tensor, moments: torch.Tensor, statistics: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the update in `_traveling_dtype`, (owned, 1, statistics)) of whole matrices that are prepared."""
+    """The stages on the matrices that this rank owns: (the update, its statistics).
+
+    The update is in `_traveling_dtype`, the statistics are (owned, 1, statistics).
+    """
     if len(x) == 0:
         return x.to(_traveling_dtype(stages)), moments
     neurons = stages.neurons
@@ -114,7 +117,7 @@ def _own_stages(
 
 
 def _traveling_dtype(stages: StackStages) -> torch.dtype:
-    """The update's, on its way back: known to ranks that have no matrix of their own too."""
+    """The dtype of the update on its way back. Ranks that own no matrix know it too."""
     return stages.dtype if stages.orthogonalizer is not None else stages.prepared_dtype
 
 

@@ -1,4 +1,4 @@
-"""The state of an optimizer's parameters: where it lies over ranks, and its first zeros."""
+"""The state of an optimizer's parameters: how it lies over ranks, and how it is made."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
 """One step of the weights that hold matrices.
 
 Momentum, decay, scaling and rate are elementwise and run weight by weight; `StackStages` run on
-stacks of many weights' matrices. A weight's momentum is done when its first matrix is due and its
-step is finished when its last one is back, so that only the weights in flight take temporary
-memory.
+stacks of many weights' matrices. A weight's momentum is computed when its first matrix is needed, and
+its step is finished when its last matrix has come back, so that only the weights between these two
+moments take temporary memory.
 """
 
 from collections import defaultdict
@@ -85,7 +85,10 @@ class MatrixWeight:
         return rows, columns
 
     def direction(self, block: int) -> torch.Tensor:
-        """Stage 1, done once for all runs of blocks: one's part of u, (matrices, rows, columns)."""
+        """What stage 1 returns as u for a run of blocks, (matrices, rows, columns).
+
+        It is computed for all runs at the first call.
+        """
         if self.directions is None:
             rule, buffer = self.recipe.momentum, self.state["momentum"]
             gradient = self.gradient.to(self.dtype)
@@ -121,7 +124,7 @@ class MatrixWeight:
         return to_blocks(kept[0], self.view, [run.size if on_outputs else 1 for run in self.runs])
 
     def second_moment(self, block: int) -> torch.Tensor | None:
-        """That of a run of blocks, (matrices, rows, 1) or (matrices, 1, columns)."""
+        """The second moment of a run of blocks, (matrices, rows, 1) or (matrices, 1, columns)."""
         return None if self.recipe.neuron_norm is None else self.moment_parts()[block]
 
     def keep_moments(self, parts: Sequence[torch.Tensor]) -> None:
@@ -145,11 +148,11 @@ class MatrixWeight:
         moment: torch.Tensor | None,
         norm: torch.Tensor | None = None,
     ) -> None:
-        """Takes a run's next matrices back; the last of the weight's finishes its step.
+        """Takes a run's next matrices back. Those that come last finish the step of the weight.
 
         Args:
           update: (matrices, rows, columns). moment: (matrices, rows, 1) or (matrices, 1, columns).
-          norm: of each whole matrix's update, (matrices, 1, 1), where parts do not tell it.
+          norm: of each whole matrix's update, (matrices, 1, 1), where a part is not enough.
         """
         self.updates[block].append(update)
         if moment is not None:
