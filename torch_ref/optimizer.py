@@ -287,7 +287,7 @@ class NorMuon(torch.optim.Optimizer):
 
 def _remembered_plans() -> Planner:
     """Makes a plan on the first step of a set of specs, and finds it again on every later one."""
-    return lru_cache(maxsize=256)(plan_step)
+    return lru_cache(maxsize=64)(plan_step)
 
 
 def _data_parallel(group: "ProcessGroup") -> "DataParallel":
