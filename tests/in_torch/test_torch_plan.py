@@ -231,6 +231,8 @@ def test_a_copy_makes_plans_of_its_own(copied):
 def test_a_loaded_state_leaves_the_plan_alone():
     _, optimizer = weights()
     optimizer.step()
+    before = optimizer._plans
     optimizer.load_state_dict(optimizer.state_dict())
     optimizer.step()
+    assert optimizer._plans is before
     assert plans_made(optimizer) == 1
