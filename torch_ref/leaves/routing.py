@@ -8,7 +8,7 @@ import fnmatch
 import glob
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -17,13 +17,12 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from normuon_core import MatrixLayout
+from torch_ref.leaves.heads import output_heads
 
 OUT_IN, IN_OUT = MatrixLayout(-1, -2), MatrixLayout(-2, -1)
 
 Layouts = Mapping[str, MatrixLayout | None]
 
-_HEAD = {"head", "heads", "lm_head", "classifier", "embed_out", "logits", "unembed", "readout"}
-_HEAD_AT_THE_TOP = {"output", "out", "decoder", "score", "final", "fc_out", "output_projection"}
 _TABLE = {
     *("emb", "embed", "embedding", "embeddings", "pos", "position", "positional", "wte", "wpe"),
     *("token", "tokens", "cls", "latents", "registers", "codebook", "queries", "prompt"),
@@ -99,7 +98,7 @@ def route(model: nn.Module, layouts: Layouts | None = None) -> list[tuple[Owned,
                 f"layouts: the pattern {pattern!r} fits no parameter; the parameters are"
                 f" {', '.join(each.name for each in parameters)}."
             )
-    heads = _heads(model)
+    heads = output_heads(model)
     result = []
     for each in parameters:
         pattern = next((p for p in layouts if fnmatch.fnmatchcase(each.name, p)), None)
@@ -257,57 +256,6 @@ def _readings(shape: tuple[int, ...]) -> tuple[Reading, ...]:
     inputs = math.prod(shape[1:])
     convolution = f"a convolution: {inputs} in, {shape[0]} out"
     return (*stacks, (convolution, MatrixLayout(axes, 0)), no_matrix)
-
-
-def _heads(model: nn.Module) -> dict[nn.Linear, str]:
-    """The layers that make the model's output: those called so, else the last linear layer.
-
-    A last layer inside of one of a list's blocks is no head: it ends the last block of a model that has
-    no head.
-    """
-    linear = list(_linear_layers(model))
-    named = {module: path for path, module in linear if _is_called_head(path)}
-    if named or not linear:
-        return named
-    path, module = linear[-1]
-    if _is_in_block(model, path, linear):
-        return {}
-    return {module: f"the last linear layer, {path}" if path else "the last linear layer"}
-
-
-def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Linear layers in order, save those that belong to an attention of PyTorch's."""
-    inner = {
-        module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)
-    }
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module not in inner:
-            yield path, module
-
-
-def _is_called_head(path: str) -> bool:
-    *outer, own = path.split(".")
-    if own in _HEAD or own.endswith("_head"):
-        return True
-    if own in _HEAD_AT_THE_TOP:
-        return not any(re.search(r"\d", part) for part in outer) and len(outer) < 2
-    return own.isdigit() and bool(outer) and outer[-1] in ("heads", "lm_heads")
-
-
-def _is_in_block(model: nn.Module, path: str, linear: list[tuple[str, nn.Linear]]) -> bool:
-    parts = path.split(".")
-    for depth in range(1, len(parts) - 1):
-        container = model.get_submodule(".".join(parts[:depth]))
-        if isinstance(container, nn.ModuleList):
-            return True
-    # One of the same shape under another number says the same: `layers.encoder_layer_3.fc`.
-    *outer, own = parts
-    shape = model.get_submodule(path).weight.shape
-    pattern = re.compile(re.sub(r"\d+", r"\\d+", re.escape(".".join(outer))) + re.escape(f".{own}"))
-    return bool(outer) and any(
-        other != path and pattern.fullmatch(other) and module.weight.shape == shape
-        for other, module in linear
-    )
 
 
 def question(routes: list[tuple[Owned, Route]]) -> str:
