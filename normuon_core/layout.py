@@ -50,6 +50,11 @@ class MatrixLayout:
     output_splits: int | tuple[int, ...] | None = None
     unfold: tuple[int, tuple[int, ...]] | None = None
 
+    def __post_init__(self):
+        # A layout read from a file may have lists, which no cache can be keyed by.
+        for field in ("reduction_axis", "output_axis", "output_splits", "unfold"):
+            object.__setattr__(self, field, _as_tuples(getattr(self, field)))
+
     def __repr__(self) -> str:
         splits = "" if self.output_splits is None else f", output_splits={self.output_splits}"
         unfold = "" if self.unfold is None else f", unfold={self.unfold}"
@@ -110,6 +115,10 @@ class MatrixLayout:
                 f" {shape} hold {outputs} neurons; give positive sizes that sum to {outputs}."
             )
         return tuple(splits)
+
+
+def _as_tuples(value):
+    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def _unfolded(
@@ -194,7 +203,7 @@ class MatrixView:
     def batch_shape(self) -> tuple[int, ...]:
         return tuple(self.shape[axis] for axis in self.batch_axes)
 
-    @property
+    @cached_property
     def stack_shape(self) -> tuple[int, int, int]:
         """(batch, rows, columns) of the whole array, splits apart."""
         sides = (self.batch_axes, self.row_axes, self.column_axes)

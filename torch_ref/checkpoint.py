@@ -1,4 +1,4 @@
-"""State dicts that keep what PyTorch would cast away.
+"""State dicts whose tensors keep their dtypes.
 
 `torch.optim.Optimizer.load_state_dict` casts every state to its parameter's dtype, which turns the
 float32 momentum and the 16 remainder bits of a bfloat16 parameter into bfloat16.
@@ -7,18 +7,25 @@ float32 momentum and the 16 remainder bits of a bfloat16 parameter into bfloat16
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from itertools import chain
-from typing import Any
+from typing import TypeVar
 
 import torch
+from torch.optim.optimizer import StateDict
 
 from torch_ref.leaves.dtensor import is_dtensor
+
+ParameterState = Mapping[str, torch.Tensor]
+"""What an optimizer keeps of one parameter, by name. An older file may have lists of tensors in it,
+and numbers that count steps."""
+
+Value = TypeVar("Value")
 
 
 def restore_state(
     optimizer: torch.optim.Optimizer,
-    saved: dict[str, Any],
+    saved: StateDict,
     shard: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    join: Callable[[torch.Tensor, Mapping[str, Any]], Mapping[str, Any]],
+    join: Callable[[torch.Tensor, ParameterState], ParameterState],
 ) -> None:
     """Puts the tensors of a loaded state dict back in the dtypes they were saved in.
 
@@ -41,7 +48,9 @@ def restore_state(
                 state[key] = shard(param, state[key])
 
 
-def picklable(state: Mapping[torch.Tensor, dict[str, Any]]) -> dict[torch.Tensor, dict[str, Any]]:
+def picklable(
+    state: Mapping[torch.Tensor, ParameterState],
+) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
     """An optimizer's state with its uint16 tensors seen as int16: PyTorch cannot unpickle uint16.
 
     `torch.save` and `torch.load` can, so state dicts need no such help.
@@ -53,10 +62,10 @@ def picklable(state: Mapping[torch.Tensor, dict[str, Any]]) -> dict[torch.Tensor
 
 
 def unpickled(
-    state: Mapping[torch.Tensor, dict[str, Any]],
-) -> defaultdict[torch.Tensor, dict[str, Any]]:
+    state: Mapping[torch.Tensor, ParameterState],
+) -> defaultdict[torch.Tensor, dict[str, torch.Tensor]]:
     """The inverse of `picklable`."""
-    result: defaultdict[torch.Tensor, dict[str, Any]] = defaultdict(dict)
+    result: defaultdict[torch.Tensor, dict[str, torch.Tensor]] = defaultdict(dict)
     for param, own in state.items():
         result[param] = {
             key: _seen_as(value, torch.int16, torch.uint16) for key, value in own.items()
@@ -64,11 +73,11 @@ def unpickled(
     return result
 
 
-def _seen_as(value: Any, old: torch.dtype, new: torch.dtype) -> Any:
+def _seen_as(value: Value, old: torch.dtype, new: torch.dtype) -> Value | torch.Tensor:
     return value.view(new) if isinstance(value, torch.Tensor) and value.dtype == old else value
 
 
-def _copied(value: Any, device: torch.device) -> Any:
+def _copied(value: Value, device: torch.device) -> Value | torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value.detach().to(device, copy=True)
     return value

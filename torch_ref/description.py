@@ -1,7 +1,7 @@
-"""What would become of every parameter of a model, as a table to be read before training."""
+"""How every parameter of a model would be trained, as tables to be read before training."""
 
-from collections.abc import Mapping
-from itertools import chain
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, groupby
 from typing import Any
 
 import torch
@@ -9,12 +9,26 @@ from torch import nn
 
 from normuon_core import MatrixView, Recipe, find_recipe
 from normuon_core.shape_rules import ShapeRule, shape_factor
-from normuon_core.table import Total, leaf_table, totals_table
+from normuon_core.table import Total, leaf_table, table, totals_table
+from torch_ref.checkpoint import ParameterState
+from torch_ref.kernels.backend import Backend, check_backend
+from torch_ref.leaves.dtensor import is_dtensor
+from torch_ref.leaves.dtypes import dtype_name
+from torch_ref.leaves.group_keys import MATRIX
+from torch_ref.leaves.groups import group_recipe, parameter_view, whole_part
 from torch_ref.leaves.routing import Layouts, Owned, Route, question, route
+from torch_ref.matrices.plan import E, PlannedStack
 from torch_ref.optimizer import NorMuon
 from torch_ref.parameter_groups import check_options, grouped, optimizer_of, printed_shape
+from torch_ref.stages.stack import StackStages
+from torch_ref.steps.plan import GroupSpec, Run, WeightSpec, plan_step
 
 _HEADER = ["path", "shape", "matrices x (out, in)", "optimizer", "scale", "why"]
+
+_PLAN = ["matrices x (rows, columns)", "engine", "form", "dtype", "stacks"]
+
+_ENGINE = {"backend": "auto", "orthogonalizer": None}
+"""Keywords that the stand-ins are not stepped with, and their defaults."""
 
 _KINDS = {"exp_avg": "first moment", "exp_avg_sq": "second moment"}
 
@@ -29,12 +43,19 @@ def describe(
 ) -> str:
     """A table of what `NorMuon(param_groups(model, ...))` would do, to be read before training.
 
-    Layers that are alike take one line. A parameter that can be read in more than one way has a "?",
-    and below the table stand its readings with a dictionary to paste: `param_groups` would raise. Then
-    come totals: for each optimizer its parameters and the bytes of its state, over all ranks.
+    Layers that are alike take one line. The second table is the plan of the step: by matrices that are
+    stepped alike how many there are, which engine steps them ("eager", PyTorch's own operations, or
+    "triton", the kernels, which take the shorter side as rows), in which form and dtype it
+    orthogonalizes them, and in how many stacks. It is the plan of one process that has all matrices,
+    each with a gradient of its own dtype.
+
+    A parameter that can be read in more than one way has a "?", and below the tables stand its readings
+    with a dictionary to paste: `param_groups` would raise. Last come totals: for each optimizer its
+    parameters and the bytes of its state, over all ranks.
 
     Args:
-      model: its parameters may lie on any device, "meta" too.
+      model: its parameters may lie on any device, "meta" too. The engine is the one that runs on that
+        device; on "meta" it is what `backend` names, and "auto" is "eager" there.
       layouts, recipe, shape_scale, **keywords: as for `param_groups`; `lr` and `adam_lr` may be among
         them.
 
@@ -42,7 +63,8 @@ def describe(
       The tables.
 
     Raises:
-      ValueError, TypeError: as `NorMuon(param_groups(...))`, save for parameters in doubt.
+      ValueError, TypeError: as `NorMuon(param_groups(...))` and its first step, save for parameters in
+        doubt.
     """
     rates = {key: keywords.pop(key, 1.0) for key in ("lr", "adam_lr")}
     check_options(keywords)
@@ -50,10 +72,14 @@ def describe(
     name = "Muon" if chosen.neuron_norm is None else "NorMuon"
     routes = route(model, layouts)
     sections = [leaf_table(_HEADER, [_row(each, found, chosen, name) for each, found in routes])]
+    keywords |= {"recipe": recipe, "shape_scale": shape_scale}
+    check_backend(keywords.get("backend", "auto"))
+    optimizer, originals = _stepped_on_meta(routes, rates, keywords)
+    if planned := _plan(optimizer, originals, keywords):
+        sections.append(table([_PLAN, *planned]))
     if asked := question(routes):
         sections.append(asked)
-    keywords |= {"recipe": recipe, "shape_scale": shape_scale}
-    sections.append(totals_table(_totals(routes, name, rates, keywords)))
+    sections.append(totals_table(_totals(routes, name, optimizer, originals)))
     return "\n\n".join(sections)
 
 
@@ -78,25 +104,102 @@ def _scale(view: MatrixView, rule: ShapeRule) -> str:
     return factors[0] if len({*factors}) == 1 else ", ".join(factors)
 
 
-def _totals(
-    routes: list[tuple[Owned, Route]], name: str, rates: dict[str, Any], keywords: dict[str, Any]
-) -> list[Total]:
-    """The bytes are those of the state that a step makes, taken where nothing is computed or kept."""
-    members: dict[str, list[torch.Tensor]] = {}
+def _stepped_on_meta(
+    routes: list[tuple[Owned, Route]],
+    rates: dict[str, float | torch.Tensor],
+    keywords: dict[str, Any],
+) -> tuple[NorMuon | None, dict[torch.Tensor, torch.Tensor]]:
+    """(the optimizer after a step in which nothing is computed, the parameters by their stand-ins).
+
+    There is no optimizer where there is nothing to train.
+    """
+    originals: dict[torch.Tensor, torch.Tensor] = {}
     without_data: list[tuple[Owned, Route]] = []
     for each, found in routes:
         param = nn.Parameter(torch.empty(each.param.shape, dtype=each.param.dtype, device="meta"))
         param.grad = torch.empty_like(param)
-        members.setdefault(optimizer_of(found, name), []).append(param)
+        originals[param] = each.param
         without_data.append((each._replace(param=param), found))
     # The state is the same whatever orthogonalizes, and however.
     keywords = {**keywords, "backend": "eager", "orthogonalizer": lambda stack: stack}
     groups = grouped(without_data, **rates, keywords=keywords)
-    made: Mapping[torch.Tensor, Mapping[str, Any]] = {}
-    if groups:
-        optimizer = NorMuon(groups, lr=1.0)
-        optimizer.step()
-        made = optimizer.state
+    if not groups:
+        return None, originals
+    optimizer = NorMuon(groups, lr=1.0)
+    optimizer.step()
+    return optimizer, originals
+
+
+def _plan(
+    optimizer: NorMuon | None,
+    originals: dict[torch.Tensor, torch.Tensor],
+    keywords: dict[str, Any],
+) -> list[list[str]]:
+    """One line for the matrices of each engine that are stepped alike, from the plan of the step."""
+    if optimizer is None:
+        return []
+    specs = []
+    for group in optimizer.param_groups:
+        if group["optimizer"] != MATRIX:
+            continue
+        own = {key: keywords.get(key, default) for key, default in _ENGINE.items()}
+        if any(is_dtensor(originals[param]) for param in group["params"]):
+            own["backend"] = "eager"
+        weights = [
+            WeightSpec(
+                whole_part(parameter_view(group, param)),
+                param.dtype,
+                param.dtype,
+                optimizer.state[param]["momentum"].dtype,
+                _device(originals[param], own["backend"]),
+            )
+            for param in group["params"]
+            if param.numel()
+        ]
+        specs.append(GroupSpec.of({**group, **own}, group_recipe(group), weights))
+    plan = plan_step(tuple(specs))
+    eager = _alike("eager", plan.eager, lambda stages: (stages.sides, _form_of(stages)))
+    kernels = _alike("triton", plan.triton, lambda own: ((own.short, own.long), own.form))
+    return [*eager, *kernels]
+
+
+def _form_of(stages: StackStages) -> tuple[str, str]:
+    if stages.orthogonalizer is None:
+        return stages.form
+    name = dtype_name(stages.dtype)
+    assert name is not None
+    return "orthogonalizer", name
+
+
+def _device(param: torch.Tensor, backend: Backend) -> torch.device:
+    """Where the parameter will be stepped: one on "meta" is yet to be moved there."""
+    return torch.device("cuda") if param.is_meta and backend == "triton" else param.device
+
+
+def _alike(
+    engine: str,
+    stacks: Sequence[PlannedStack[E, Run]],
+    of: Callable[[E], tuple[tuple[int, int], tuple[str, str]]],
+) -> Iterator[list[str]]:
+    """The lines of one engine; `of` gives (the sides of a matrix, (form, compute dtype))."""
+    for stages, alike in groupby(stacks, key=lambda stack: stack.engine):
+        pieces = [stack.pieces for stack in alike]
+        count = sum(piece.stop - piece.start for piece in chain.from_iterable(pieces))
+        sides, form = of(stages)
+        yield [f"{count} x {sides}", engine, *form, str(len(pieces))]
+
+
+def _totals(
+    routes: list[tuple[Owned, Route]],
+    name: str,
+    optimizer: NorMuon | None,
+    originals: dict[torch.Tensor, torch.Tensor],
+) -> list[Total]:
+    """The bytes are those of the state that a step makes."""
+    members: dict[str, list[torch.Tensor]] = {}
+    for param, (_, found) in zip(originals, routes, strict=True):
+        members.setdefault(optimizer_of(found, name), []).append(param)
+    made: Mapping[torch.Tensor, ParameterState] = {} if optimizer is None else optimizer.state
     totals = []
     for kind, params in members.items():
         state: dict[str, int] = {}

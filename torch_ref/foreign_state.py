@@ -7,7 +7,6 @@
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -17,14 +16,12 @@ from torch_ref.leaves.dtypes import working_dtype
 from torch_ref.leaves.group_keys import ADAMW, MATRIX, NOTES, Group
 from torch_ref.leaves.groups import group_recipe, parameter_name, parameter_view
 
-State = Mapping[str, Any]
-
 _TORCH_MUON = {"lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "ns_steps"}
 _KELLER = {"lr", "weight_decay", "momentum"}
 _KELLER_ADAM = {"lr", "weight_decay", "betas", "eps"}
 
 
-def origin(saved: Mapping[str, Any]) -> str | None:
+def origin(saved: Group) -> str | None:
     """Whose group this is: "torch.optim.Muon", "Keller Jordan's Muon", "AdamW", or None."""
     keys = {*saved} - NOTES - {"use_muon"}
     if keys > _TORCH_MUON:
@@ -36,7 +33,7 @@ def origin(saved: Mapping[str, Any]) -> str | None:
     return None
 
 
-def translated_group(saved: Mapping[str, Any], own: Group, index: int) -> Group:
+def translated_group(saved: Group, own: Group, index: int) -> Group:
     """The saved group's options in the words of this optimizer, those that it lacks from `own`.
 
     Raises:
@@ -64,7 +61,7 @@ def translated_group(saved: Mapping[str, Any], own: Group, index: int) -> Group:
     return {**own, **notes, **_muon_options(whose, saved, own, index)}
 
 
-def _muon_options(whose: str, saved: Mapping[str, Any], own: Group, index: int) -> Group:
+def _muon_options(whose: str, saved: Group, own: Group, index: int) -> Group:
     if whose == "torch.optim.Muon":
         name, rule = "torch_muon", saved.get("adjust_lr_fn") or "original"
         published = RECIPES[name]
@@ -82,7 +79,7 @@ def _muon_options(whose: str, saved: Mapping[str, Any], own: Group, index: int) 
         "shape_scale": None,
         "beta2": None,
     }
-    # The recipe of the file, whole: what the group was given in place of its own recipe's is not.
+    # The recipe is the file's as a whole: the group's own coefficients, steps and eps do not change it.
     options |= {key: None for key in ("coefficients", "steps", "eps") if key in own}
     for position, param in enumerate(own["params"]):
         _check_matrix(param, own, recipe.shape_scale, parameter_name(own, index, position), whose)
@@ -90,7 +87,7 @@ def _muon_options(whose: str, saved: Mapping[str, Any], own: Group, index: int) 
 
 
 def _check_recipe(own: Recipe, of_file: Recipe, place: str, name: str) -> None:
-    """Numbers are the file's; what the stages do must be what the group was made for."""
+    """Refuses a group whose stages do something else than the file's; numbers may differ."""
     kinds = [
         (r.momentum.rule, r.polar.eps_rule, r.polar.norm_scale, r.neuron_norm, r.decay)
         for r in (own, of_file)
@@ -103,7 +100,7 @@ def _check_recipe(own: Recipe, of_file: Recipe, place: str, name: str) -> None:
 
 
 def _check_matrix(param: torch.Tensor, own: Group, rule: ShapeRule, name: str, whose: str) -> None:
-    """Refuses matrices that are not the ones of the file's optimizer, or that it scaled otherwise."""
+    """Refuses a weight that the file's optimizer read as other matrices, or scaled otherwise."""
     convolution = param.ndim == 4
     layout = MatrixLayout((1, 2, 3), 0) if convolution else MatrixLayout(-1, -2)
     view = parameter_view(own, param, name)
@@ -124,7 +121,7 @@ def _check_matrix(param: torch.Tensor, own: Group, rule: ShapeRule, name: str, w
             )
 
 
-def _check_adamw(saved: Mapping[str, Any], index: int) -> None:
+def _check_adamw(saved: Group, index: int) -> None:
     for key in ("amsgrad", "maximize"):
         if saved.get(key, False):
             raise ValueError(
@@ -139,7 +136,9 @@ def _check_adamw(saved: Mapping[str, Any], index: int) -> None:
         )
 
 
-def translated_state(state: State, param: torch.Tensor, group: Group, name: str) -> State:
+def translated_state(
+    state: Mapping[str, torch.Tensor], param: torch.Tensor, group: Group, name: str
+) -> dict[str, torch.Tensor]:
     """A parameter's state under this optimizer's names, in its dtypes.
 
     Args:

@@ -1,9 +1,9 @@
 """What a parameter group may say, checked when the group is added."""
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from normuon_core.cost import check_algorithm
@@ -69,8 +69,11 @@ def settle_group(group: Group, index: int, given: Collection[str]) -> None:
         settle_adamw(group)
 
 
-def _array(values: Any) -> torch.Tensor:
-    """float64, where it is or on the CPU: the user's default device may be one that holds no numbers."""
+def _array(values: npt.ArrayLike | torch.Tensor) -> torch.Tensor:
+    """A float64 tensor: a tensor stays on its device, all else is put on the CPU.
+
+    (The user's default device may be "meta", which holds no numbers.)
+    """
     if not isinstance(values, torch.Tensor):
         values = torch.as_tensor(values, device="cpu")
     return values.double()

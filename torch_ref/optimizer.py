@@ -1,11 +1,11 @@
 """NorMuon and the Muon family as one PyTorch optimizer, assembled from a Recipe."""
 
 from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import ParamsT, StateDict
 
 from normuon_core import (
     Coefficients,
@@ -30,12 +30,16 @@ from torch_ref.leaves.groups import parameter_view
 from torch_ref.saved_groups import loading_hooks
 from torch_ref.stages.stack import Orthogonalizer
 from torch_ref.steps.groups import step_groups
+from torch_ref.steps.plan import Planner, plan_step
 from torch_ref.steps.state import KeptState
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     from torch.distributed import ProcessGroup
 
     from torch_ref.steps.data_parallel import DataParallel
+
+Loss = TypeVar("Loss")
 
 # A group's layout and recipe are part of a state dict: let torch.load read them with
 # weights_only=True.
@@ -134,8 +138,8 @@ class NorMuon(torch.optim.Optimizer):
         steps: int | None = None,
         eps: float | None = None,
         layout: MatrixLayout | None = None,
-        lr_mul: Any = 1.0,
-        wd_mul: Any = 1.0,
+        lr_mul: "npt.ArrayLike | torch.Tensor" = 1.0,
+        wd_mul: "npt.ArrayLike | torch.Tensor" = 1.0,
         optimizer: Literal["normuon", "adamw"] = MATRIX,
         orthogonalizer: Orthogonalizer | None = None,
         adam_b1: float = 0.9,
@@ -154,6 +158,7 @@ class NorMuon(torch.optim.Optimizer):
         process_group: "ProcessGroup | None" = None,
     ):
         self._parallel = None if process_group is None else _data_parallel(process_group)
+        self._plans = _remembered_plans()
         defaults = {
             "lr": lr,
             "recipe": recipe,
@@ -214,7 +219,7 @@ class NorMuon(torch.optim.Optimizer):
         " kernels already"
     )
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """One step of every parameter that has a gradient.
 
         Args:
@@ -232,10 +237,10 @@ class NorMuon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         check_gradients(self.param_groups)
-        step_groups(self.param_groups, KeptState(self.state, self._parallel))
+        step_groups(self.param_groups, KeptState(self.state, self._parallel), self._plans)
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """As in every optimizer, without the orthogonalizers, which are code and not state: None."""
         saved = super().state_dict()
         for group in saved["param_groups"]:
@@ -243,7 +248,7 @@ class NorMuon(torch.optim.Optimizer):
             group["orthogonalizer"] = None
         return saved
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """As in every optimizer, but each state keeps the dtype in which it was saved.
 
         An older file's missing options are filled in, and its second moments of a split weight, one
@@ -264,7 +269,7 @@ class NorMuon(torch.optim.Optimizer):
             before.remove()
             after.remove()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> StateDict:
         if self._parallel is not None:
             raise TypeError(
                 "a NorMuon with a process_group cannot be copied or pickled; make another one, and save"
@@ -273,10 +278,16 @@ class NorMuon(torch.optim.Optimizer):
         own = super().__getstate__()
         return {**own, "state": picklable(own["state"])}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: StateDict) -> None:
         super().__setstate__({**state, "state": unpickled(state["state"])})
         # Loading a state dict comes by here too.
         self.__dict__.setdefault("_parallel", None)
+        self.__dict__.setdefault("_plans", _remembered_plans())
+
+
+def _remembered_plans() -> Planner:
+    """Makes a plan on the first step of a set of specs, and finds it again on every later one."""
+    return lru_cache(maxsize=64)(plan_step)
 
 
 def _data_parallel(group: "ProcessGroup") -> "DataParallel":

@@ -77,7 +77,7 @@ def printed_shape(param: torch.Tensor) -> str:
 
 
 def optimizer_of(found: Route, matrices: str) -> str:
-    """`matrices` is what the optimizer of matrices is called."""
+    """The name of a parameter's optimizer, `matrices` for that of matrices; "?" for one in doubt."""
     if found.readings:
         return "?"
     return "AdamW" if found.layout is None else matrices

@@ -1,14 +1,15 @@
-"""A state dict is read before it is believed: options filled in, others' translated, misfits refused.
+"""State dicts are checked before they are loaded: what is missing is filled in, what is wrong refused.
 
-`torch.optim.Optimizer.load_state_dict` takes whatever a file has for this optimizer's options and state.
+`torch.optim.Optimizer.load_state_dict` itself takes any keys and shapes. The files of other optimizers
+are translated (`foreign_state`).
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
+from torch.optim.optimizer import StateDict
 
-from torch_ref.checkpoint import restore_state
+from torch_ref.checkpoint import ParameterState, restore_state
 from torch_ref.foreign_state import translated_group, translated_state
 from torch_ref.group_checks import settle_group
 from torch_ref.leaves.group_keys import (
@@ -31,9 +32,7 @@ _KEPT = {
 _SHAPED = ("momentum", "exp_avg", "exp_avg_sq", "remainder")
 
 
-def read_state_dict(
-    groups: list[Group], saved: dict[str, Any], defaults: Mapping[str, Any]
-) -> dict[str, Any]:
+def read_state_dict(groups: list[Group], saved: StateDict, defaults: Group) -> StateDict:
     """A state dict as this version would have saved it, checked against the optimizer's groups.
 
     Options that the file lacks are the group's own: it is an older version's. The files of
@@ -78,7 +77,7 @@ def read_state_dict(
     return read
 
 
-def _filled(saved: Group, own: Group, index: int, defaults: Mapping[str, Any]) -> Group:
+def _filled(saved: Group, own: Group, index: int, defaults: Group) -> Group:
     """The options of a file of this optimizer, of whichever version."""
     known = {*own, *defaults, *NOTES}
     for key in saved:
@@ -102,7 +101,7 @@ def _filled(saved: Group, own: Group, index: int, defaults: Mapping[str, Any]) -
     return filled
 
 
-def _check_state(state: Mapping[str, Any], param: torch.Tensor, optimizer: str, name: str) -> None:
+def _check_state(state: ParameterState, param: torch.Tensor, optimizer: str, name: str) -> None:
     kept = _KEPT[optimizer]
     for key, value in state.items():
         if key.partition(".")[0] not in kept:
@@ -128,17 +127,17 @@ def loading_hooks(
     """
     orthogonalizers = [group["orthogonalizer"] for group in optimizer.param_groups]
     groups = {param: group for group in optimizer.param_groups for param in group["params"]}
-    loaded: dict[str, Any] = {}
+    loaded: StateDict = {}
 
     def shard(param: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
         sharding = kept_state(optimizer.state).placed(param, groups[param], tuple(whole.shape))
         return whole if sharding is None else sharding.shard_of(whole)
 
-    def read(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    def read(optimizer: torch.optim.Optimizer, saved: StateDict) -> StateDict:
         loaded.update(read_state_dict(optimizer.param_groups, saved, optimizer.defaults))
         return loaded
 
-    def join(param: torch.Tensor, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    def join(param: torch.Tensor, state: ParameterState) -> ParameterState:
         group = groups[param]
         rule = None if group["optimizer"] != MATRIX else group_recipe(group).neuron_norm
         if rule is None:

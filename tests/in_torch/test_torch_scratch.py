@@ -31,12 +31,12 @@ def sizes() -> dict[str, int]:
     """How much is remembered of launches, compiled kernels and constants."""
     from normuon_core.kernels import launches
     from torch_ref.kernels import launcher
-    from torch_ref.steps import laid_out
+    from torch_ref.steps import kernel_multipliers
 
     names = ("squares", "feed", "product", "neuron_squares", "statistics", "finish")
     found = {name: getattr(launches, name).cache_info().currsize for name in names}
     gc.collect()
-    constants = [len(known) for known in laid_out._CONSTANTS.values()]
+    constants = [len(known) for known in kernel_multipliers._MADE.values()]
     return found | {"compiled": len(launcher._COMPILED), "constants": sum(constants)}
 
 
@@ -109,13 +109,13 @@ def test_multipliers_on_the_cpu_are_not_sent_at_every_step(interpreted, monkeypa
     full = torch.full
     monkeypatch.setattr(torch, "full", lambda *a, **k: made.append(1) or full(*a, **k))
     # As on a GPU, where an array of multipliers lies elsewhere than the weight.
-    from torch_ref.steps import laid_out
+    from torch_ref.steps import kernel_multipliers
 
     weight = mock.Mock(state={"momentum": torch.zeros(2, 3)})
     weight.param.device, weight.view = torch.device("meta"), STACK.on((2, 3, 4))
     for _ in range(3):
-        values = torch.tensor([1.0, 2.0], dtype=torch.float64)
-        laid_out._each(values, weight, *weight.view.runs, ("decay", 0))
+        weight.wd_mul = torch.tensor([1.0, 2.0], dtype=torch.float64)
+        kernel_multipliers.KernelMultipliers(weight).decay(0, *weight.view.runs)
     assert len(made) == 2
 
 

@@ -15,7 +15,7 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 Scalar = float | torch.Tensor
-"""A number, or a tensor without axes, which stays where it is: reading it would wait for a GPU."""
+"""A number, or a tensor without axes, which is never read: reading one would wait for the GPU."""
 
 
 def rounded(value: Scalar, dtype: torch.dtype) -> Scalar:
@@ -28,21 +28,22 @@ def rounded(value: Scalar, dtype: torch.dtype) -> Scalar:
 
 
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
-"""The working dtypes. A tensor would be made on the user's default device, and read back from there."""
+"""NumPy's names of the working dtypes. NumPy rounds, since a tensor would be made on the user's default
+device and read back from there."""
 
 
 def complement(value: Scalar, dtype: torch.dtype) -> Scalar:
-    """1 - value, the value rounded to `dtype` first and the difference computed in it."""
+    """1 - value: the value is rounded to `dtype`, and the difference is computed in it."""
     return rounded(1 - rounded(value, dtype), dtype)
 
 
 def rounded_product(a: Scalar, b: Scalar, dtype: torch.dtype) -> Scalar:
-    """a b, both rounded to `dtype` first and the product computed in it."""
+    """a b: both are rounded to `dtype`, and the product is computed in it."""
     return rounded(rounded(a, dtype) * rounded(b, dtype), dtype)
 
 
 def bias_correction(decay: Scalar, step: int | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """1 - decay^step, computed in `dtype`: what an average that starts at zero is divided by."""
+    """What an average that starts at zero is divided by: 1 - decay^step, computed in `dtype`."""
     if not isinstance(step, torch.Tensor):
         step = torch.tensor(step, device="cpu")
     decay = rounded(decay, dtype)
@@ -59,5 +60,5 @@ def rounded_multiplier(value: float | torch.Tensor, like: torch.Tensor) -> float
 
 
 def dtype_name(dtype: torch.dtype | None) -> str | None:
-    """As `normuon_core` names it: "float16"."""
+    """The name that `normuon_core` has for a dtype, as "float16"."""
     return None if dtype is None else str(dtype).removeprefix("torch.")

@@ -18,7 +18,7 @@ NOTES = frozenset(
         *("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"),
     }
 )
-"""What PyTorch, its schedulers and `torch.optim.swa_utils` keep in a group beside the options."""
+"""Keys that are no options: PyTorch, its schedulers and `torch.optim.swa_utils` keep them in a group."""
 
 _ADAMW_KEYWORDS = {
     "betas": ("adam_b1", "adam_b2"),
@@ -28,7 +28,7 @@ _ADAMW_KEYWORDS = {
 ADAMW_KEYS = frozenset(_ADAMW_KEYWORDS)
 
 
-def read_group(group: Mapping[str, Any], defaults: Mapping[str, Any], index: int) -> Group:
+def read_group(group: Mapping[str, Any], defaults: Group, index: int) -> Group:
     """A copy of a group that is about to be added, with Keller Jordan's `use_muon` as `optimizer`.
 
     Args:
@@ -67,7 +67,7 @@ def read_group(group: Mapping[str, Any], defaults: Mapping[str, Any], index: int
 
 
 def unknown_key(key: str, known: Collection[str], place: str) -> str:
-    """What is said of a key that nothing reads."""
+    """The message of the error for a key that nothing reads."""
     near = difflib.get_close_matches(str(key), sorted(known), n=1, cutoff=0.6)
     meant = f"did you mean {near[0]!r}? " if near else ""
     return (
@@ -99,7 +99,7 @@ def read_adamw(group: Group, given: Collection[str], index: int) -> None:
                     f" other; give one of them ({key} is how torch.optim.AdamW calls it)."
                 )
             group[keyword] = value
-    # The constructor's keywords say it all now.
+    # All of it is under the constructor's keywords now.
     group.pop("betas", None)
     group.setdefault("momentum")
 
@@ -107,12 +107,12 @@ def read_adamw(group: Group, given: Collection[str], index: int) -> None:
 def settle_adamw(group: Group) -> None:
     """Leaves AdamW's own keys alone in its group; `group` changes in place.
 
-    A value that was written under another name since the last step takes its place: by hand under the
-    constructor's keyword, or as `momentum`, which schedulers that cycle it write into every group, and
-    which is AdamW's first beta then as it is in `torch.optim.AdamW`.
+    A value that has been written under another name since the last step replaces AdamW's own: one that
+    was written by hand under the constructor's keyword, or as `momentum`. Schedulers that cycle momentum
+    write that key into every group, and mean AdamW's first beta by it, as in `torch.optim.AdamW`.
     """
     if "betas" not in group:
-        # Made from the constructor's keywords, or saved with them: this momentum is the matrices'.
+        # The group has the constructor's keywords still, and its momentum is that of matrices.
         group.pop("momentum", None)
         group["betas"] = (group["adam_b1"], group["adam_b2"])
     b1, b2 = group["betas"]
@@ -123,7 +123,7 @@ def settle_adamw(group: Group) -> None:
 
 
 def adamw_keywords(group: Group) -> Group:
-    """The constructor's keywords of a settled AdamW group, and all else that it has."""
+    """A settled AdamW group with AdamW's own keys under the constructor's keywords as well."""
     b1, b2 = group["betas"]
     own = {f"adam_{key}": group[key] for key in ("eps", "weight_decay")}
     return {**group, **own, "adam_b1": b1, "adam_b2": b2}

@@ -1,18 +1,21 @@
 """What a parameter group says of each of its parameters."""
 
+from functools import lru_cache
+
 import torch
 
 from normuon_core import MatrixLayout, MatrixView, Recipe, find_recipe
 from normuon_core.cost import Iteration
 from torch_ref.leaves.dtypes import dtype_name
 from torch_ref.leaves.group_keys import Group
+from torch_ref.leaves.part import Part, whole_region
 
 OUT_IN = MatrixLayout(reduction_axis=-1, output_axis=-2)
 """How `torch.nn.Linear` stores a weight, or a stack of them."""
 
 
 def parameter_name(group: Group, group_index: int, position: int) -> str:
-    """What an error calls a parameter: its place, its name where the group has names, its shape."""
+    """What an error calls a parameter: its place, its name if the group has names, and its shape."""
     place = f"group {group_index}, parameter {position}"
     if "param_names" in group:
         place += f" ({group['param_names'][position]})"
@@ -56,11 +59,22 @@ def parameter_view(group: Group, param: torch.Tensor, name: str = "parameter") -
             " (out, in) matrices. torch_ref.param_groups(model) makes groups with their layouts from"
             " the modules' types."
         )
-    return (group["layout"] or OUT_IN).on(tuple(param.shape), name)
+    return _view(group["layout"] or OUT_IN, tuple(param.shape), name)
+
+
+@lru_cache(maxsize=4096)
+def _view(layout: MatrixLayout, shape: tuple[int, ...], name: str) -> MatrixView:
+    return layout.on(shape, name)
+
+
+@lru_cache(maxsize=4096)
+def whole_part(view: MatrixView) -> Part:
+    """All of a weight."""
+    return Part(view, whole_region(view.stored_shape))
 
 
 def kernel_iteration(group: Group) -> Iteration:
-    """The iteration that a group asks for, where the kernels run it."""
+    """The iteration that a group asks for, if the kernels run it."""
     return Iteration(
         len(group_recipe(group).polar.coefficients),
         group["algorithm"],

@@ -55,9 +55,9 @@ def unfolded_region(view: MatrixView, region: Region) -> Region:
 
 
 def stack_indices(view: MatrixView, region: Region) -> tuple[list[int], list[int], list[int]]:
-    """Which matrices, rows and columns of the view's whole stack the region holds, ascending.
+    """Which matrices, rows and columns of the view's whole stack the region holds, in ascending order.
 
-    The region's own stack has them in this order: both go through the axes of a side in one order.
+    The stack of the region itself has them in the same order.
     """
     region = unfolded_region(view, region)
     sides = (view.batch_axes, view.row_axes, view.column_axes)
@@ -76,8 +76,8 @@ def _merged(sizes: Sequence[int], region: Sequence[tuple[int, int]]) -> list[int
 class Part:
     """A rectangle of a weight.
 
-    What is decided by a matrix's shape is decided by `view`, the whole weight's; `local` says how the
-    part itself becomes a stack.
+    Whatever depends on the shape of a matrix depends on that of the whole weight, `view`; `local` says
+    how the part itself becomes a stack.
 
     Attributes:
       view: where the matrices of the whole weight are.

@@ -8,8 +8,8 @@ import fnmatch
 import glob
 import math
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,13 +17,12 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from normuon_core import MatrixLayout
+from torch_ref.leaves.heads import output_heads
 
 OUT_IN, IN_OUT = MatrixLayout(-1, -2), MatrixLayout(-2, -1)
 
 Layouts = Mapping[str, MatrixLayout | None]
 
-_HEAD = {"head", "heads", "lm_head", "classifier", "embed_out", "logits", "unembed", "readout"}
-_HEAD_AT_THE_TOP = {"output", "out", "decoder", "score", "final", "fc_out", "output_projection"}
 _TABLE = {
     *("emb", "embed", "embedding", "embeddings", "pos", "position", "positional", "wte", "wpe"),
     *("token", "tokens", "cls", "latents", "registers", "codebook", "queries", "prompt"),
@@ -37,11 +36,11 @@ Reading = tuple[str, MatrixLayout | None]
 
 
 class Route(NamedTuple):
-    """What becomes of a parameter.
+    """How a parameter is trained.
 
     Attributes:
-      layout: of its matrices; None is AdamW, or a doubt.
-      why: in words.
+      layout: of its matrices; None for AdamW, and for a parameter in doubt.
+      why: the reason, in words.
       readings: what a parameter in doubt may be, (meaning, layout or None), the likeliest first; empty
         where there is no doubt.
     """
@@ -99,7 +98,7 @@ def route(model: nn.Module, layouts: Layouts | None = None) -> list[tuple[Owned,
                 f"layouts: the pattern {pattern!r} fits no parameter; the parameters are"
                 f" {', '.join(each.name for each in parameters)}."
             )
-    heads = _heads(model)
+    heads = output_heads(model)
     result = []
     for each in parameters:
         pattern = next((p for p in layouts if fnmatch.fnmatchcase(each.name, p)), None)
@@ -137,7 +136,7 @@ def _route(model: nn.Module, each: Owned, heads: Mapping[nn.Linear, str]) -> Rou
 
 
 def _owner(model: nn.Module, path: str, module: nn.Module, own: str) -> tuple[str, nn.Module, str]:
-    """Whose weight a parameter stands for where it is parametrized."""
+    """(path, module, name) of the weight that a parameter stands for where one is parametrized."""
     if isinstance(module, ParametrizationList):
         # `linear.parametrizations.weight` holds `original`, or `original0` (a magnitude) and the rest.
         path, _, name = path.rpartition(".parametrizations.")
@@ -189,7 +188,9 @@ def _route_module(path: str, module: nn.Module, own: str, shape: tuple[int, ...]
     return _route_unknown(path, module, own, shape)
 
 
-def _route_recurrent(module: Any, own: str, shape: tuple[int, ...]) -> Route:
+def _route_recurrent(
+    module: nn.RNNBase | nn.RNNCellBase, own: str, shape: tuple[int, ...]
+) -> Route:
     """Gates lie along the outputs, each a matrix of its own; `weight_hr` projects the hidden state."""
     gates = 1 if own.startswith("weight_hr") else shape[0] // module.hidden_size
     if gates == 1:
@@ -197,11 +198,13 @@ def _route_recurrent(module: Any, own: str, shape: tuple[int, ...]) -> Route:
     return Route(MatrixLayout(-1, -2, (shape[0] // gates,) * gates), f"{gates} gates")
 
 
-def _route_convolution(path: str, module: Any, shape: tuple[int, ...]) -> Route:
-    """A convolution multiplies patches (in, *kernel) by a matrix (out, in * kernel); the patches are
-    cut by no weight. A transposed one multiplies each position (in) by a matrix (out * kernel, in) and
-    adds the patches up. In a grouped convolution each group is a matrix of its own: a block of the
-    outputs, which reads its own inputs alone. A matrix of one row or column is a vector.
+def _route_convolution(path: str, module: nn.modules.conv._ConvNd, shape: tuple[int, ...]) -> Route:
+    """Which matrices a convolution's weight holds.
+
+    A convolution multiplies patches (in, *kernel) by a matrix (out, in * kernel). A transposed one
+    multiplies each position (in) by a matrix (out * kernel, in) and adds the patches up. In a grouped
+    convolution each group is a matrix of its own, whose outputs are a block of all and read their own
+    inputs alone. A matrix of one row or column is a vector.
     """
     *_, parent, own = ["", *path.split(".")]
     if {"patch"} & {*_words(parent), *_words(own)} and _TABLE & {*_words(parent), *_words(own)}:
@@ -253,56 +256,6 @@ def _readings(shape: tuple[int, ...]) -> tuple[Reading, ...]:
     inputs = math.prod(shape[1:])
     convolution = f"a convolution: {inputs} in, {shape[0]} out"
     return (*stacks, (convolution, MatrixLayout(axes, 0)), no_matrix)
-
-
-def _heads(model: nn.Module) -> dict[nn.Linear, str]:
-    """The layers that make the model's output: those called so, else the last linear layer.
-
-    A layer inside one of a list's blocks is no head by its place: a model without a head ends so.
-    """
-    linear = list(_linear_layers(model))
-    named = {module: path for path, module in linear if _is_called_head(path)}
-    if named or not linear:
-        return named
-    path, module = linear[-1]
-    if _is_in_block(model, path, linear):
-        return {}
-    return {module: f"the last linear layer, {path}" if path else "the last linear layer"}
-
-
-def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Linear layers in order, save those that belong to an attention of PyTorch's."""
-    inner = {
-        module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)
-    }
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module not in inner:
-            yield path, module
-
-
-def _is_called_head(path: str) -> bool:
-    *outer, own = path.split(".")
-    if own in _HEAD or own.endswith("_head"):
-        return True
-    if own in _HEAD_AT_THE_TOP:
-        return not any(re.search(r"\d", part) for part in outer) and len(outer) < 2
-    return own.isdigit() and bool(outer) and outer[-1] in ("heads", "lm_heads")
-
-
-def _is_in_block(model: nn.Module, path: str, linear: list[tuple[str, nn.Linear]]) -> bool:
-    parts = path.split(".")
-    for depth in range(1, len(parts) - 1):
-        container = model.get_submodule(".".join(parts[:depth]))
-        if isinstance(container, nn.ModuleList):
-            return True
-    # One of the same shape under another number says the same: `layers.encoder_layer_3.fc`.
-    *outer, own = parts
-    shape = model.get_submodule(path).weight.shape
-    pattern = re.compile(re.sub(r"\d+", r"\\d+", re.escape(".".join(outer))) + re.escape(f".{own}"))
-    return bool(outer) and any(
-        other != path and pattern.fullmatch(other) and module.weight.shape == shape
-        for other, module in linear
-    )
 
 
 def question(routes: list[tuple[Owned, Route]]) -> str:

@@ -1,7 +1,7 @@
-"""The plan of a step: which matrices share a stack, and into how many stacks memory cuts them.
+"""Matrices that are alike put into stacks, as many as fit into the memory that a stack may take.
 
-Both engines step what it lists, PyTorch's own operations (`stages.stack`) and the kernels
-(`kernels.engine`), and so do the ranks of a mesh (`steps.owners`).
+This is one function for every way of a step: PyTorch's own operations (`stages.stack`), the kernels
+(`kernels.engine`) and the ranks of a mesh (`steps.owners`).
 """
 
 from collections import defaultdict
@@ -30,7 +30,7 @@ E = TypeVar("E", bound=Engine)
 Run = TypeVar("Run")
 
 
-class Piece(NamedTuple, Generic[Run]):
+class PlannedPiece(NamedTuple, Generic[Run]):
     """Matrices `start` to `stop` of one run of output blocks of a weight."""
 
     run: Run
@@ -38,14 +38,14 @@ class Piece(NamedTuple, Generic[Run]):
     stop: int
 
 
-class Stack(NamedTuple, Generic[E, Run]):
+class PlannedStack(NamedTuple, Generic[E, Run]):
     """Matrices that are stepped together, in their order in the stack."""
 
     engine: E
-    pieces: tuple[Piece[Run], ...]
+    pieces: tuple[PlannedPiece[Run], ...]
 
 
-def plan(members: Iterable[tuple[E, Run, int]], *, ranks: int = 1) -> list[Stack[E, Run]]:
+def plan(members: Iterable[tuple[E, Run, int]], *, ranks: int = 1) -> list[PlannedStack[E, Run]]:
     """All matrices in stacks; those of one engine follow each other.
 
     Args:
@@ -59,6 +59,6 @@ def plan(members: Iterable[tuple[E, Run, int]], *, ranks: int = 1) -> list[Stack
     for engine, runs in alike.items():
         sizes = [count for _, count in runs]
         for cuts in plan_stacks(sizes, engine.bytes_a_matrix, engine.max_bytes, sharing=ranks):
-            pieces = tuple(Piece(runs[i][0], start, stop) for i, start, stop in cuts)
-            result.append(Stack(engine, pieces))
+            pieces = tuple(PlannedPiece(runs[i][0], start, stop) for i, start, stop in cuts)
+            result.append(PlannedStack(engine, pieces))
     return result

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from itertools import count, takewhile
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -15,17 +15,17 @@ from torch_ref.matrices.views import from_stack, to_stack
 
 
 def _moment_keys(count: int) -> list[str]:
-    """Under which keys so many second moments are kept.
+    """The keys of a weight's `count` second moments in its state.
 
-    Several have a key each, which every form of checkpoint takes. The keys are what
-    `torch.distributed.checkpoint` calls the entries of a list.
+    A list under one key is more than some forms of checkpoint take, so that each moment has a key. They
+    are those that `torch.distributed.checkpoint` gives the entries of a list.
     """
     if count == 1:
         return ["second_moment"]
     return [f"second_moment.{block}" for block in range(count)]
 
 
-def second_moments(state: Mapping[str, Any]) -> list[torch.Tensor]:
+def second_moments(state: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
     """A weight's second moments: one, or one for each output block; none where it has no such state."""
     if "second_moment" in state:
         return [state["second_moment"]]
@@ -42,8 +42,9 @@ class Zeros(Protocol):
 def moment_shapes(view: MatrixView, rule: NeuronNorm) -> list[tuple[int, ...]]:
     """The shape of the second moment: the weight's rank, reduced axes kept as 1.
 
-    The output blocks' stand side by side on the output axis. One for each block only where some blocks'
-    belong to the outputs and others' to the inputs, as those of unequal blocks may in the `longer` rule.
+    The moments of several output blocks stand side by side on the output axis, as one array. Only where
+    some blocks have one number for each output and others one for each input, as the `longer` rule may
+    give unequal blocks, each block has an array of its own.
     """
     blocks = [
         statistic_shape(rule.axis, view.block_stack_shape(size), output_is_rows=view.output_is_rows)
@@ -59,8 +60,8 @@ def _as_kept(statistic: tuple[int, int, int], view: MatrixView) -> tuple[int, ..
 
 
 def with_moments_joined(
-    state: Mapping[str, Any], view: MatrixView, rule: NeuronNorm
-) -> dict[str, Any]:
+    state: Mapping[str, torch.Tensor], view: MatrixView, rule: NeuronNorm
+) -> dict[str, torch.Tensor]:
     """A weight's state in which the second moments are kept as they are now.
 
     An older file may have a list of one array for each output block, or a key for each.
@@ -76,7 +77,7 @@ def with_moments_joined(
 
 
 def create_matrix_state(
-    state: dict[str, Any],
+    state: dict[str, torch.Tensor],
     view: MatrixView,
     group: Group,
     dtype: torch.dtype,
@@ -92,7 +93,7 @@ def create_matrix_state(
     dtype = working_dtype(dtype)
     if "momentum" not in state:
         state["momentum"] = zeros(view.stored_shape, group["momentum_dtype"] or dtype)
-    if rule is None:
+    if rule is None or second_moments(state):
         return
     shapes = moment_shapes(view, rule)
     for key, shape in zip(_moment_keys(len(shapes)), shapes, strict=True):

@@ -1,7 +1,6 @@
 """From weights to stacks of matrices, and back.
 
-The matrices of one shape, whichever weights they come from, are orthogonalized as one batch; the
-batch is cut where it would take too much memory.
+The matrices of one shape, whichever weights they come from, are orthogonalized as one batch.
 """
 
 import math
@@ -17,8 +16,10 @@ def to_stack(array: torch.Tensor, view: MatrixView) -> torch.Tensor:
 
     A side that a statistic reduces has size 1. A view of `array` wherever its memory allows.
     """
-    ordered = array.reshape(view.unfolded(array.shape)).permute(view.order)
     batch, rows = len(view.batch_axes), len(view.row_axes)
+    ordered = array if view.folded is None else array.reshape(view.unfolded(array.shape))
+    if view.order != tuple(range(len(view.order))):
+        ordered = ordered.permute(view.order)
     sides = (
         ordered.shape[:batch],
         ordered.shape[batch : batch + rows],
@@ -49,6 +50,8 @@ def to_blocks(
         own sizes.
     """
     stack, axis = to_stack(array, view), view.output_stack_axis
+    if not view.is_split:
+        return [stack]
     result, start = [], 0
     for run, width in zip(view.runs, widths or [run.size for run in view.runs], strict=True):
         part = stack.narrow(axis, start, run.blocks * width)
@@ -74,7 +77,7 @@ def from_blocks(runs: Sequence[torch.Tensor], view: MatrixView) -> torch.Tensor:
 def bytes_per_matrix(
     rows: int, columns: int, *, dtype: torch.dtype, compute_dtype: torch.dtype
 ) -> int:
-    """Temporary memory of one matrix in a stack, at its peak, rounded up.
+    """An upper estimate of the temporary memory that one matrix of a stack takes at its peak.
 
     Four arrays of the matrix's size in the working dtype `dtype` and three in the compute dtype,
     and as many of its Gram matrix's.

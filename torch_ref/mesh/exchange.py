@@ -1,7 +1,7 @@
 """Moving matrices between the ranks that hold tiles of them and the one that has them whole.
 
-Each rank works out from placements alone who sends what to whom, so that one all-to-all moves a whole
-stack and no rank has to be told anything first.
+Each rank works out from the placements alone who sends what to whom. So one all-to-all moves a whole
+stack, and no message has to come before it.
 """
 
 from collections import defaultdict
@@ -35,7 +35,10 @@ class Tile(NamedTuple):
         return len(self.rows) * len(self.columns)
 
     def source(self, owner: int) -> int:
-        """Who sends the tile to an owner: itself if it can, else one of the holders, by turns."""
+        """The rank that sends the tile to an owner: the owner itself if it holds it, else a holder.
+
+        Which holder that is differs from owner to owner, so that the work is shared.
+        """
         return owner if owner in self.holders else self.holders[owner % len(self.holders)]
 
     def read(self, matrix: torch.Tensor) -> torch.Tensor:
@@ -124,7 +127,7 @@ class Route:
         buffer = torch.cat([torch.empty(0, dtype=dtype, device=device), *leaving])
         if self.moves:
             arrived = buffer.new_empty(sum(self.received))
-            # Bytes, because not every backend takes every dtype.
+            # Sent as bytes, because not every backend takes every dtype.
             size = dtype.itemsize
             dist.all_to_all_single(
                 arrived.view(torch.uint8),
@@ -152,7 +155,7 @@ def route(transfers: Iterable[Transfer], *, rank: int, ranks: int) -> Route:
         if transfer.destination == rank:
             incoming.append(transfer)
             received[transfer.source] += transfer.tile.entries
-    # Stable, so that both ends agree on the order of what goes from one rank to another.
+    # The sort is stable, so that both ends agree on the order of what goes from one rank to another.
     outgoing.sort(key=lambda transfer: transfer.destination)
     incoming.sort(key=lambda transfer: transfer.source)
     return Route(tuple(outgoing), tuple(incoming), sent, received, moves)

@@ -15,7 +15,7 @@ from torch_ref.leaves.part import Part, Region, cut, region_shape, unfolded_regi
 
 
 class UnsupportedPlacementError(ValueError):
-    """A placement that leaves a rank no rectangle."""
+    """A placement by which what a rank holds of an array is no rectangle."""
 
 
 @lru_cache(maxsize=4096)
@@ -112,7 +112,10 @@ class Sharding:
         return self.regions(shape)[place]
 
     def part(self, view: MatrixView) -> Part:
-        """What this rank holds of a weight. Another one's part may cut its blocks otherwise."""
+        """What this rank holds of a weight.
+
+        Its blocks are no runs, since another rank's part may be cut elsewhere within them.
+        """
         return Part(replace(view, apart=True), self.own_region(view.stored_shape))
 
     def wrap(self, shard: torch.Tensor, shape: Sequence[int]) -> DTensor:
@@ -219,7 +222,7 @@ def local_gradient(param: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def _new_group(ranks: tuple[int, ...], default: dist.ProcessGroup) -> dist.ProcessGroup:
-    del default  # a group of another initialization is another group
+    del default  # It keys the cache: after another initialization the group is another one.
     group = dist.new_group(list(ranks), use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)
     return group

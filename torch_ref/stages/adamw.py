@@ -1,4 +1,4 @@
-"""AdamW, for what is no matrix: embeddings, output heads, norms, biases."""
+"""AdamW, for the parameters that are no matrices: embeddings, output heads, norms, biases."""
 
 import torch
 
@@ -29,8 +29,8 @@ def adamw(
     Args:
       gradient, param, exp_avg (m), exp_avg_sq (n): one shape, one working dtype, in which m alone may
         be narrower; none is modified.
-      lr, weight_decay: numbers, or tensors without axes. step: t, counted from 1, an integer tensor
-        without axes.
+      lr, weight_decay: numbers, or tensors without axes. step: t, counted from 1, an integer or an
+        integer tensor without axes.
 
     Returns:
       (delta to add to the parameter, the new m, the new n), all in the working dtype.

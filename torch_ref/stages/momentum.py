@@ -1,4 +1,4 @@
-"""Stage 1: momentum. Three rules; the update to orthogonalize and the new buffer."""
+"""Stage 1: momentum, by one of three rules: each returns the update and the new buffer."""
 
 import torch
 
@@ -8,10 +8,10 @@ from torch_ref.leaves.dtypes import Scalar, bias_correction, complement, rounded
 def lerp_momentum(
     gradient: torch.Tensor, buffer: torch.Tensor, *, momentum: Scalar, nesterov: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The exponential average m <- m + (1 - mu)(g - m), and u = g + mu (m - g) with Nesterov, else
-    m.
+    """Averages gradients exponentially, the momentum of most recipes.
 
-    The buffer starts at zero and is not bias-corrected. Source: KellerJordan/Muon 857d1ad.
+    m <- m + (1 - mu)(g - m), and u = g + mu (m - g) with Nesterov, else u = m. The buffer starts at
+    zero and is not bias-corrected. Source: KellerJordan/Muon 857d1ad.
 
     Args:
       gradient: any shape, any floating dtype; not modified.
@@ -32,7 +32,9 @@ def lerp_momentum(
 def heavy_ball_momentum(
     gradient: torch.Tensor, buffer: torch.Tensor, *, momentum: Scalar, nesterov: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum m <- mu m + g, and u = g + mu m with Nesterov, else m. The twin of `optax.trace`.
+    """Sums gradients with decaying weights, as `optax.trace` does.
+
+    m <- mu m + g, and u = g + mu m with Nesterov, else u = m.
 
     Args, returns: as in `lerp_momentum`.
     """
@@ -51,11 +53,11 @@ def bias_corrected_momentum(
     nesterov: bool,
     step: int | torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Optax's own: m as in `lerp_momentum`, each term divided by the weight it has collected so
-    far.
+    """Averages gradients as `lerp_momentum` does and corrects the bias, as `optax.contrib.muon` does.
 
-    u = mu m / (1 - mu^(t+1)) + (1 - mu) g / (1 - mu^t) with Nesterov, else m / (1 - mu^t); under a
-    schedule the current mu stands in the powers. Source: optax.contrib.muon 0.2.8.
+    Each term of u is divided by the sum of the weights that its gradients have:
+    u = mu m / (1 - mu^(t+1)) + (1 - mu) g / (1 - mu^t) with Nesterov, else u = m / (1 - mu^t).
+    Under a schedule the powers are of the current mu. Source: optax.contrib.muon 0.2.8.
 
     Args:
       step: t, counted from 1, an integer or an integer tensor without axes. The others, and returns:

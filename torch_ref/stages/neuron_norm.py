@@ -18,12 +18,11 @@ def normalize_neurons(
     rescale: EpsRule | None = "max",
     output_is_rows: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Divides each neuron of v by the running root mean square of its entries, keeping the norm of
-    v.
+    """Divides each neuron of v by the running root mean square of its entries; |v| stays as it was.
 
     q = mean(v^2) over a neuron, s <- s + (1 - beta2)(q - s), y = v t with t = 1 / sqrt(max(s,
-    eps)), and v_hat = y |v| / max(|y|, eps). The two norms take no pass of their own: with n
-    entries a neuron, |v|^2 = n sum q and |y|^2 = n sum q t^2.
+    eps)), and v_hat = y |v| / max(|y|, eps). Neither norm needs another pass over the
+    matrix: with n entries a neuron, |v|^2 = n sum q and |y|^2 = n sum q t^2.
 
     Source: NorMuon, arXiv 2510.05491.
 

@@ -4,7 +4,7 @@ import torch
 
 
 def frobenius_norm(x: torch.Tensor) -> torch.Tensor:
-    """|x|_F over the last two axes, kept as 1, in the dtype of x.
+    """The norm of each matrix, (..., 1, 1), in the dtype of x.
 
     The root of `sum_of_squares`, which, unlike the norm, can be added up over the parts of a matrix.
     """
@@ -12,9 +12,9 @@ def frobenius_norm(x: torch.Tensor) -> torch.Tensor:
 
 
 def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
-    """|x|_F^2 over the last two axes, kept as 1, in the dtype of x.
+    """The squared norm of each matrix, (..., 1, 1), in the dtype of x.
 
-    Written out because `torch.linalg.vector_norm` adds float32 squares one after another: its error
-    is 2e-6 on a million entries, that of a pairwise sum 4e-8.
+    It is written out because `torch.linalg.vector_norm` adds float32 squares one after another: the
+    error of that is 2e-6 on a million entries, and that of a pairwise sum 4e-8.
     """
     return x.square().sum(dim=(-2, -1), keepdim=True)

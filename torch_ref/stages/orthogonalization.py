@@ -29,7 +29,7 @@ def polar_factor(
     algorithm: Algorithm = "auto",
     backend: Backend = "auto",
 ) -> torch.Tensor:
-    """The orthogonal factor U V^T of each matrix x = U S V^T, as far as the polynomials bring it.
+    """Orthogonalizes matrices: approximates the factor U V^T of each x = U S V^T by polynomials.
 
     X = x / max(norm_scale |x|, eps), then for each (a, b, c): A = X X^T, X <- a X + (b A + c A^2) X,
     on the shorter side of X (X^T X for tall matrices). Norm and scaling are done in the working
@@ -58,7 +58,7 @@ def polar_factor(
 
     Raises:
       ValueError: unknown coefficients or more steps than they have, an unknown `algorithm` or
-        `backend`, or "triton" where there is none.
+        `backend`, or "triton" where the kernels cannot run.
 
     Sources: Keller Jordan's Muon; Polar Express, arXiv 2505.16932; Dao-AILab/gram-newton-schulz.
     """
@@ -88,19 +88,21 @@ def polar_factor(
 
 
 def scaled_squares(u: torch.Tensor) -> torch.Tensor:
-    """|`BEFORE_SQUARING` u|_F^2 over the last two axes, kept as 1: the sum over the parts of a matrix is
-    what `normalized` takes."""
+    """The squared norm that `normalized` takes, (..., 1, 1): |`BEFORE_SQUARING` u|_F^2.
+
+    Those of the parts of a matrix add up to that of the matrix.
+    """
     return sum_of_squares(u * BEFORE_SQUARING)
 
 
 def normalized(
     u: torch.Tensor, squares: torch.Tensor, polar: Polar, *, sides: tuple[int, int], dtype: str
 ) -> torch.Tensor:
-    """u over its norm, in the compute dtype, times the first of its `range_scales`.
+    """Divides matrices by their norms and casts them to the compute dtype, for `polynomial`.
 
-    The divisor is max(norm_scale |u|, eps), or norm_scale |u| + eps with `eps_rule="add"`.
-
-    Elementwise once the norm is known, so that it works on any part of a matrix.
+    The divisor is max(norm_scale |u|, eps), or norm_scale |u| + eps with `eps_rule="add"`; the result
+    is multiplied by the first of its `range_scales`. Once the norm is known all this is elementwise, so
+    that it can be done on any part of a matrix.
 
     Args:
       u: (batch, rows, columns) in the working dtype: whole matrices or parts of them.
@@ -111,7 +113,7 @@ def normalized(
     norm = squares.sqrt() * polar.norm_scale
     eps = polar.eps * BEFORE_SQUARING
     denominator = norm.clamp_min(eps) if polar.eps_rule == "max" else norm + eps
-    # Dividing by an overflowed norm would hand on a silent zero.
+    # Dividing by a norm that has overflowed would give zero, and nobody would notice.
     denominator = denominator.masked_fill(norm.isinf(), math.nan)
     scale, _ = range_scales(*sides, dtype)
     return (u * BEFORE_SQUARING / (denominator / scale)).to(getattr(torch, dtype))
@@ -120,7 +122,7 @@ def normalized(
 def polynomial(
     x: torch.Tensor, coefficients: Coefficients, *, form: Literal["standard", "gram"]
 ) -> torch.Tensor:
-    """The iteration on a stack of whole matrices that `normalized` has made."""
+    """Runs the iteration on a stack of whole matrices that `normalized` has returned."""
     rows, columns = x.shape[-2:]
     return iterate(
         x,
@@ -133,7 +135,7 @@ def polynomial(
 
 
 class LibraryProducts:
-    """`Products` from `torch_ref.stages.product`; X may be tall."""
+    """The products of the iteration by PyTorch's own operations. X may be tall."""
 
     def gram(self, x: torch.Tensor, *, alpha: float) -> torch.Tensor:
         wide = x.shape[-2] <= x.shape[-1]

@@ -1,4 +1,4 @@
-"""The one place where matrices are multiplied."""
+"""The product of two matrices: every product of `torch_ref` outside of its kernels is this one."""
 
 import torch
 
@@ -42,7 +42,7 @@ def product(
             if addend is not None:
                 result.add_(addend.float().mul_(factor))
     elif d is None:
-        # Not bmm and then a scaling: alpha may be what keeps the result in the dtype's range.
+        # Scaling what `bmm` returns comes too late: without alpha a product may leave its dtype's range.
         result = torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0.0, alpha=alpha)
     else:
         result = torch.baddbmm(d, a, b, beta=beta, alpha=alpha)
@@ -55,6 +55,6 @@ def product(
 
 def _float32_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.device.type == "cpu":
-        # Lifted, because CPUs differ in their own half-precision products: some flush subnormals.
+        # In float32, since CPUs differ in their half-precision products: some flush subnormals to zero.
         return torch.bmm(a.float(), b.float())
     return torch.bmm(a, b, torch.float32)

@@ -18,7 +18,9 @@ def scale_by_shape(
     sides: tuple[int, int] | None = None,
     norm: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """k lr_mul update, where k is the factor of `rule` for the matrix shape.
+    """Scales an update by its matrix's shape and its learning rate multiplier: k lr_mul update.
+
+    k is the factor of `rule` for the shape.
 
     Args:
       update: (..., rows, columns) in the working dtype, not modified.

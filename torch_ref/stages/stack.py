@@ -1,4 +1,4 @@
-"""Stages 2 and 3 on a stack of same-shape matrices, whichever weights they come from."""
+"""Stages 2 and 3, orthogonalization and neuron norm, on a stack of matrices of many weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ Orthogonalizer = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class StackStages:
-    """What matrices must share to go through the two stages as one stack.
+    """The two stages, and what matrices must have in common to go through them as one stack.
 
     Attributes:
       rows, columns: the matrices' stored sides.
@@ -27,8 +27,8 @@ class StackStages:
       device: where the stack is.
       polar, neuron_norm: the recipe's records; `neuron_norm=None` skips stage 3.
       compute_dtype, algorithm: as in `polar_factor`.
-      orthogonalizer: takes the place of `polar_factor`; (batch, rows, columns) in the working dtype
-        to the same shape in any dtype, which is then the one that the update is rounded to.
+      orthogonalizer: takes the place of `polar_factor`: a function of (batch, rows, columns) in the
+        working dtype to the same shape in any dtype, to which the update is then rounded.
       max_bytes: the temporary memory that a stack may take, unless one matrix alone needs more.
     """
 
@@ -50,7 +50,7 @@ class StackStages:
 
     @property
     def neurons_are_rows(self) -> bool:
-        """Which side the second moment is kept for, where there is one."""
+        """Whether the second moment has one number for each row, and not for each column."""
         axis = "output" if self.neuron_norm is None else self.neuron_norm.axis
         return neurons_on_rows(axis, *self.sides, self.output_is_rows)
 
@@ -63,7 +63,7 @@ class StackStages:
 
     @property
     def iteration(self) -> Iteration:
-        """What is asked for of stage 2."""
+        """What stage 2 is asked to do."""
         return Iteration(
             len(self.polar.coefficients),
             self.algorithm,
@@ -99,12 +99,14 @@ class StackStages:
         return self.finish(self.prepare(u, self.scaled_squares(u)), second_moment)
 
     def scaled_squares(self, u: torch.Tensor) -> torch.Tensor | None:
-        """As the function of that name, (batch, 1, 1), which the parts of a matrix add up; None where
-        nothing needs it."""
+        """The squares that `prepare` takes, (batch, 1, 1); those of parts of a matrix add up.
+
+        None where an orthogonalizer takes u itself.
+        """
         return None if self.orthogonalizer is not None else scaled_squares(u)
 
     def prepare(self, u: torch.Tensor, squares: torch.Tensor | None) -> torch.Tensor:
-        """What `finish` takes, elementwise of u: whole matrices or parts of them.
+        """Makes of u what `finish` takes. It is elementwise: u may be whole matrices or parts of them.
 
         Args:
           u: (batch, rows, columns) in the working dtype.
@@ -118,7 +120,7 @@ class StackStages:
     def finish(
         self, x: torch.Tensor, second_moment: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(the update, the new second moment) of a stack of whole matrices that are prepared."""
+        """(the update, the new second moment) of whole matrices that `prepare` has returned."""
         v = self._orthogonalize(x)
         if self.neuron_norm is None or second_moment is None:
             return v, None

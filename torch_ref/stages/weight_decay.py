@@ -1,4 +1,4 @@
-"""Stage 4: weight decay, only where it pulls the way the update does."""
+"""Stage 4: weight decay, of those entries alone that the update moves towards zero as well."""
 
 import torch
 
@@ -14,10 +14,11 @@ def add_cautious_weight_decay(
     cautious: bool = True,
     direction: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """update + weight_decay wd_mul [direction * param >= 0] param.
+    """Adds weight decay to an update where both move the parameter towards zero.
 
-    The update here is what will be subtracted from the parameter, so where the signs agree both
-    move it towards zero. A zero product decays.
+    update + weight_decay wd_mul [direction * param >= 0] param. The update is what will be subtracted
+    from the parameter, so that it moves an entry of its own sign towards zero. An entry where the
+    product is zero decays.
 
     Source: cautious weight decay, arXiv 2510.12402.
 
@@ -35,7 +36,7 @@ def add_cautious_weight_decay(
     factor = rounded(weight_decay, update.dtype) * rounded_multiplier(wd_mul, update)
     decay = param * factor
     if cautious:
-        # Not the product's sign: it can underflow to zero, which counts as agreement.
+        # Signs are multiplied, not numbers: these may underflow to zero, and a zero product decays.
         agrees = (update if direction is None else direction).sign() * param.sign() >= 0
         decay = decay.masked_fill(~agrees, 0.0)
     return update + decay

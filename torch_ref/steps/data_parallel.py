@@ -1,8 +1,10 @@
-"""Plain data parallelism: replicated parameters, gradients that nobody has summed yet.
+"""Plain data parallelism: parameters are replicated, and their gradients are not summed yet.
 
-Each matrix has an owner, which alone keeps its momentum and second moment. For a stack of same-shape
-matrices one reduce-scatter brings every owner the sum of its matrices' gradients, the owner makes the
-whole step, and one all-gather brings the new parameters to all. As modded-nanogpt's DistMuon does it.
+Each matrix has an owner, which alone keeps its momentum and second moment. Parameters whose matrices
+have one shape travel together: one reduce-scatter brings every owner the sum of its matrices'
+gradients, the owner makes the whole step, and one all-gather brings the new parameters to all ranks, as
+in modded-nanogpt's DistMuon. A buffer holds whole parameters, because ownership is a parameter's; what a
+rank owns of a buffer is stepped by a plan as on a single process (`steps.plan`).
 """
 
 from collections import defaultdict
@@ -20,7 +22,7 @@ from torch_ref.leaves.dtypes import working_dtype
 from torch_ref.leaves.part import Part, Region, cut
 from torch_ref.matrices.views import from_stack, to_stack
 from torch_ref.mesh.rectangles import Sharding
-from torch_ref.steps.weight import DEFAULT_STACK_BYTES
+from torch_ref.steps.plan import DEFAULT_STACK_BYTES
 
 StackKey = tuple[tuple[int, int], torch.dtype, torch.device]
 
@@ -28,8 +30,7 @@ StackKey = tuple[tuple[int, int], torch.dtype, torch.device]
 class DataParallel:
     """The ranks among which the matrices are divided, and who owns which.
 
-    Ownership is decided once a parameter, in the order in which parameters are added, so that adding
-    more moves none.
+    The owners of a parameter are chosen when it is added, and stay: adding more parameters moves none.
     """
 
     def __init__(self, group: dist.ProcessGroup):
@@ -42,10 +43,10 @@ class DataParallel:
         self._meshes: dict[tuple[int, ...], DeviceMesh] = {}
 
     def assign(self, param: torch.Tensor, view: MatrixView) -> None:
-        """Gives a parameter's matrices to ranks: those that make the fullest one the least full.
+        """Gives a parameter's matrices to the ranks that have the least of their kind so far.
 
-        The batch is divided along its largest axis, as a DTensor on the owners would be: so that its
-        state can be one, and `torch.distributed.checkpoint` can save it.
+        The batch is divided along its largest axis, as that of a DTensor on the owners would be. So the
+        state can be a DTensor, which `torch.distributed.checkpoint` can save.
         """
         _, rows, columns = view.stack_shape
         ranks = len(self.ranks)
@@ -103,7 +104,7 @@ class DataParallel:
     def stacks(
         self, gradients: dict[torch.Tensor, torch.Tensor], max_bytes: Callable[..., int | None]
     ) -> list["ReplicatedStack"]:
-        """The gradients' parameters, those with matrices of one shape together, cut to a bound.
+        """The parameters of the gradients in buffers: those with matrices of one shape, up to a bound.
 
         Args:
           gradients: by parameter; on every rank those of the same parameters.
@@ -148,7 +149,7 @@ class Ownership:
 
     @cached_property
     def parts(self) -> dict[int, Part]:
-        """By place in the group, as the regions."""
+        """What each of the owners owns, by its place in the group."""
         return {place: Part(self.view, region) for place, region in self.regions.items()}
 
     def counts(self, ranks: int) -> list[int]:
@@ -202,7 +203,7 @@ class ReplicatedStack:
             if place == self.parallel.rank:
                 own[0, bounds] = to_stack(cut(param, part.region), part.local)
         self.received = self._buffer(own, len(self.parallel.ranks), zero=False)
-        # Bytes: parameters arrive as they are, whatever the backend takes.
+        # Sent as bytes: not every backend takes every dtype.
         self.pending = dist.all_gather_into_tensor(
             self.received.view(torch.uint8),
             own.view(torch.uint8),
@@ -222,7 +223,7 @@ class ReplicatedStack:
     def _wait(self) -> None:
         if self.pending is not None:
             self.pending.wait()
-            # It holds what it has sent.
+            # The handle keeps what was sent alive.
             self.pending = None
 
     def _buffer(self, like: torch.Tensor, ranks: int, *, zero: bool = True) -> torch.Tensor:
@@ -241,7 +242,10 @@ class ReplicatedStack:
 
 
 def _divided(total: torch.Tensor, ranks: int) -> torch.Tensor:
-    """The mean, in the working dtype: gloo cannot average, and half precision need not round twice."""
+    """The mean of a sum over ranks, in the working dtype, so that half precision is rounded once.
+
+    (gloo has no collective that averages.)
+    """
     return total.to(working_dtype(total.dtype)) / ranks
 
 

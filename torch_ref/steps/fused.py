@@ -4,44 +4,45 @@ All arithmetic of a step is in the kernels that JAX runs as well, in the same or
 laid out for them, and what comes back is added. Nothing waits for the GPU.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 
-from normuon_core.fused_step import Block, Piece, step_stack
-from torch_ref.kernels.engine import KernelStages
+from normuon_core.fused_step import Piece, step_stack
 from torch_ref.kernels.launcher import describe_device, launch, on_device
-from torch_ref.leaves.groups import kernel_iteration
-from torch_ref.matrices.plan import plan
 from torch_ref.steps.laid_out import LaidOut, rates_of
-from torch_ref.steps.weight import DEFAULT_STACK_BYTES, MatrixWeight
+from torch_ref.steps.plan import StepPlan
+from torch_ref.steps.weight import MatrixWeight
 
 
-def step_matrices_with_kernels(weights: Iterable[MatrixWeight]) -> None:
-    """One step of all weights, their matrices of one size in one stack, cut to its bound."""
-    rates: dict[int, torch.Tensor] = {}
-    members: list[tuple[KernelStages, tuple[LaidOut, Block], int]] = []
-    for weight in weights:
-        group = weight.group
-        if id(group) not in rates or weight.recipe.momentum.rule == "bias_corrected":
-            rates[id(group)] = rates_of(weight)
-        laid_out = LaidOut(weight, rates[id(group)])
-        iteration = kernel_iteration(group)
-        ceiling = group["max_stack_bytes"] or DEFAULT_STACK_BYTES
-        for block in laid_out.blocks:
-            sides = block.geometry.whole
-            stages = KernelStages(weight.recipe, iteration, weight.param.device, *sides, ceiling)
-            members.append((stages, (laid_out, block), block.batch))
-    for stages, pieces in plan(members):
+def step_matrices_with_kernels(plan: StepPlan, weights: Sequence[MatrixWeight]) -> None:
+    """One step of the weights that the plan has for the kernels.
+
+    Args:
+      weights: by their numbers in the plan.
+    """
+    rates: dict[tuple[int, torch.device], torch.Tensor] = {}
+    laid_out: dict[int, LaidOut] = {}
+    for number, layout in plan.layouts.items():
+        weight = weights[number]
+        shared = id(weight.group), weight.param.device
+        # Only bias correction reads the step, which each weight counts for itself.
+        if shared not in rates or weight.recipe.momentum.rule == "bias_corrected":
+            rates[shared] = rates_of(weight)
+        laid_out[number] = LaidOut(weight, layout, rates[shared])
+    for stages, pieces in plan.triton:
         form, dtype = stages.form
         with on_device(stages.device):
             step_stack(
                 launch,
                 describe_device(stages.device),
-                [Piece(block, start, stop - start) for (_, block), start, stop in pieces],
+                [
+                    Piece(laid_out[number].blocks[block], start, stop - start)
+                    for (number, block), start, stop in pieces
+                ],
                 stages.recipe,
                 form=form,
                 dtype=dtype,
             )
-            for (laid_out, _), start, stop in pieces:
-                laid_out.receive(stop - start)
+            for (number, _), start, stop in pieces:
+                laid_out[number].receive(stop - start)

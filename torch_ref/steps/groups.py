@@ -10,23 +10,28 @@ from normuon_core import Recipe
 from torch_ref.leaves.dtensor import local, local_state
 from torch_ref.leaves.dtypes import rounded_product, working_dtype
 from torch_ref.leaves.group_keys import ADAMW, Group, adamw_keywords, settle_adamw
-from torch_ref.leaves.groups import group_recipe, parameter_view
-from torch_ref.leaves.part import Part, cut, whole_region
+from torch_ref.leaves.groups import group_recipe, parameter_view, whole_part
+from torch_ref.leaves.part import cut
 from torch_ref.stages.adamw import adamw
 from torch_ref.stages.remainder import add_to_weight, read_weight
+from torch_ref.steps.plan import Planner
 from torch_ref.steps.state import KeptState, has_remainder
-from torch_ref.steps.weight import MatrixWeight, step_matrices
+from torch_ref.steps.weight import MatrixWeight, group_specs, step_matrices
 
 if TYPE_CHECKING:
     from torch_ref.mesh.rectangles import Sharding
     from torch_ref.steps.data_parallel import DataParallel
 
 Given = tuple[Group, list[tuple[torch.Tensor, torch.Tensor]]]
-"""A group, and its parameters that have a gradient, with it."""
+"""A group, and (parameter, gradient) of those of its parameters that have a gradient."""
 
 
-def step_groups(groups: Sequence[Group], kept: KeptState) -> None:
-    """One step of every parameter that has a gradient."""
+def step_groups(groups: Sequence[Group], kept: KeptState, planner: Planner) -> None:
+    """One step of every parameter that has a gradient.
+
+    Args:
+      planner: makes the plan of a step, or finds the one that it has made before.
+    """
     _count_steps(groups, kept)
     adamw_groups, matrix_groups = [], []
     for group in groups:
@@ -34,24 +39,25 @@ def step_groups(groups: Sequence[Group], kept: KeptState) -> None:
         chosen.append((group, _with_gradient(group)))
     _step_adamw_groups(adamw_groups, kept)
     if kept.parallel is None:
-        _step_matrix_groups(matrix_groups, kept)
+        _step_matrix_groups(matrix_groups, kept, planner)
     else:
-        _step_replicated(matrix_groups, kept, kept.parallel)
+        _step_replicated(matrix_groups, kept, kept.parallel, planner)
 
 
 def _count_steps(groups: Sequence[Group], kept: KeptState) -> None:
-    """One more for every parameter that has a gradient, on the parameter's own device."""
+    """Counts a step of every parameter that has a gradient, on the parameter's own device."""
     counters: dict[torch.device, list[torch.Tensor]] = defaultdict(list)
     for group in groups:
         for param, _ in _with_gradient(group):
-            zero = torch.zeros((), dtype=torch.int64, device=param.device)
-            step = kept.state[param].setdefault("step", zero)
-            counters[step.device].append(step)
+            state = kept.state[param]
+            if "step" not in state:
+                state["step"] = torch.zeros((), dtype=torch.int64, device=param.device)
+            counters[state["step"].device].append(state["step"])
     for steps in counters.values():
         torch._foreach_add_(steps, 1)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _step_matrix_groups(groups: list[Given], kept: KeptState) -> None:
+def _step_matrix_groups(groups: list[Given], kept: KeptState, planner: Planner) -> None:
     """Matrices that are whole on this process, or DTensors."""
     whole: list[MatrixWeight] = []
     sharded: list[tuple[MatrixWeight, Sharding]] = []
@@ -61,24 +67,28 @@ def _step_matrix_groups(groups: list[Given], kept: KeptState) -> None:
             view, sharding = parameter_view(group, param), kept.sharding(param)
             kept.create(param, view, group, recipe)
             if sharding is None:
-                part = Part(view, whole_region(view.stored_shape))
-                whole.append(kept.weight(param, gradient, part, group, recipe))
+                whole.append(kept.weight(param, gradient, whole_part(view), group, recipe))
                 continue
             from torch_ref.mesh.rectangles import local_gradient
 
             shard, gradient = local(param), local_gradient(param, gradient)
             weight = kept.weight(param, gradient, sharding.part(view), group, recipe, shard=shard)
             sharded.append((weight, sharding))
-    _step_whole(whole)
+    _step_whole(whole, planner)
     if sharded:
         from torch_ref.steps.sharded import step_sharded_matrices
 
-        step_sharded_matrices(sharded)
+        step_sharded_matrices(sharded, planner)
 
 
-def _step_replicated(groups: list[Given], kept: KeptState, parallel: "DataParallel") -> None:
-    """Matrices of plain data parallelism: while one stack is stepped, the next one's gradients are
-    on their way, and so are the parameters of the one before. No other stack has buffers then."""
+def _step_replicated(
+    groups: list[Given], kept: KeptState, parallel: "DataParallel", planner: Planner
+) -> None:
+    """Matrices of plain data parallelism, one buffer after the other.
+
+    While one is stepped, the gradients of the next one and the parameters of the one before are on their
+    way; no other has memory then.
+    """
     gradients: dict[torch.Tensor, torch.Tensor] = {}
     settings: dict[torch.Tensor, tuple[Group, Recipe]] = {}
     for group, given in groups:
@@ -97,7 +107,8 @@ def _step_replicated(groups: list[Given], kept: KeptState, parallel: "DataParall
             [
                 kept.weight(param, gradient, part, *settings[param], shard=cut(param, part.region))
                 for param, part, gradient in stack.own_gradients()
-            ]
+            ],
+            planner,
         )
         if before is not None:
             before.finish()
@@ -152,18 +163,14 @@ def _step_adamw(param: torch.Tensor, gradient: torch.Tensor, group: Group, kept:
     add_to_weight(param, remainder, increment)
 
 
-def _step_whole(weights: list[MatrixWeight]) -> None:
+def _step_whole(weights: list[MatrixWeight], planner: Planner) -> None:
     """A step of matrices that this process has whole, by kernels or by PyTorch's own operations."""
-    by_backend: dict[bool, list[MatrixWeight]] = defaultdict(list)
-    for weight in weights:
-        by_backend[weight.takes_kernels].append(weight)
-    for by_kernels, members in by_backend.items():
-        if by_kernels:
-            from torch_ref.steps.fused import step_matrices_with_kernels
+    plan = planner(group_specs(weights))
+    step_matrices(plan.eager, weights)
+    if plan.triton:
+        from torch_ref.steps.fused import step_matrices_with_kernels
 
-            step_matrices_with_kernels(members)
-        else:
-            step_matrices(members)
+        step_matrices_with_kernels(plan, weights)
 
 
 def _with_gradient(group: Group) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -1,34 +1,33 @@
 """One weight as the kernels take it, row by row, and the way back."""
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from normuon_core import shape_factor
 from normuon_core.fused_step import Block, Leaf
-from normuon_core.kernels.geometry import block_geometries
 from normuon_core.kernels.source import RATES
-from normuon_core.layout import Run
-from torch_ref.kernels.polar import output_of, row_major_strides
+from torch_ref.kernels.polar import output_of
 from torch_ref.leaves.dtypes import Scalar, rounded_product
 from torch_ref.matrices.state import second_moments
 from torch_ref.matrices.views import from_stack, to_stack
 from torch_ref.stages.remainder import join_remainder, write_weight
+from torch_ref.steps.kernel_layout import KernelLayout
+from torch_ref.steps.kernel_multipliers import KernelMultipliers
 from torch_ref.steps.weight import MatrixWeight
 
 
 class LaidOut:
-    """A weight as the kernels take it, row by row, and the way back."""
+    """A weight as the kernels take it, row by row, and the way back.
 
-    def __init__(self, weight: MatrixWeight, rates: torch.Tensor):
-        self.weight = weight
-        self.missing = sum(map(weight.view.matrices, weight.runs))
-        # What no stride can reach is brought to a stack first.
-        self.in_place = weight.view.strides() is not None
-        view = weight.view if self.in_place else weight.view.stacked
+    Args:
+      rates: (1, RATES) float32, see `rates_of`.
+    """
+
+    def __init__(self, weight: MatrixWeight, layout: KernelLayout, rates: torch.Tensor):
+        self.weight, self.in_place = weight, layout.in_place
+        self.missing = weight.missing
         parameter, gradient = weight.param, weight.gradient
         if weight.remainder is not None:
             parameter = join_remainder(parameter, weight.remainder)
-            # The order of a sum depends on the dtype that is read, and JAX passes float32 here.
+            # JAX passes float32 here, and the order of a sum depends on the dtype that is read.
             gradient = gradient.float()
         parameter = self._laid_out(parameter)
         self.momentum = self._laid_out(weight.state["momentum"])
@@ -41,28 +40,30 @@ class LaidOut:
             parameter_output=output_of(parameter),
             adds=True,
         )
-        rule = weight.recipe.neuron_norm
-        geometries = block_geometries(
-            view, row_major_strides(view), axis="output" if rule is None else rule.axis
-        )
-        self.given = [] if rule is None else weight.moment_parts()
-        moments = [part.flatten(1).contiguous() for part in self.given] or [None] * len(geometries)
+        self.given = [] if weight.recipe.neuron_norm is None else weight.moment_parts()
+        moments = [part.flatten(1).contiguous() for part in self.given]
+        multipliers = KernelMultipliers(weight)
         self.blocks = [
             Block(
                 self.leaf,
                 geometry,
-                view.matrices(run),
+                weight.view.matrices(run),
                 moment,
-                _scale(weight, number, run),
-                _each(weight.wd_mul, weight, run, ("decay", number)),
+                multipliers.scale(number, run),
+                multipliers.decay(number, run),
             )
             for number, (geometry, moment, run) in enumerate(
-                zip(geometries, moments, weight.runs, strict=True)
+                zip(
+                    layout.geometries,
+                    moments or [None] * len(weight.runs),
+                    weight.runs,
+                    strict=True,
+                )
             )
         ]
 
     def receive(self, matrices: int) -> None:
-        """So many more matrices are done. The last of them finish the weight, and free its update."""
+        """Counts matrices that are done. Those that come last finish the weight, and free its update."""
         self.missing -= matrices
         if self.missing == 0:
             self._finish()
@@ -92,7 +93,7 @@ class LaidOut:
         return array if self.in_place else from_stack(array, self.weight.view)
 
     def _is_kept(self, block: Block) -> bool:
-        """Whether the kernels have written a second moment where it is kept, or there is none."""
+        """Whether the kernels have written the second moment where it is kept, or there is none."""
         if block.second_moment is None:
             return True
         own = block.second_moment.untyped_storage().data_ptr()
@@ -123,50 +124,5 @@ def _fill(place: torch.Tensor, value: Scalar) -> None:
     if isinstance(value, torch.Tensor) and value.device == place.device:
         place.copy_(value.reshape(()))
     else:
-        # A number, or a tensor on the CPU: passed to the fill, where a copy would wait for the GPU.
+        # A number, or a tensor on the CPU, is an argument of the fill: a copy would wait for the GPU.
         place.fill_(value)
-
-
-def _scale(weight: MatrixWeight, number: int, run: Run) -> torch.Tensor:
-    """k lr_mul for each matrix of a run of blocks, rounded once."""
-    factor = shape_factor(weight.recipe.shape_scale, run.size, weight.view.inputs)
-    return _each(weight.lr_mul * factor, weight, run, ("scale", number))
-
-
-def _each(
-    value: float | torch.Tensor, weight: MatrixWeight, run: Run, name: tuple[str, int]
-) -> torch.Tensor:
-    """A multiplier as (matrices,) float32, for a run of blocks; `name`: which of the weight's it is."""
-    device, matrices = weight.param.device, weight.view.matrices(run)
-    if not isinstance(value, torch.Tensor):
-        return _constant((value,), matrices, weight, name)
-    each = value.broadcast_to(weight.view.batch_shape).reshape(-1)
-    if value.device == device:
-        return each.to(torch.float32).repeat_interleave(run.blocks).contiguous()
-    numbers = tuple(number for number in each.tolist() for _ in range(run.blocks))
-    return _constant(numbers, matrices, weight, name)
-
-
-def _constant(
-    numbers: tuple[float, ...], matrices: int, weight: MatrixWeight, name: tuple[str, int]
-) -> torch.Tensor:
-    """(matrices,) float32 of one number, or of one for each matrix."""
-    kept: dict = _CONSTANTS.setdefault(weight.state["momentum"], {})  # pyright: ignore
-    known, constant = kept.get(name, (None, None))
-    if known == numbers:
-        return constant
-    device = weight.param.device
-    # Not from a list of numbers: that would be copied from the CPU, which waits and cannot be captured.
-    each = [torch.full((1,), one, dtype=torch.float32, device=device) for one in numbers]
-    made = torch.cat(each).expand(matrices).contiguous()
-    # What a graph captures holds no number before the graph has run.
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return made
-    # In its place: a graph may have captured where it lies.
-    kept[name] = numbers, made if constant is None else constant.copy_(made)
-    return kept[name][1]
-
-
-_CONSTANTS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Scales and decays of a weight that are not on its device, kept there from step to step: by its
-momentum, with which they go, and by name, as (the numbers, (matrices,) float32)."""

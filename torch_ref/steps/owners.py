@@ -1,6 +1,7 @@
 """Which rank orthogonalizes which matrix of the weights on one mesh, and what travels for that.
 
-Decided from shapes and placements alone, once, and then kept: every rank comes to the same plan.
+It is decided from shapes and placements alone, so that every rank makes the same plan, and is kept from
+step to step.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 from normuon_core import MatrixView
 from torch_ref.leaves.part import Region, stack_indices
-from torch_ref.matrices.plan import plan as plan_of_matrices
+from torch_ref.matrices.plan import plan
 from torch_ref.mesh.exchange import Route, Tile, route, tiles, to_holders, to_owners
 from torch_ref.stages.stack import StackStages
 
@@ -73,7 +74,7 @@ class WeightOnRanks:
 
 @dataclass(frozen=True)
 class Slot:
-    """Consecutive matrices of one block of a weight in a stack.
+    """Consecutive matrices of one output block of a weight, and their place in a stack.
 
     Attributes:
       weight, block: which. first: the number in the stack of the first of them.
@@ -91,18 +92,19 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Stack:
+class StackOnRanks:
     """Matrices of one shape that go through the stages together, each on its owner.
 
     Attributes:
       stages: what they go through.
       slots: where they come from.
       owned: the numbers of this rank's own.
-      counted: of which matrices this rank adds its part to the norm: of replicas one does.
+      counted: the matrices to whose norm this rank adds its part; of several replicas one does.
       is_divided: whether the norms are sums over ranks.
       matrices_to_owners, matrices_to_holders: the way of the matrices.
-      statistics: how long a row of statistics is: a number a neuron, and one for the update's norm.
-      statistics_to_owners, statistics_to_holders: the way of the second moments, and of the norms.
+      statistics: the length of a row of statistics: one number for each neuron, and one for the norm of
+        the update.
+      statistics_to_owners, statistics_to_holders: the way of the second moments and of the norms.
     """
 
     stages: StackStages
@@ -133,7 +135,9 @@ class _Together(NamedTuple):
 
 
 @lru_cache(maxsize=16)
-def plan(weights: tuple[WeightOnRanks, ...], *, rank: int, ranks: int) -> tuple[Stack, ...]:
+def plan_on_ranks(
+    weights: tuple[WeightOnRanks, ...], *, rank: int, ranks: int
+) -> tuple[StackOnRanks, ...]:
     """The stacks of a step of these weights, seen by one of the ranks.
 
     A matrix whose rows and columns some ranks hold whole is done by one of these; any other by the rank
@@ -146,7 +150,7 @@ def plan(weights: tuple[WeightOnRanks, ...], *, rank: int, ranks: int) -> tuple[
     ]
     load = [0] * ranks
     result = []
-    for (stages, needs_norm), pieces in plan_of_matrices(members, ranks=ranks):
+    for (stages, needs_norm), pieces in plan(members, ranks=ranks):
         own = [(*block, start, stop) for block, start, stop in pieces]
         result.append(_stack(weights, stages, needs_norm, own, load, rank))
     return tuple(result)
@@ -159,7 +163,7 @@ def _stack(
     pieces: Sequence[tuple[int, int, int, int]],
     load: list[int],
     rank: int,
-) -> Stack:
+) -> StackOnRanks:
     ranks = len(load)
     matrices: list[tuple[Tile, ...]] = []
     moments: list[tuple[Tile, ...]] = []
@@ -182,7 +186,7 @@ def _stack(
             for each in matrices
         ]
     back = [(*moment, *norm) for moment, norm in zip(moments, norms, strict=True)]
-    return Stack(
+    return StackOnRanks(
         stages=stages,
         slots=tuple(slots),
         owned=tuple(i for i, owner in enumerate(owners) if owner == rank),

@@ -21,8 +21,9 @@ from torch_ref.mesh.exchange import Transfer
 from torch_ref.mesh.rectangles import Sharding, mesh_group
 from torch_ref.stages.norms import frobenius_norm
 from torch_ref.stages.stack import StackStages
-from torch_ref.steps.owners import Stack, WeightOnRanks, plan
-from torch_ref.steps.weight import MatrixWeight, step_matrices
+from torch_ref.steps.owners import StackOnRanks, WeightOnRanks, plan_on_ranks
+from torch_ref.steps.plan import GroupSpec, Planner
+from torch_ref.steps.weight import MatrixWeight, group_specs, step_matrices
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,16 @@ class ShardedWeight:
         return WeightOnRanks(
             view=view,
             regions=regions,
-            stages=tuple(shard.stages(block) for block in range(len(view.output_sizes))),
+            stages=GroupSpec.of(shard.group, shard.recipe, ()).eager_stages(shard.spec),
             moment_shapes=tuple(shapes),
             moment_regions=tuple(moments),
             needs_norm=shard.recipe.shape_scale == "rms",
         )
 
 
-def step_sharded_matrices(weights: Iterable[tuple[MatrixWeight, Sharding]]) -> None:
+def step_sharded_matrices(
+    weights: Iterable[tuple[MatrixWeight, Sharding]], planner: Planner
+) -> None:
     """One step of all weights: this rank's shard of each, and how the whole of it lies.
 
     Those of one mesh go together. Every rank of a mesh must take part, whether it holds anything or not;
@@ -69,8 +72,11 @@ def step_sharded_matrices(weights: Iterable[tuple[MatrixWeight, Sharding]]) -> N
         for weight, held in zip(members, on_ranks, strict=True):
             chosen = resting if held.is_whole_where_it_is else moving
             chosen.append((weight.shard, held))
-        step_matrices(shard for shard, _ in resting)
-        stacks = plan(
+        whole = [shard for shard, _ in resting]
+        # The kernels take no DTensors: `backend="auto"` is PyTorch's own operations here.
+        specs = tuple(spec._replace(backend="eager") for spec in group_specs(whole))
+        step_matrices(planner(specs).eager, whole)
+        stacks = plan_on_ranks(
             tuple(held for _, held in moving), rank=dist.get_rank(group), ranks=len(order)
         )
         shards = [shard for shard, _ in moving]
@@ -78,7 +84,9 @@ def step_sharded_matrices(weights: Iterable[tuple[MatrixWeight, Sharding]]) -> N
             _step_stack(stack, shards, group)
 
 
-def _step_stack(stack: Stack, shards: Sequence[MatrixWeight], group: dist.ProcessGroup) -> None:
+def _step_stack(
+    stack: StackOnRanks, shards: Sequence[MatrixWeight], group: dist.ProcessGroup
+) -> None:
     exchange = _Exchange(stack, shards, group)
     prepared = exchange.prepare()
     x = exchange.matrices_to_owners(prepared)
@@ -91,7 +99,10 @@ def _step_stack(stack: Stack, shards: Sequence[MatrixWeight], group: dist.Proces
 def _own_stages(
     stages: StackStages, x: torch.Tensor, moments: torch.Tensor, statistics: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the update in `_traveling_dtype`, (owned, 1, statistics)) of whole matrices that are prepared."""
+    """The stages on the matrices that this rank owns: (the update, its statistics).
+
+    The update is in `_traveling_dtype`, the statistics are (owned, 1, statistics).
+    """
     if len(x) == 0:
         return x.to(_traveling_dtype(stages)), moments
     neurons = stages.neurons
@@ -106,14 +117,16 @@ def _own_stages(
 
 
 def _traveling_dtype(stages: StackStages) -> torch.dtype:
-    """The update's, on its way back: known to ranks that have no matrix of their own too."""
+    """The dtype of the update on its way back. Ranks that own no matrix know it too."""
     return stages.dtype if stages.orthogonalizer is not None else stages.prepared_dtype
 
 
 class _Exchange:
     """A stack's matrices and statistics between the shards of this rank and the matrices it owns."""
 
-    def __init__(self, stack: Stack, shards: Sequence[MatrixWeight], group: dist.ProcessGroup):
+    def __init__(
+        self, stack: StackOnRanks, shards: Sequence[MatrixWeight], group: dist.ProcessGroup
+    ):
         self.stack, self.stages, self.shards, self.group = stack, stack.stages, shards, group
         self.place = {number: place for place, number in enumerate(stack.owned)}
         # Where in its slot's arrays each matrix is of which this rank holds a part.

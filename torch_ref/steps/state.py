@@ -1,9 +1,9 @@
-"""The state of an optimizer's parameters: where it lies over ranks, and its first zeros."""
+"""The state of an optimizer's parameters: how it lies over ranks, and how it is made."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -29,7 +29,7 @@ class KeptState:
       parallel: who owns which matrix, in plain data parallelism; None elsewhere.
     """
 
-    state: Mapping[torch.Tensor, dict[str, Any]]
+    state: Mapping[torch.Tensor, dict[str, torch.Tensor]]
     parallel: "DataParallel | None"
 
     def sharding(self, param: torch.Tensor) -> "Sharding | None":
@@ -80,7 +80,9 @@ class KeptState:
         shard: torch.Tensor | None = None,
     ) -> MatrixWeight:
         """The parameter during one step; `shard` is this process's part of it, None all."""
-        state = local_state(self.state[param])
+        state = self.state[param]
+        if shard is not None:
+            state = local_state(state)
         return MatrixWeight(
             param if shard is None else shard,
             gradient,

@@ -1,24 +1,24 @@
 """One step of the weights that hold matrices.
 
 Momentum, decay, scaling and rate are elementwise and run weight by weight; `StackStages` run on
-stacks of many weights' matrices. A weight's momentum is done when its first matrix is due and its
-step is finished when its last one is back, so that only the weights in flight take temporary
-memory.
+stacks of many weights' matrices. A weight's momentum is computed when its first matrix is needed, and
+its step is finished when its last matrix has come back, so that only the weights between these two
+moments take temporary memory.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from itertools import groupby
 
 import torch
 
 from normuon_core import Recipe
 from normuon_core.neurons import neurons_on_rows
-from torch_ref.kernels.backend import takes_kernels
 from torch_ref.leaves.dtypes import rounded, rounded_product, working_dtype
 from torch_ref.leaves.groups import Group
 from torch_ref.leaves.part import Part
-from torch_ref.matrices.plan import plan
+from torch_ref.matrices.plan import PlannedStack
 from torch_ref.matrices.state import second_moments
 from torch_ref.matrices.views import from_blocks, from_stack, to_blocks, to_stack
 from torch_ref.stages.momentum import bias_corrected_momentum, heavy_ball_momentum, lerp_momentum
@@ -26,8 +26,7 @@ from torch_ref.stages.remainder import add_to_weight, read_weight
 from torch_ref.stages.shape_scaling import scale_by_shape
 from torch_ref.stages.stack import StackStages
 from torch_ref.stages.weight_decay import add_cautious_weight_decay
-
-DEFAULT_STACK_BYTES = 2**30
+from torch_ref.steps.plan import GroupSpec, Run, WeightSpec
 
 
 class MatrixWeight:
@@ -48,7 +47,7 @@ class MatrixWeight:
         param: torch.Tensor,
         gradient: torch.Tensor,
         remainder: torch.Tensor | None,
-        state: dict[str, Any],
+        state: dict[str, torch.Tensor],
         *,
         part: Part,
         group: Group,
@@ -58,59 +57,38 @@ class MatrixWeight:
         self.param, self.gradient, self.remainder, self.state = param, gradient, remainder, state
         self.group, self.recipe, self.step = group, recipe, step
         self.dtype = working_dtype(param.dtype)
-        self.whole, self.view = part.view, part.local
+        self.part, self.whole, self.view = part, part.view, part.local
         self.lr_mul = part.multiplier(group["lr_mul"])
         self.wd_mul = part.multiplier(group["wd_mul"])
         self.directions: list[torch.Tensor] | None = None
         self.runs = self.view.runs
-        self.updates: list[list[torch.Tensor]] = [[] for _ in self.runs]
-        self.moments: list[list[torch.Tensor]] = [[] for _ in self.runs]
-        self.norms: list[list[torch.Tensor]] = [[] for _ in self.runs]
-        self.missing = sum(self.matrices(block) for block in range(len(self.runs)))
+        # Of each run of blocks, what has come back.
+        self.updates: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
+        self.moments: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
+        self.norms: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
+        self.missing = sum(map(self.view.matrices, self.runs))
 
     @property
-    def takes_kernels(self) -> bool:
-        """Whether the kernels do this step (`steps.fused`).
-
-        Raises:
-          ValueError: it was asked for and cannot.
-        """
-        group = self.group
-        if group["orthogonalizer"] is not None:
-            return False
-        dtypes = [self.param.dtype, self.gradient.dtype, self.state["momentum"].dtype]
-        if group["compute_dtype"] is not None:
-            dtypes.append(group["compute_dtype"])
-        return takes_kernels(group["backend"], self.param.device, dtypes)
-
-    def matrices(self, block: int) -> int:
-        """How many matrices a run of blocks holds here."""
-        return self.view.matrices(self.runs[block])
+    def spec(self) -> WeightSpec:
+        """What of this weight the plan of the step depends on."""
+        return WeightSpec(
+            self.part,
+            self.param.dtype,
+            self.gradient.dtype,
+            self.state["momentum"].dtype,
+            self.param.device,
+        )
 
     def sides(self, block: int) -> tuple[int, int]:
         """(rows, columns) of the whole matrices of a run of blocks."""
         _, rows, columns = self.whole.block_stack_shape(self.whole.runs[block].size)
         return rows, columns
 
-    def stages(self, block: int) -> StackStages:
-        """What the matrices of a run of blocks go through in a stack."""
-        rows, columns = self.sides(block)
-        return StackStages(
-            rows=rows,
-            columns=columns,
-            output_is_rows=self.view.output_is_rows,
-            dtype=self.dtype,
-            device=self.param.device,
-            polar=self.recipe.polar,
-            neuron_norm=self.recipe.neuron_norm,
-            compute_dtype=self.group["compute_dtype"],
-            algorithm=self.group["algorithm"],
-            orthogonalizer=self.group["orthogonalizer"],
-            max_bytes=self.group["max_stack_bytes"] or DEFAULT_STACK_BYTES,
-        )
-
     def direction(self, block: int) -> torch.Tensor:
-        """Stage 1, done once for all runs of blocks: one's part of u, (matrices, rows, columns)."""
+        """What stage 1 returns as u for a run of blocks, (matrices, rows, columns).
+
+        It is computed for all runs at the first call.
+        """
         if self.directions is None:
             rule, buffer = self.recipe.momentum, self.state["momentum"]
             gradient = self.gradient.to(self.dtype)
@@ -146,7 +124,7 @@ class MatrixWeight:
         return to_blocks(kept[0], self.view, [run.size if on_outputs else 1 for run in self.runs])
 
     def second_moment(self, block: int) -> torch.Tensor | None:
-        """That of a run of blocks, (matrices, rows, 1) or (matrices, 1, columns)."""
+        """The second moment of a run of blocks, (matrices, rows, 1) or (matrices, 1, columns)."""
         return None if self.recipe.neuron_norm is None else self.moment_parts()[block]
 
     def keep_moments(self, parts: Sequence[torch.Tensor]) -> None:
@@ -170,11 +148,11 @@ class MatrixWeight:
         moment: torch.Tensor | None,
         norm: torch.Tensor | None = None,
     ) -> None:
-        """Takes a run's next matrices back; the last of the weight's finishes its step.
+        """Takes a run's next matrices back. Those that come last finish the step of the weight.
 
         Args:
           update: (matrices, rows, columns). moment: (matrices, rows, 1) or (matrices, 1, columns).
-          norm: of each whole matrix's update, (matrices, 1, 1), where parts do not tell it.
+          norm: of each whole matrix's update, (matrices, 1, 1), where a part is not enough.
         """
         self.updates[block].append(update)
         if moment is not None:
@@ -187,13 +165,15 @@ class MatrixWeight:
 
     def _finish(self) -> None:
         if self.recipe.neuron_norm is not None:
-            self.keep_moments([torch.cat(parts) for parts in self.moments])
+            self.keep_moments([torch.cat(self.moments[block]) for block in range(len(self.runs))])
         weights = to_blocks(read_weight(self.param, self.remainder), self.view)
         increments = [
-            self._increment(block, torch.cat(parts).to(self.dtype), weight)
-            for block, (parts, weight) in enumerate(zip(self.updates, weights, strict=True))
+            self._increment(block, torch.cat(self.updates[block]).to(self.dtype), weight)
+            for block, weight in enumerate(weights)
         ]
-        self.directions, self.updates, self.moments = None, [], []
+        self.directions = None
+        for arrays in (self.updates, self.moments):
+            arrays.clear()
         add_to_weight(self.param, self.remainder, from_blocks(increments, self.view))
 
     def _increment(self, block: int, v: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -229,27 +209,38 @@ class MatrixWeight:
         return value.reshape(-1).repeat_interleave(self.runs[block].blocks).reshape(-1, 1, 1)
 
 
-def step_matrices(weights: Iterable[MatrixWeight]) -> None:
-    """One step of all weights, their same-shape matrices in one stack, cut to its bound."""
-    members = [
-        (weight.stages(block), (weight, block), weight.matrices(block))
-        for weight in weights
-        for block in range(len(weight.runs))
-    ]
-    for stages, pieces in plan(members):
-        _step_stack(stages, [(weight, block, slice(a, b)) for (weight, block), a, b in pieces])
+def group_specs(weights: Iterable[MatrixWeight]) -> tuple[GroupSpec, ...]:
+    """What the plan of a step of these weights depends on; those of one group follow each other."""
+    result = []
+    for _, members in groupby(weights, key=lambda weight: id(weight.group)):
+        first, *others = members
+        specs = (first.spec, *(weight.spec for weight in others))
+        result.append(GroupSpec.of(first.group, first.recipe, specs))
+    return tuple(result)
 
 
-def _step_stack(stages: StackStages, piece: list[tuple[MatrixWeight, int, slice]]) -> None:
+def step_matrices(
+    stacks: Iterable[PlannedStack[StackStages, Run]], weights: Sequence[MatrixWeight]
+) -> None:
+    """One step of the weights that the stacks are of, by PyTorch's own operations.
+
+    Args:
+      weights: by their numbers in the plan.
+    """
+    for stages, pieces in stacks:
+        _step_stack(stages, [(weights[i], block, slice(a, b)) for (i, block), a, b in pieces])
+
+
+def _step_stack(stages: StackStages, pieces: Sequence[tuple[MatrixWeight, int, slice]]) -> None:
     """One stack, as (weight, run of blocks, which of its matrices)."""
-    u = torch.cat([weight.direction(block)[part] for weight, block, part in piece])
+    u = torch.cat([weight.direction(block)[part] for weight, block, part in pieces])
     moments = [
         moment[part]
-        for weight, block, part in piece
+        for weight, block, part in pieces
         if (moment := weight.second_moment(block)) is not None
     ]
     v, updated = stages(u, torch.cat(moments) if moments else None)
-    sizes = [part.stop - part.start for _, _, part in piece]
-    new_moments = [None] * len(piece) if updated is None else updated.split(sizes)
-    for (weight, block, _), update, moment in zip(piece, v.split(sizes), new_moments, strict=True):
+    sizes = [part.stop - part.start for _, _, part in pieces]
+    new_moments = [None] * len(pieces) if updated is None else updated.split(sizes)
+    for (weight, block, _), update, moment in zip(pieces, v.split(sizes), new_moments, strict=True):
         weight.receive(block, update, moment)
