@@ -49,10 +49,10 @@ class Leaf:
 
     Attributes:
       gradient, parameter, momentum: of the weight's shape.
-      delta: the update, of the weight's shape; None until the first matrix is done.
+      adds: whether the step is added to the parameter, in its place.
+      result: the update, or where it `adds` the new parameter; None until the first matrix is done.
       rates: (runs of the batch, `source.RATES`) float32.
-      momentum_output, parameter_output: their shapes and dtypes; delta has the parameter's.
-      adds: whether the step is added to the parameter, in its place. Then there is no delta.
+      momentum_output, parameter_output: their shapes and dtypes; the result has the parameter's.
     """
 
     gradient: Array
@@ -62,7 +62,7 @@ class Leaf:
     momentum_output: Output
     parameter_output: Output
     adds: bool = False
-    delta: Array = None
+    result: Array = None
 
 
 @dataclass
@@ -144,7 +144,7 @@ def _what_a_launch_shares(piece: Piece) -> tuple:
         leaf.momentum_output,
         leaf.parameter_output,
         leaf.adds,
-        leaf.delta is None,
+        leaf.result is None,
     )
 
 
@@ -365,7 +365,7 @@ def step_stack(
     dtype: str,
     exchange: Exchange | None = None,
 ) -> None:
-    """All stages of one stack; momentum, second moment and delta of the pieces' weights are replaced.
+    """All stages of one stack; momentum, second moment and result of the pieces' weights are replaced.
 
     With an `exchange` all pieces are divided in the same way and have their neurons on the same side.
     """
@@ -475,7 +475,7 @@ def _neuron_squares(launch: Launcher, v, groups: Sequence[Together]) -> list[tup
 def _finish(launch: Launcher, v, group: Together, recipe: Recipe, factors, sums) -> None:
     """The rest of the step of a group's weights, whose updates or parameters are replaced."""
     leaves, rule, span = group.leaves, recipe.neuron_norm, group.span
-    adds, first = leaves[0].adds, leaves[0].delta is None
+    adds, first = leaves[0].adds, leaves[0].result is None
     rates = leaves[0].rates
     factors = rates if factors is None else factors
     sums = rates if sums is None else sums
@@ -494,7 +494,7 @@ def _finish(launch: Launcher, v, group: Together, recipe: Recipe, factors, sums)
         ),
         [
             v,
-            tuple(leaf.parameter for leaf in leaves),
+            tuple(leaf.result if adds and not first else leaf.parameter for leaf in leaves),
             rates,
             tuple(piece.block.scales for piece in group.pieces),
             tuple(piece.block.decays for piece in group.pieces),
@@ -505,14 +505,11 @@ def _finish(launch: Launcher, v, group: Together, recipe: Recipe, factors, sums)
             span.leaf_start,
             span.count,
             span.stack_start,
-            tuple(rates if adds or first else leaf.delta for leaf in leaves),
+            tuple(rates if adds or first else leaf.result for leaf in leaves),
         ],
     )
     for leaf, result in zip(leaves, results, strict=True):
-        if adds:
-            leaf.parameter = result
-        else:
-            leaf.delta = result
+        leaf.result = result
 
 
 def _eps(rule: NeuronNorm | None) -> float:

@@ -22,6 +22,7 @@ from optax_normuon.stages.neuron_norm import normalize_neurons
 from optax_normuon.stages.orthogonalization import orthogonalize, polar_factor
 from optax_normuon.stages.shape_scaling import scale_by_shape
 from optax_normuon.stages.weight_decay import add_cautious_weight_decay
+from optax_normuon.stepping import apply
 
 __all__ = [
     "POLYNOMIALS",
@@ -32,6 +33,7 @@ __all__ = [
     "MatrixStage",
     "Recipe",
     "add_cautious_weight_decay",
+    "apply",
     "bias_corrected_momentum",
     "chain_stages",
     "describe",

@@ -27,6 +27,7 @@ from optax_normuon.stages.increment import decay_and_scale
 from optax_normuon.stages.orthogonalization import Orthogonalizer
 from optax_normuon.stages.shape_scaling import scale_by_shape
 from optax_normuon.stages.weight_decay import add_cautious_weight_decay
+from optax_normuon.steps.in_place import stand_ins
 
 
 @refuse_injection_of_static_arguments
@@ -238,6 +239,8 @@ def normuon(
     ) -> tuple[optax.Updates, optax.OptState]:
         params = require_params(params)
         check_leaves(updates, params)
+        if (stand_in := stand_ins(params)) is not None:
+            return stand_in, state
         chain = partition(params, params, updates)
         return chain.update(updates, state, params, **extra_args)
 

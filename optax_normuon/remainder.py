@@ -5,9 +5,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from optax_normuon.leaves.parameters import check_trainable, require_params
 from optax_normuon.leaves.precision import map_updates
+from optax_normuon.steps.in_place import has_stepped, may_step, stand_ins, update_in_place
 
 
 class Bf16RemainderState(NamedTuple):
@@ -59,33 +61,33 @@ def with_bf16_remainder(
 
     def update(updates, state, params=None, **extra_args):
         params = require_params(params)
+        if (stand_in := stand_ins(params, _dtype_of_update)) is not None:
+            return stand_in, state
+        tree = jax.tree.structure(params)
         joined = join(params, state.remainder)
         gradients = map_updates(lambda g, p: g.astype(p.dtype), updates, joined)
-        deltas, inner_state = inner.update(gradients, state.inner, joined, **extra_args)
-        deltas = map_updates(_rounded, deltas)
-
-        def landing(delta, weight, p):
-            if not _is_bf16(p):
-                return delta
-            return _high_half(weight + delta) - p.astype(jnp.float32)
-
-        def rest(old, p, delta, weight):
-            if delta is None or not _is_bf16(p):
-                return old
-            new = weight + delta
-            landed = (p.astype(jnp.float32) + landing(delta, weight, p)).astype(jnp.bfloat16)
-            hit = landed.astype(jnp.float32) == _high_half(new)
-            return jnp.where(hit, _low_bits(new), jnp.uint16(0))
-
-        handed_out = map_updates(landing, deltas, joined, params)
-        tree = jax.tree.structure(params)
-        remainder = tree.unflatten(
-            rest(*each)
-            for each in zip(
-                *map(tree.flatten_up_to, (state.remainder, params, deltas, joined)), strict=True
-            )
+        # Of a joined weight the new one is wanted, and of any other leaf the update.
+        wanted = [_is_bf16(p) for p in jax.tree.leaves(params)]
+        made, inner_state = update_in_place(
+            inner, gradients, state.inner, joined, wanted=wanted, **extra_args
         )
-        return handed_out, Bf16RemainderState(remainder, inner_state)
+        handed_out, remainder = [], []
+        for p, low, (weight, result, stepped) in zip(
+            jax.tree.leaves(params), tree.flatten_up_to(state.remainder), made, strict=True
+        ):
+            if result is None or not _is_bf16(p):
+                handed_out.append(result)
+                remainder.append(low)
+                continue
+            new = result if stepped else weight + _rounded(result)
+            update, landed, low = _land(p, new)
+            if may_step(p):
+                has_stepped(p)
+                update = landed
+            handed_out.append(update)
+            remainder.append(low)
+        state = Bf16RemainderState(tree.unflatten(remainder), inner_state)
+        return tree.unflatten(handed_out), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -101,6 +103,22 @@ def join(params: optax.Params, remainder: optax.Params) -> optax.Params:
         _join_leaf(p, low) if _is_bf16(p) else p
         for p, low in zip(jax.tree.leaves(params), tree.flatten_up_to(remainder), strict=True)
     )
+
+
+def _dtype_of_update(leaf: jax.Array) -> DTypeLike:
+    return jnp.float32 if _is_bf16(leaf) else leaf.dtype
+
+
+def _land(p: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(the update of a bfloat16 parameter, where it lands with it, the low bits of what it stands for).
+
+    Args:
+      new: the joined weight to land on.
+    """
+    update = _high_half(new) - p.astype(jnp.float32)
+    landed = (p.astype(jnp.float32) + update).astype(jnp.bfloat16)
+    hit = landed.astype(jnp.float32) == _high_half(new)
+    return update, landed, jnp.where(hit, _low_bits(new), jnp.uint16(0))
 
 
 def _rounded(delta: jax.Array) -> jax.Array:

@@ -49,6 +49,11 @@ def takes_kernels(
     return specs_known or not _is_partitioned()
 
 
+def has_kernels() -> bool:
+    """Whether kernels could run here, if an optimizer takes them."""
+    return _missing() is None
+
+
 def _is_partitioned() -> bool:
     """Whether arrays may be divided over devices: the compiler cannot divide a kernel's call with them.
 

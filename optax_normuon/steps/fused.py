@@ -35,6 +35,7 @@ from optax_normuon.stages.momentum import MomentumState
 from optax_normuon.stages.neuron_norm import NeuronNormState
 from optax_normuon.stages.weight_decay import WeightDecayState
 from optax_normuon.steps.exchange import Exchange
+from optax_normuon.steps.in_place import has_stepped, may_step
 from optax_normuon.steps.weights import LaidOut, Stepped, Weight, mesh_axes_of, with_leading_batch
 
 
@@ -44,6 +45,8 @@ def step_weights(
     rates: jax.Array,
     engine: Kernels,
     specs: Specs | None = None,
+    *,
+    adds: Sequence[bool],
 ) -> list[Stepped[jax.Array]]:
     """Runs all stages on all weights. `jax.vmap` gives the weights one more batch axis.
 
@@ -52,11 +55,12 @@ def step_weights(
       weights: their arrays; on a mesh one device's parts of them.
       rates: (runs, `source.RATES`) float32: one row for each of as many equal runs of a weight's
         matrices.
+      adds: for each weight whether its step is added to the parameter.
     """
 
     @jax.custom_batching.custom_vmap
     def step(weights, rates):
-        return _step_weights(leaves, weights, rates.reshape(-1, RATES), engine, specs)
+        return _step_weights(leaves, weights, rates.reshape(-1, RATES), engine, specs, adds)
 
     @step.def_vmap
     def _(axis_size, in_batched, weights, rates):
@@ -72,7 +76,8 @@ def step_weights(
             )
             for leaf in leaves
         ]
-        result = step_weights(wider, weights, rates.reshape(-1, RATES), engine, specs)
+        rates = rates.reshape(-1, RATES)
+        result = step_weights(wider, weights, rates, engine, specs, adds=adds)
         return result, jax.tree.map(lambda _: True, result)
 
     return step(list(weights), rates)
@@ -84,10 +89,11 @@ def _step_weights(
     rates: jax.Array,
     engine: Kernels,
     specs: Specs | None,
+    adds: Sequence[bool],
 ) -> list[Stepped[jax.Array]]:
     laid_out = [
-        LaidOut(leaf, weight, rates, engine.recipe)
-        for leaf, weight in zip(leaves, weights, strict=True)
+        LaidOut(leaf, weight, rates, engine.recipe, adds=own)
+        for leaf, weight, own in zip(leaves, weights, adds, strict=True)
     ]
     dtypes = {i: weight.gradient.dtype for i, weight in enumerate(weights)}
     stacks = plan(dict(enumerate(leaves)), dtypes, engine, specs, ceiling=engine.ceiling)
@@ -132,7 +138,7 @@ def _wait_for_the_last_but_one(leaf: Leaf, done: Sequence[Leaf]) -> None:
     """Lets one stack travel while another is worked on, and keeps more of them out of memory."""
     if len(done) > 1 and done[-2] is not leaf:
         before = done[-2]
-        leaf.gradient, before.delta = jax.lax.optimization_barrier((leaf.gradient, before.delta))
+        leaf.gradient, before.result = jax.lax.optimization_barrier((leaf.gradient, before.result))
 
 
 def with_kernels(
@@ -210,9 +216,10 @@ def with_kernels(
             for path, leaf in on_mesh.items()
         ]
         leaves = list(on_mesh.values())
+        adds = [may_step(parameters[path]) for path in on_mesh]
 
         def step(weights: list[Weight[jax.Array]], rates: jax.Array) -> list[Stepped[jax.Array]]:
-            return step_weights(leaves, weights, rates, engine, specs)
+            return step_weights(leaves, weights, rates, engine, specs, adds=adds)
 
         if specs is None:
             stepped = step(weights, rates[None])
@@ -226,8 +233,11 @@ def with_kernels(
                 [Stepped(own.parameter, own.momentum, own.second_moment) for own in axes],
             )
         found = dict(zip(on_mesh, stepped, strict=True))
+        for path, added in zip(on_mesh, adds, strict=True):
+            if added:
+                has_stepped(parameters[path])
 
-        updates = _replaced(updates, {path: each.delta for path, each in found.items()})
+        updates = _replaced(updates, {path: each.result for path, each in found.items()})
         momenta = {path: each.momentum for path, each in found.items()}
         if kept.norm is not None:
             moments |= {path: each.second_moment for path, each in found.items()}

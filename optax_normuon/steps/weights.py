@@ -40,9 +40,13 @@ class Weight(NamedTuple, Generic[Entry]):
 
 
 class Stepped(NamedTuple, Generic[Entry]):
-    """What a step makes of a `Weight`, or how it lies."""
+    """What a step makes of a `Weight`, or how it lies.
 
-    delta: Entry
+    Attributes:
+      result: the update, or the new parameter.
+    """
+
+    result: Entry
     momentum: Entry
     second_moment: Entry | tuple[Entry, ...]
 
@@ -71,7 +75,13 @@ class LaidOut:
     """
 
     def __init__(
-        self, on_mesh: LeafOnMesh, weight: Weight[jax.Array], rates: jax.Array, recipe: Recipe
+        self,
+        on_mesh: LeafOnMesh,
+        weight: Weight[jax.Array],
+        rates: jax.Array,
+        recipe: Recipe,
+        *,
+        adds: bool,
     ):
         view = on_mesh.local
         self.view, self.weight, self.recipe = view, weight, recipe
@@ -92,6 +102,7 @@ class LaidOut:
             rates=rates,
             momentum_output=output_of(momentum),
             parameter_output=output_of(parameter),
+            adds=adds,
         )
         rule = recipe.neuron_norm
         geometries = block_geometries(
@@ -117,9 +128,9 @@ class LaidOut:
 
     def stepped(self) -> Stepped[jax.Array]:
         """What the step has made of the weight."""
-        delta, momentum = (
+        result, momentum = (
             x if self.in_place else as_leaf(x, self.view)
-            for x in (self.leaf.delta, self.leaf.momentum)
+            for x in (self.leaf.result, self.leaf.momentum)
         )
         kept = self.weight.second_moment
         if self.recipe.neuron_norm is not None:
@@ -128,7 +139,7 @@ class LaidOut:
                 for block, old in zip(self.blocks, split_statistic(kept, self.view), strict=True)
             ]
             kept = join_statistic(moments, self.view, like=kept)
-        return Stepped(delta, momentum, kept)
+        return Stepped(result, momentum, kept)
 
 
 def _flat(moment: Statistics) -> jax.Array:

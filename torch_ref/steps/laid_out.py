@@ -78,12 +78,12 @@ class LaidOut:
                     for block, part in zip(self.blocks, self.given, strict=True)
                 ]
             )
-        stepped = self._as_weight(self.leaf.parameter)
+        stepped = self._as_weight(self.leaf.result)
         if weight.remainder is None:
             _copy_unless_same(weight.param, stepped)
         else:
             write_weight(weight.param, weight.remainder, stepped)
-        self.leaf.parameter = None
+        self.leaf.result = None
 
     def _laid_out(self, array: torch.Tensor) -> torch.Tensor:
         own = array if self.in_place else to_stack(array, self.weight.view)
