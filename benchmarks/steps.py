@@ -4,7 +4,6 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import optax_normuon
 from benchmarks import peers, steps_in_jax, steps_in_torch
 from benchmarks.arithmetic import Rates, orthogonalization_operations, step_seconds
 from benchmarks.race import Pace, Race, free, race
@@ -23,11 +22,10 @@ _NORMUON, _MUON = steps_in_torch.normuon("normuon"), steps_in_torch.normuon("muo
 
 IN_JAX: dict[str, steps_in_jax.Step] = {
     OURS_IN_JAX: update(steps_in_jax.normuon("normuon", "triton")),
+    APPLY: steps_in_jax.apply(steps_in_jax.normuon("normuon", "triton")),
     "Muon, JAX, Triton": update(steps_in_jax.normuon("muon", "triton")),
     "NorMuon, JAX, XLA": update(steps_in_jax.normuon("normuon", "xla")),
 }
-if hasattr(optax_normuon, "apply"):
-    IN_JAX[APPLY] = steps_in_jax.apply(steps_in_jax.normuon("normuon", "triton"))
 
 PEERS_IN_JAX: dict[str, steps_in_jax.Step] = {"optax.contrib.muon": update(optax_muon)}
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.tune`: the product kernel's tiles, measured on this GPU.
+"""`python -m benchmarks.tune`: the product kernels and their tiles, measured on this GPU.
 
 Rewrites this architecture's table in `normuon_core/kernels/tiles.json`, from which every run takes its
 configurations: fixed ones, because a search at run time would change bits from run to run.
@@ -7,11 +7,11 @@ configurations: fixed ones, because a search at run time would change bits from 
 import json
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, TypeVar
 
 import torch
 import typer
@@ -19,7 +19,10 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.timing import median_milliseconds
-from normuon_core.kernels.tiles import ProductConfiguration
+from normuon_core.kernels.tiles import HopperConfiguration, ProductConfiguration
+
+Configuration = ProductConfiguration | HopperConfiguration
+Kind = TypeVar("Kind", ProductConfiguration, Configuration)
 
 TABLE = Path(str(resources.files("normuon_core.kernels").joinpath("tiles.json")))
 
@@ -74,13 +77,20 @@ CANDIDATES = {
 }
 
 
-def candidates(problem: Problem) -> list[ProductConfiguration]:
-    """Those whose tile is at most twice the matrix's side."""
-    return [
+HOPPER = [(256, 4, 2), (256, 3, 4), (128, 6, 2), (128, 5, 4), (128, 4, 4)]
+
+
+def candidates(problem: Problem, *, hopper: bool) -> list[Configuration]:
+    """Those whose tile is at most twice the matrix's side. `hopper`: for its own kernel too."""
+    found: list[Configuration] = [
         ProductConfiguration(*each)
         for each in CANDIDATES[problem.symmetric]
         if each[0] <= 2 * problem.m and each[1] <= 2 * problem.n
     ]
+    if hopper:
+        own = (HopperConfiguration(*each) for each in HOPPER)
+        found += [each for each in own if each.tile_n <= 2 * problem.n]
+    return found
 
 
 class Operands(NamedTuple):
@@ -108,7 +118,7 @@ def operands(problem: Problem) -> Operands:
     return Operands(a, b, d, product + d.float() if problem.addends else product)
 
 
-def launch_of(problem: Problem, configuration: ProductConfiguration):
+def launch_of(problem: Problem, configuration: Configuration):
     """The product kernel with this configuration, on this machine's GPU."""
     from normuon_core.kernels import launches
     from torch_ref.kernels import launcher
@@ -129,7 +139,7 @@ def launch_of(problem: Problem, configuration: ProductConfiguration):
 
 
 def multiplication(
-    problem: Problem, configuration: ProductConfiguration, given: Operands
+    problem: Problem, configuration: Configuration, given: Operands
 ) -> Callable[[], torch.Tensor]:
     """A function that multiplies the operands once with this configuration."""
     from torch_ref.kernels import launcher
@@ -139,7 +149,7 @@ def multiplication(
     return lambda: launcher.launch(launch, inputs)[0]
 
 
-def compile_ahead(job: tuple[Problem, ProductConfiguration]) -> None:
+def compile_ahead(job: tuple[Problem, Configuration]) -> None:
     """Fills Triton's cache on disk; a configuration that does not compile fails again when timed."""
     problem, configuration = job
     launch = launch_of(problem, configuration)
@@ -149,6 +159,7 @@ def compile_ahead(job: tuple[Problem, ProductConfiguration]) -> None:
         launch.kernel.warmup(
             *[array] * 4,
             *scalars,
+            *launch.sizes,
             array,
             grid=(1,),
             num_warps=launch.num_warps,
@@ -160,9 +171,17 @@ def compile_ahead(job: tuple[Problem, ProductConfiguration]) -> None:
         print(f"{problem} {configuration}: {type(error).__name__}")
 
 
-def choose(
-    times: dict[ProductConfiguration, float], errors: dict[ProductConfiguration, float]
-) -> ProductConfiguration:
+def in_a_graph(function: Callable[[], object]) -> Callable[[], None]:
+    """Ten calls as one CUDA graph: of a small product the launch would take longer than the work."""
+    function()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(10):
+            function()
+    return graph.replay
+
+
+def choose(times: Mapping[Kind, float], errors: Mapping[Kind, float]) -> Kind:
     """The fastest of those that compute the right thing.
 
     Raises:
@@ -174,15 +193,28 @@ def choose(
     return min(right, key=times.__getitem__)
 
 
-def with_table(
-    tables: dict, architecture: str, chosen: dict[Problem, ProductConfiguration]
-) -> dict:
+def entry(
+    problem: Problem,
+    times: Mapping[Configuration, float],
+    errors: Mapping[Configuration, float],
+) -> dict[str, list[int]]:
+    """A line of the table: the best of Triton's tiles, and Hopper's own kernel where it is faster."""
+    best = choose(times, errors)
+    portable = {
+        each: time for each, time in times.items() if isinstance(each, ProductConfiguration)
+    }
+    found = {
+        "size": [problem.m, problem.n, problem.k],
+        "configuration": list(choose(portable, errors)),
+    }
+    return found | ({"hopper": list(best)} if isinstance(best, HopperConfiguration) else {})
+
+
+def with_table(tables: dict, architecture: str, chosen: dict[Problem, dict]) -> dict:
     """The tables with this architecture's put in; the others are kept."""
     own: dict[str, list] = {"general": [], "symmetric": []}
-    for problem, configuration in chosen.items():
-        own["symmetric" if problem.symmetric else "general"].append(
-            {"size": [problem.m, problem.n, problem.k], "configuration": list(configuration)}
-        )
+    for problem, line in chosen.items():
+        own["symmetric" if problem.symmetric else "general"].append(line)
     return {**tables, architecture: own}
 
 
@@ -204,16 +236,20 @@ def main(
     """Time every candidate on every size, and keep the fastest in the table."""
     if not torch.cuda.is_available():
         raise typer.BadParameter("tuning needs a CUDA GPU, and PyTorch sees none")
+    from torch_ref.kernels import launcher
+
     console = Console()
-    jobs = [(problem, each) for problem in PROBLEMS for each in candidates(problem)]
+    hopper = launcher.describe_device(torch.device("cuda", 0)).takes_hopper_kernels
+    jobs = [(problem, each) for problem in PROBLEMS for each in candidates(problem, hopper=hopper)]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), mp_context=spawn) as pool:
         list(track(pool.map(compile_ahead, jobs), "compiling", total=len(jobs), console=console))
     chosen = {}
     for problem in PROBLEMS:
         given = operands(problem)
-        times, errors = {}, {}
-        for configuration in candidates(problem):
+        times: dict[Configuration, float] = {}
+        errors: dict[Configuration, float] = {}
+        for configuration in candidates(problem, hopper=hopper):
             multiply = multiplication(problem, configuration, given)
             try:
                 result = multiply().float()
@@ -222,8 +258,9 @@ def main(
                 continue
             distance = (result - given.wanted).norm() / given.wanted.norm()
             errors[configuration] = float(distance)
-            times[configuration] = median_milliseconds(multiply)
-        chosen[problem] = best = choose(times, errors)
+            times[configuration] = median_milliseconds(in_a_graph(multiply)) / 10
+        chosen[problem] = entry(problem, times, errors)
+        best = choose(times, errors)
         useful = problem.count * problem.m * problem.n * problem.k * (2 - problem.symmetric)
         rate = useful / times[best] / 1e9
         console.print(f"{problem}: {tuple(best)}, {times[best]:.3f} ms, {rate:.0f} TFLOP/s")

@@ -150,7 +150,9 @@ assert STRIDES is not None
 KEPT = Output((6, 11), "float32")
 LERP = MomentumForm("lerp", True)
 FEED = dict(eps_rule="max", compute_dtype="float16", momentum=KEPT, first=True)
-FINISH = dict(rms=False, cautious=True, decay_inside_scale=True, delta=KEPT, first=True)
+FINISH = dict(
+    rms=False, cautious=True, decay_inside_scale=True, parameter=KEPT, add=False, first=True
+)
 
 
 @pytest.mark.parametrize(

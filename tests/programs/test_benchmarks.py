@@ -17,7 +17,11 @@ from benchmarks.arithmetic import (
 )
 from benchmarks.race import Pace, Prepared, Race
 from benchmarks.rows import Row
-from normuon_core.kernels.tiles import ProductConfiguration, product_configuration
+from normuon_core.kernels.tiles import (
+    HopperConfiguration,
+    ProductConfiguration,
+    product_configuration,
+)
 
 BRIEFLY = Pace(rounds=1, turn=0.0)
 
@@ -168,8 +172,18 @@ def test_tuning_never_keeps_a_fast_wrong_configuration():
         tune.choose(times, {right: float("nan"), wrong: 1.0})
 
 
+def test_hoppers_own_kernel_is_in_the_table_where_it_is_faster():
+    problem, portable = tune.Problem(True, 64, 64, 64, 2), ProductConfiguration(64, 64, 64, 4, 3, 4)
+    own = HopperConfiguration(128, 5, 4)
+    errors = {portable: 3e-4, own: 3e-4}
+    faster = tune.entry(problem, {portable: 2.0, own: 1.0}, errors)
+    assert (faster["configuration"], faster["hopper"]) == ([*portable], [*own])
+    assert "hopper" not in tune.entry(problem, {portable: 1.0, own: 2.0}, errors)
+
+
 def test_tuning_keeps_other_architectures(tmp_path):
-    chosen = {tune.Problem(True, 64, 64, 64, 2): ProductConfiguration(64, 64, 64, 4, 3, 4)}
+    problem, best = tune.Problem(True, 64, 64, 64, 2), ProductConfiguration(64, 64, 64, 4, 3, 4)
+    chosen = {problem: tune.entry(problem, {best: 1.0}, {best: 0.0})}
     tables = {"sm80": {"general": [], "symmetric": []}, "sm90": {"general": [1], "symmetric": [1]}}
     path = tmp_path / "tiles.json"
     tune.write(tune.with_table(tables, "sm90", chosen), path)
@@ -182,8 +196,9 @@ def test_tuning_keeps_other_architectures(tmp_path):
 def test_every_candidate_is_one_that_the_kernel_takes():
     """A symmetric tile is square, or two squares side by side."""
     for problem in tune.PROBLEMS:
-        found = tune.candidates(problem)
+        found = tune.candidates(problem, hopper=False)
         assert found
+        assert set(found) < set(tune.candidates(problem, hopper=True))
         for each in found if problem.symmetric else []:
             assert each.tile_n in (each.tile_m, 2 * each.tile_m)
 

@@ -186,7 +186,7 @@ def test_peers_are_called_as_their_packages_want_it(monkeypatch):
 
 
 def test_apply_takes_part_where_the_package_has_it(monkeypatch):
-    assert (steps.APPLY in steps.IN_JAX) == hasattr(optax_normuon, "apply")
+    assert steps.APPLY in steps.IN_JAX
 
     def fake(tx, grads, state, params):
         updates, state = tx.update(grads, state, params)
