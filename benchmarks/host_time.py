@@ -21,8 +21,7 @@ import torch
 import typer
 
 import torch_ref
-from benchmarks.steps import DECAY, OUT_IN, matrix_sizes
-from benchmarks.workloads import MODELS
+from benchmarks.workloads import DECAY, MODELS, OUT_IN, matrix_sizes
 from normuon_core.kernels import source
 
 MODEL = "GPT-2 124M"
