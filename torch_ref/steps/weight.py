@@ -116,6 +116,8 @@ class MatrixWeight:
                 own = [next(blocks) for _ in range(run.blocks)]
                 parts.append(own[0] if len(own) == 1 else torch.stack(own, dim=1).flatten(0, 1))
             return parts
+        if not self.view.is_split:
+            return [to_stack(kept[0], self.view)]
         # All blocks' neurons are on one side, or they would not be in one array.
         assert self.recipe.neuron_norm is not None
         output_is_rows = self.view.output_is_rows
