@@ -194,7 +194,7 @@ class MatrixView:
     folded: tuple[int, int] | None = None
     apart: bool = False
 
-    @property
+    @cached_property
     def order(self) -> tuple[int, ...]:
         """The permutation of axes that brings batch, rows and columns together in that order."""
         return self.batch_axes + self.row_axes + self.column_axes

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from normuon_core import MatrixView, Recipe, find_recipe
+from normuon_core.kernels_support import kernels_support
 from normuon_core.shape_rules import ShapeRule, shape_factor
 from normuon_core.table import Total, leaf_table, table, totals_table
 from torch_ref.checkpoint import ParameterState
@@ -47,7 +48,8 @@ def describe(
     stepped alike how many there are, which engine steps them ("eager", PyTorch's own operations, or
     "triton", the kernels, which take the shorter side as rows), in which form and dtype it
     orthogonalizes them, and in how many stacks. It is the plan of one process that has all matrices,
-    each with a gradient of its own dtype.
+    each with a gradient of its own dtype. Where "auto" cannot take the kernels for the recipe's sake,
+    a line below says what they lack.
 
     A parameter that can be read in more than one way has a "?", and below the tables stand its readings
     with a dictionary to paste: `param_groups` would raise. Last come totals: for each optimizer its
@@ -73,10 +75,14 @@ def describe(
     routes = route(model, layouts)
     sections = [leaf_table(_HEADER, [_row(each, found, chosen, name) for each, found in routes])]
     keywords |= {"recipe": recipe, "shape_scale": shape_scale}
-    check_backend(keywords.get("backend", "auto"))
+    backend, orthogonalizer = (keywords.get(key, default) for key, default in _ENGINE.items())
+    check_backend(backend, chosen)
     optimizer, originals = _stepped_on_meta(routes, rates, keywords)
     if planned := _plan(optimizer, originals, keywords):
         sections.append(table([_PLAN, *planned]))
+        support = kernels_support(chosen)
+        if backend == "auto" and orthogonalizer is None and not support:
+            sections.append(f"Engine eager steps all matrices: {support}.")
     if asked := question(routes):
         sections.append(asked)
     sections.append(totals_table(_totals(routes, name, optimizer, originals)))

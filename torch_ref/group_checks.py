@@ -55,9 +55,10 @@ def settle_group(group: Group, index: int, given: Collection[str]) -> None:
         many = np.ndim(group[key]) > 0
         group[key] = _array(group[key]) if many else float(group[key])
     if group["optimizer"] == MATRIX:
-        group["momentum"] = group_recipe(group).momentum.momentum
+        recipe = group_recipe(group)
+        group["momentum"] = recipe.momentum.momentum
         check_algorithm(group["algorithm"])
-        check_backend(group["backend"])
+        check_backend(group["backend"], recipe)
         if group["backend"] == "triton" and group["orthogonalizer"] is not None:
             raise ValueError(
                 f"group {index}: backend='triton' has its own orthogonalization; leave the"

@@ -33,6 +33,7 @@ FLOAT32 = ProductConfiguration(64, 64, 32, 4, 3, 1)
 """No tensor core multiplies float32 exactly, and the table has no entries for it."""
 
 
+@functools.cache
 def product_configuration(
     m: int, n: int, k: int, *, dtype: str, symmetric: bool, architecture: str, hopper: bool = False
 ) -> ProductConfiguration | HopperConfiguration:

@@ -61,9 +61,11 @@ GROUPS: list[tuple[list[tuple[int, ...]], dict[str, Any]]] = [
     ([(2, 3, 4, 5)], {"layout": IN_OUT, "lr_mul": [[1.0], [2.0]], "recipe": "moonlight"}),
     ([(6, 5)], {"orthogonalizer": torch.sign}),
     ([(5,), (9, 4)], {"optimizer": "adamw", "adam_weight_decay": 0.1, "lr": 0.01}),
+    ([(12, 7), (12, 7)], {"beta2": 0.5}),
 ]
 """Shapes and settings: counts and sides that no number of ranks divides, every kind of layout, cautious
-and plain decay, scales that need the update's norm, multipliers over the batch."""
+and plain decay, scales that need the update's norm, multipliers over the batch, and a second beta2 for
+matrices that share a stack with the first group's."""
 
 NO_GRADIENT, ZERO_GRADIENT = 1, 2
 """Numbers of the weights that never have a gradient, and that have one of zeros."""

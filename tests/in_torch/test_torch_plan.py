@@ -50,12 +50,12 @@ def ran(monkeypatch):
     stacks = []
     eager, kernels = StackStages.__call__, fused.step_stack
 
-    def step_eagerly(stages, u, moment):
+    def step_eagerly(stages, u, moment, beta2):
         form = stages.form
         if stages.orthogonalizer is not None:
             form = "orthogonalizer", str(u.dtype).removeprefix("torch.")
         stacks.append((stages, "eager", tuple(u.shape[1:]), *form, len(u)))
-        return eager(stages, u, moment)
+        return eager(stages, u, moment, beta2)
 
     def step_by_kernels(launch, device, pieces, recipe, *, form, dtype):
         count = sum(piece.count for piece in pieces)
@@ -142,7 +142,8 @@ def plans_made(optimizer):
 def test_one_plan_serves_every_step_whatever_the_rates():
     params, optimizer = weights()
     for step in range(4):
-        optimizer.param_groups[0] |= {"lr": 0.1 / (1 + step), "momentum": 0.9 + 0.01 * step}
+        number = 0.9 + 0.01 * step
+        optimizer.param_groups[0] |= {"lr": 0.1 / (1 + step), "momentum": number, "beta2": number}
         optimizer.step()
     assert plans_made(optimizer) == 1
     params[1].grad = None
@@ -184,6 +185,31 @@ def test_a_changed_group_is_stepped_by_a_new_plan(change):
     for param, fresh_param, other in zip(params, fresh_params, others, strict=True):
         assert torch.equal(param, fresh_param)
         assert not torch.equal(param, other)
+
+
+def test_matrices_of_groups_with_other_betas_share_a_stack_and_keep_their_betas(ran):
+    """Each is stepped as by an optimizer of its own."""
+    betas, expected = [0.5, 0.9, 0.95], []
+    for beta2 in betas:
+        params, optimizer = weights(beta2=beta2)
+        for each in (optimizer.step, lambda p=params: p[0].grad.copy_(p[0].grad.flip(0))) * 2:
+            each()
+        expected.append(params[0])
+    ran.clear()
+    params, optimizer = weights()
+    own = [{"params": [param], "beta2": beta2} for param, beta2 in zip(params, betas, strict=True)]
+    optimizer = NorMuon(own, lr=0.02, weight_decay=0.1)
+    for param in params[1:]:
+        param.data.copy_(params[0])
+        param.grad.copy_(params[0].grad)
+    for _ in range(2):
+        optimizer.step()
+        for param in params:
+            param.grad.copy_(param.grad.flip(0))
+    assert [count for *_, count in ran] == [3, 3]
+    for param, other in zip(params, expected, strict=True):
+        assert torch.equal(param, other)
+    assert not torch.equal(params[0], params[1])
 
 
 def test_a_smaller_bound_on_stacks_counts_from_the_next_step(ran):

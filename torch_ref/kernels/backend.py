@@ -7,6 +7,9 @@ from typing import Literal, get_args
 
 import torch
 
+from normuon_core import Polar, Recipe
+from normuon_core.kernels_support import kernels_support
+
 Backend = Literal["eager", "triton", "auto"]
 
 
@@ -14,8 +17,11 @@ DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "
 """What the kernels take, and its name there."""
 
 
-def check_backend(backend: str) -> None:
-    """Raises a ValueError unless `backend` is one, and there: "triton" needs Triton installed."""
+def check_backend(backend: str, recipe: Recipe | Polar) -> None:
+    """Raises a ValueError unless `backend` is one, is there, and can run the recipe or polar factor.
+
+    "triton" needs Triton installed, and a recipe that the kernels know.
+    """
     if backend not in get_args(Backend):
         raise ValueError(f"unknown backend {backend!r}; use one of {get_args(Backend)}.")
     if backend == "triton" and not _has_triton():
@@ -23,17 +29,29 @@ def check_backend(backend: str) -> None:
             "backend='triton' needs Triton, which is not installed: pip install 'optax-normuon[triton]',"
             " or use backend='auto'."
         )
+    support = kernels_support(recipe)
+    if backend == "triton" and not support:
+        raise ValueError(f"backend='triton': {support}; use backend='auto'.")
 
 
-def takes_kernels(backend: Backend, device: torch.device, dtypes: Sequence[torch.dtype]) -> bool:
-    """Whether the kernels run: asked for, or "auto" on a CUDA device with Triton.
+def takes_kernels(
+    backend: Backend,
+    recipe: Recipe | Polar,
+    device: torch.device,
+    dtypes: Sequence[torch.dtype],
+) -> bool:
+    """Whether the kernels run a recipe, or the polar factor alone.
+
+    They do where "triton" asks for them, and with "auto" on a CUDA device with Triton, unless the recipe
+    has something that they do not know.
 
     Raises:
-      ValueError: asked for in vain, on another device or for a dtype the kernels do not take.
+      ValueError: "triton" asks for them, and they cannot run: on another device, for a dtype that they
+        do not take, or for such a recipe.
     """
     fits = all(dtype in DTYPES for dtype in dtypes)
     if backend == "triton":
-        check_backend(backend)
+        check_backend(backend, recipe)
         if not fits:
             raise ValueError(
                 f"backend='triton' takes {', '.join(DTYPES.values())}, not"
@@ -46,7 +64,9 @@ def takes_kernels(backend: Backend, device: torch.device, dtypes: Sequence[torch
                 " compute_dtype of float32 or float16."
             )
         return True
-    return backend == "auto" and device.type == "cuda" and fits and _has_triton()
+    if backend != "auto" or device.type != "cuda" or not fits:
+        return False
+    return _has_triton() and bool(kernels_support(recipe))
 
 
 @functools.cache

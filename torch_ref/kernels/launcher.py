@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,25 +37,16 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager:
 
 def launch(launch: Launch, inputs: Sequence[Any]) -> tuple[Any, ...]:
     """Runs a kernel on the current device's stream. Aliased outputs are the inputs they overwrite."""
-    device = next(_arrays(inputs)).device
-    outputs = []
-    for index, output in enumerate(launch.outputs):
-        if index in launch.aliases:
-            outputs.append(inputs[launch.aliases[index]])
-        elif isinstance(output, Output):
-            outputs.append(_empty(output, device))
-        else:
-            outputs.append(tuple(_empty(each, device) for each in output))
-    arrays = list(_arrays((*inputs, *outputs)))
-    dtypes = tuple(x.dtype for x in arrays)
-    compiled = _COMPILED.setdefault(launch, {}) if device.type == "cuda" else {}
-    aligned = all(x.data_ptr() % 16 == 0 for x in arrays)
+    device, signature, aligned = _signature(inputs)
+    outputs = tuple(
+        inputs[launch.aliases[index]] if index in launch.aliases else _made(output, device)
+        for index, output in enumerate(launch.outputs)
+    )
+    compiled = _COMPILED.setdefault(launch, {})
     with _scratch_on(device) if launch.descriptors else contextlib.nullcontext():
-        if aligned and (device, dtypes) in compiled:
-            kernel = compiled[device, dtypes]
-            arguments = (*inputs, *launch.sizes, *outputs, *launch.constants.values())
-            kernel[launch.grid, 1, 1](*arguments)
-            return tuple(outputs)
+        if aligned and (kernel := compiled.get(signature)) is not None:
+            kernel[launch.grid, 1, 1](*inputs, *launch.sizes, *outputs, *launch.constants.values())
+            return outputs
         kernel = launch.kernel[(launch.grid,)](
             *inputs,
             *launch.sizes,
@@ -67,27 +58,41 @@ def launch(launch: Launch, inputs: Sequence[Any]) -> tuple[Any, ...]:
         )
     # The interpreter makes no kernel to keep.
     if aligned and kernel is not None:
-        compiled[device, dtypes] = kernel
-    return tuple(outputs)
+        compiled[signature] = kernel
+    return outputs
 
 
 _COMPILED: weakref.WeakKeyDictionary[Launch, dict[tuple, Any]] = weakref.WeakKeyDictionary()
-"""Compiled kernels by launch, device and dtypes, for as long as the launch is remembered. Triton's own
-look-up takes longer than a small kernel runs; the kernels' integers are not specialized, so that these
-and the alignment suffice."""
+"""Compiled kernels by launch and signature, for as long as the launch is remembered. Triton's own
+look-up takes longer than a small kernel runs; the kernels' integers are not specialized, so that the
+signature and the alignment suffice."""
 
 
-def _arrays(values: Iterable[Any]) -> Iterator[torch.Tensor]:
-    """The tensors among a kernel's arguments, those in tuples too."""
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, tuple):
-            yield from value
+def _signature(inputs: Sequence[Any]) -> tuple[torch.device, tuple, bool]:
+    """What a kernel is compiled for, of its inputs: (their device, their signature, whether aligned).
+
+    The signature has the device and the dtype of every tensor, those in tuples too. Aligned are inputs
+    that all begin at whole 16 bytes; outputs that are made for the kernel always do, and the launch has
+    their dtypes.
+    """
+    dtypes, addresses, device = [], 0, None
+    for value in inputs:
+        if isinstance(value, tuple):
+            for x in value:
+                dtypes.append(x.dtype)
+                addresses |= x.data_ptr()
+        elif isinstance(value, torch.Tensor):
+            dtypes.append(value.dtype)
+            addresses |= value.data_ptr()
+            device = value.device
+    assert device is not None
+    return device, (device, *dtypes), addresses % 16 == 0
 
 
-def _empty(output: Output, device: torch.device) -> torch.Tensor:
-    return torch.empty(output.shape, dtype=getattr(torch, output.dtype), device=device)
+def _made(output: Output | tuple[Output, ...], device: torch.device) -> Any:
+    if isinstance(output, Output):
+        return torch.empty(output.shape, dtype=getattr(torch, output.dtype), device=device)
+    return tuple(_made(each, device) for each in output)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@ wider. Every scalar hyperparameter is rounded to W before it is used, and what i
 derived in W, so that a float32 run multiplies by exactly the same numbers in every framework.
 """
 
+import functools
+
 import numpy as np
 import torch
 
@@ -59,6 +61,7 @@ def rounded_multiplier(value: float | torch.Tensor, like: torch.Tensor) -> float
     return rounded(value, like.dtype)
 
 
+@functools.cache
 def dtype_name(dtype: torch.dtype | None) -> str | None:
     """The name that `normuon_core` has for a dtype, as "float16"."""
     return None if dtype is None else str(dtype).removeprefix("torch.")

@@ -20,11 +20,8 @@ def to_stack(array: torch.Tensor, view: MatrixView) -> torch.Tensor:
     ordered = array if view.folded is None else array.reshape(view.unfolded(array.shape))
     if view.order != tuple(range(len(view.order))):
         ordered = ordered.permute(view.order)
-    sides = (
-        ordered.shape[:batch],
-        ordered.shape[batch : batch + rows],
-        ordered.shape[batch + rows :],
-    )
+    shape = tuple(ordered.shape)
+    sides = (shape[:batch], shape[batch : batch + rows], shape[batch + rows :])
     return ordered.reshape([math.prod(side) for side in sides])
 
 

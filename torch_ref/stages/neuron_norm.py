@@ -4,14 +4,14 @@ import torch
 
 from normuon_core.neurons import NeuronAxis, neurons_on_rows
 from normuon_core.recipes import EpsRule, NeuronNorm
-from torch_ref.leaves.dtypes import complement, working_dtype
+from torch_ref.leaves.dtypes import Scalar, complement, working_dtype
 
 
 def normalize_neurons(
     v: torch.Tensor,
     second_moment: torch.Tensor,
     *,
-    beta2: float = 0.95,
+    beta2: Scalar = 0.95,
     axis: NeuronAxis = "output",
     eps: float = 1e-10,
     eps_rule: EpsRule = "max",
@@ -29,7 +29,7 @@ def normalize_neurons(
     Args:
       v: (..., rows, columns), the orthogonalized update in its compute dtype, not modified.
       second_moment: s, of `statistic_shape`, in the working dtype, zero at first; not modified.
-      beta2: the decay of s, which is not bias-corrected.
+      beta2: the decay of s, which is not bias-corrected: a number, or an array that broadcasts to s.
       axis: which side's neurons have a statistic: "output", "input" or "longer" (a tie is output).
       eps, eps_rule: "max" as above; "add" is t = 1 / (sqrt(s) + eps).
       rescale: "max" as above; "add" is v_hat = y |v| / (|y| + eps); None leaves y as it is.
@@ -41,7 +41,7 @@ def normalize_neurons(
     Returns:
       (v_hat in the dtype of v, rounded once from the working dtype; the new s).
     """
-    NeuronNorm(beta2, axis, eps, eps_rule, rescale)
+    NeuronNorm(beta2, axis, eps, eps_rule, rescale)  # pyright: ignore[reportArgumentType]
     dtype = working_dtype(second_moment.dtype)
     rows, columns = v.shape[-2:]
     on_rows = neurons_on_rows(axis, rows, columns, output_is_rows)

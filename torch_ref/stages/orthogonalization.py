@@ -69,7 +69,7 @@ def polar_factor(
     stack = x.reshape(-1, rows, columns)
     polar = Polar(coefficients, norm_scale, eps, eps_rule)
     dtypes = [x.dtype] if compute_dtype is None else [x.dtype, compute_dtype]
-    by_kernels = takes_kernels(backend, x.device, dtypes)
+    by_kernels = takes_kernels(backend, polar, x.device, dtypes)
     iteration = Iteration(
         len(coefficients),
         algorithm,

@@ -8,7 +8,7 @@ import torch
 from normuon_core import NeuronNorm, Polar
 from normuon_core.cost import Algorithm, Form, Iteration
 from normuon_core.neurons import neurons_on_rows
-from torch_ref.leaves.dtypes import dtype_name
+from torch_ref.leaves.dtypes import Scalar, dtype_name
 from torch_ref.matrices.views import bytes_per_matrix
 from torch_ref.stages.neuron_norm import normalize_neurons
 from torch_ref.stages.orthogonalization import normalized, polynomial, scaled_squares
@@ -25,7 +25,8 @@ class StackStages:
       output_is_rows: which of the two the output neurons are.
       dtype: the working dtype.
       device: where the stack is.
-      polar, neuron_norm: the recipe's records; `neuron_norm=None` skips stage 3.
+      polar, neuron_norm: the recipe's records; `neuron_norm=None` skips stage 3. Its beta2 is not read:
+        matrices whose groups differ in it share a stack, and each call is given it.
       compute_dtype, algorithm: as in `polar_factor`.
       orthogonalizer: takes the place of `polar_factor`: a function of (batch, rows, columns) in the
         working dtype to the same shape in any dtype, to which the update is then rounded.
@@ -89,14 +90,17 @@ class StackStages:
         )
 
     def __call__(
-        self, u: torch.Tensor, second_moment: torch.Tensor | None
+        self, u: torch.Tensor, second_moment: torch.Tensor | None, beta2: Scalar
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(the update, the new second moment) of a stack u, (batch, rows, columns).
+
+        Args:
+          beta2: as in `finish`.
 
         Raises:
           ValueError: the orthogonalizer's result has another shape.
         """
-        return self.finish(self.prepare(u, self.scaled_squares(u)), second_moment)
+        return self.finish(self.prepare(u, self.scaled_squares(u)), second_moment, beta2)
 
     def scaled_squares(self, u: torch.Tensor) -> torch.Tensor | None:
         """The squares that `prepare` takes, (batch, 1, 1); those of parts of a matrix add up.
@@ -118,15 +122,18 @@ class StackStages:
         return normalized(u, squares, self.polar, sides=self.sides, dtype=dtype)
 
     def finish(
-        self, x: torch.Tensor, second_moment: torch.Tensor | None
+        self, x: torch.Tensor, second_moment: torch.Tensor | None, beta2: Scalar
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(the update, the new second moment) of whole matrices that `prepare` has returned."""
+        """(the update, the new second moment) of whole matrices that `prepare` has returned.
+
+        Args:
+          beta2: the decay of the second moment: a number, or one for each matrix, (batch, 1, 1).
+        """
         v = self._orthogonalize(x)
         if self.neuron_norm is None or second_moment is None:
             return v, None
-        return normalize_neurons(
-            v, second_moment, **vars(self.neuron_norm), output_is_rows=self.output_is_rows
-        )
+        keywords = {**vars(self.neuron_norm), "beta2": beta2}
+        return normalize_neurons(v, second_moment, **keywords, output_is_rows=self.output_is_rows)
 
     @property
     def prepared_dtype(self) -> torch.dtype:

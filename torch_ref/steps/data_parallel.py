@@ -3,8 +3,11 @@
 Each matrix has an owner, which alone keeps its momentum and second moment. Parameters whose matrices
 have one shape travel together: one reduce-scatter brings every owner the sum of its matrices'
 gradients, the owner makes the whole step, and one all-gather brings the new parameters to all ranks, as
-in modded-nanogpt's DistMuon. A buffer holds whole parameters, because ownership is a parameter's; what a
-rank owns of a buffer is stepped by a plan as on a single process (`steps.plan`).
+in modded-nanogpt's DistMuon.
+
+What a rank owns of a buffer is stepped by a plan as on a single process (`steps.plan`). The buffers
+themselves are not of that plan: its stacks cut one process's matrices wherever its memory ends, while a
+buffer holds whole parameters and must be the same on every rank, whichever engine steps its matrices.
 """
 
 from collections import defaultdict

@@ -26,12 +26,7 @@ class KernelLayout(NamedTuple):
     def stages(
         self, recipe: Recipe, iteration: Iteration, device: torch.device, max_bytes: int
     ) -> list[KernelStages]:
-        """What the matrices of each run of output blocks go through.
-
-        The kernels read beta2 from an array: matrices of groups that differ in it share a stack.
-        """
-        if recipe.neuron_norm is not None:
-            recipe = recipe.override(beta2=0.0)
+        """What the matrices of each run of output blocks go through."""
         return [
             KernelStages(recipe, iteration, device, *geometry.whole, max_bytes)
             for geometry in self.geometries

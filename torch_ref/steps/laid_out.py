@@ -112,9 +112,8 @@ def rates_of(weight: MatrixWeight) -> torch.Tensor:
     decay = group["weight_decay"]
     if recipe.decay.rate_power == 2:
         decay = rounded_product(group["lr"], decay, torch.float32)
-    beta2 = 0.0 if recipe.neuron_norm is None else recipe.neuron_norm.beta2
     rates = torch.empty(1, RATES, device=weight.param.device)
-    values = (recipe.momentum.momentum, weight.step, beta2, decay, group["lr"])
+    values = (recipe.momentum.momentum, weight.step, weight.beta2, decay, group["lr"])
     for place, value in zip(rates[0], values, strict=True):
         _fill(place, value)
     return rates

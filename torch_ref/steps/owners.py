@@ -6,7 +6,7 @@ step to step.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -59,7 +59,7 @@ class WeightOnRanks:
             for each in found
         ]
 
-    @property
+    @cached_property
     def is_whole_where_it_is(self) -> bool:
         """Whether each matrix is held by one rank, with all its blocks: nothing has to move.
 

@@ -49,7 +49,7 @@ class GroupSpec(NamedTuple):
     """What of a parameter group decides how its weights are stepped, and these weights.
 
     Attributes:
-      recipe: with its momentum set to zero, which the plan does not depend on.
+      recipe: with momentum and beta2 set to zero, which the plan does not depend on.
       compute_dtype, algorithm, backend, orthogonalizer: the group's.
       max_bytes: the temporary memory that a stack may take.
       weights: those that have a gradient.
@@ -66,8 +66,9 @@ class GroupSpec(NamedTuple):
     @classmethod
     def of(cls, group: Group, recipe: Recipe, weights: Sequence[WeightSpec]) -> "GroupSpec":
         """Of a group, and its recipe with the group's keywords put in."""
+        beta2 = None if recipe.neuron_norm is None else 0.0
         return cls(
-            recipe.override(momentum=0.0),
+            recipe.override(momentum=0.0, beta2=beta2),
             group["compute_dtype"],
             group["algorithm"],
             group["backend"],
@@ -93,7 +94,7 @@ class GroupSpec(NamedTuple):
         dtypes = [weight.dtype, weight.gradient_dtype, weight.momentum_dtype]
         if self.compute_dtype is not None:
             dtypes.append(self.compute_dtype)
-        return takes_kernels(self.backend, weight.device, dtypes)
+        return takes_kernels(self.backend, self.recipe, weight.device, dtypes)
 
     def eager_stages(self, weight: WeightSpec) -> tuple[StackStages, ...]:
         """What the matrices of each run of output blocks go through in PyTorch's own operations."""

@@ -11,19 +11,21 @@ the iteration.
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from torch_ref.leaves.dtypes import Scalar
 from torch_ref.matrices.state import moment_shapes
 from torch_ref.mesh.exchange import Transfer
 from torch_ref.mesh.rectangles import Sharding, mesh_group
 from torch_ref.stages.norms import frobenius_norm
 from torch_ref.stages.stack import StackStages
 from torch_ref.steps.owners import StackOnRanks, WeightOnRanks, plan_on_ranks
-from torch_ref.steps.plan import GroupSpec, Planner
-from torch_ref.steps.weight import MatrixWeight, group_specs, step_matrices
+from torch_ref.steps.plan import GroupSpec, Planner, WeightSpec
+from torch_ref.steps.weight import MatrixWeight, beta2_of, group_specs, step_matrices
 
 
 @dataclass(frozen=True)
@@ -33,24 +35,32 @@ class ShardedWeight:
     shard: MatrixWeight
     sharding: Sharding
 
-    def on_ranks(self, order: Sequence[int]) -> WeightOnRanks:
+    def on_ranks(self, order: tuple[int, ...]) -> WeightOnRanks:
         """Over the ranks of the mesh's group; `order` is each one's place in the mesh."""
-        shard, view = self.shard, self.shard.whole
-        rule = shard.recipe.neuron_norm
-        shapes = [] if rule is None else moment_shapes(view, rule)
-        placed = [(self.sharding, view.stored_shape)]
-        placed += [(self.sharding.of_moment(view, shape), shape) for shape in shapes]
-        regions, *moments = (
-            tuple(each.regions(shape)[place] for place in order) for each, shape in placed
-        )
-        return WeightOnRanks(
-            view=view,
-            regions=regions,
-            stages=GroupSpec.of(shard.group, shard.recipe, ()).eager_stages(shard.spec),
-            moment_shapes=tuple(shapes),
-            moment_regions=tuple(moments),
-            needs_norm=shard.recipe.shape_scale == "rms",
-        )
+        shard = self.shard
+        group = GroupSpec.of(shard.group, shard.recipe, ())
+        return _on_ranks(shard.spec, group, self.sharding, order)
+
+
+@lru_cache(maxsize=4096)
+def _on_ranks(
+    weight: WeightSpec, group: GroupSpec, sharding: Sharding, order: tuple[int, ...]
+) -> WeightOnRanks:
+    view, rule = weight.part.view, group.recipe.neuron_norm
+    shapes = [] if rule is None else moment_shapes(view, rule)
+    placed = [(sharding, view.stored_shape)]
+    placed += [(sharding.of_moment(view, shape), shape) for shape in shapes]
+    regions, *moments = (
+        tuple(each.regions(shape)[place] for place in order) for each, shape in placed
+    )
+    return WeightOnRanks(
+        view=view,
+        regions=regions,
+        stages=group.eager_stages(weight),
+        moment_shapes=tuple(shapes),
+        moment_regions=tuple(moments),
+        needs_norm=group.recipe.shape_scale == "rms",
+    )
 
 
 def step_sharded_matrices(
@@ -91,26 +101,27 @@ def _step_stack(
     prepared = exchange.prepare()
     x = exchange.matrices_to_owners(prepared)
     moments = exchange.moments_to_owners()
-    update, statistics = _own_stages(stack.stages, x, moments, stack.statistics)
+    update, statistics = _own_stages(stack, x, moments, exchange.beta2())
     updates = exchange.matrices_to_holders(update)
     exchange.receive(updates, exchange.statistics_to_holders(statistics))
 
 
 def _own_stages(
-    stages: StackStages, x: torch.Tensor, moments: torch.Tensor, statistics: int
+    stack: StackOnRanks, x: torch.Tensor, moments: torch.Tensor, beta2: Scalar
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The stages on the matrices that this rank owns: (the update, its statistics).
 
     The update is in `_traveling_dtype`, the statistics are (owned, 1, statistics).
     """
+    stages = stack.stages
     if len(x) == 0:
         return x.to(_traveling_dtype(stages)), moments
     neurons = stages.neurons
     shape = (len(x), neurons, 1) if stages.neurons_are_rows else (len(x), 1, neurons)
     kept = moments[..., :neurons].reshape(shape) if neurons else None
-    update, updated = stages.finish(x, kept)
+    update, updated = stages.finish(x, kept, beta2)
     parts = [] if updated is None else [updated.reshape(len(x), 1, neurons)]
-    if statistics > neurons:
+    if stack.statistics > neurons:
         parts.append(frobenius_norm(update.to(stages.dtype)))
     rows = torch.cat(parts, dim=-1) if parts else moments
     return update.to(_traveling_dtype(stages)), rows
@@ -161,6 +172,13 @@ class _Exchange:
             else u.to(self.stages.prepared_dtype)
             for slot, u in zip(self.stack.slots, directions, strict=True)
         ]
+
+    def beta2(self) -> Scalar:
+        """The decay of the second moments of what this rank owns."""
+        slots = self.stack.slots
+        numbers = (range(slot.first, slot.first + slot.count) for slot in slots)
+        counts = [sum(number in self.place for number in own) for own in numbers]
+        return beta2_of([self.shards[slot.weight] for slot in slots], counts, self.stages.dtype)
 
     def matrices_to_owners(self, slots: Sequence[torch.Tensor]) -> torch.Tensor:
         """The matrices that this rank owns, (owned, rows, columns)."""

@@ -15,7 +15,7 @@ import torch
 
 from normuon_core import Recipe
 from normuon_core.neurons import neurons_on_rows
-from torch_ref.leaves.dtypes import rounded, rounded_product, working_dtype
+from torch_ref.leaves.dtypes import Scalar, rounded, rounded_product, working_dtype
 from torch_ref.leaves.groups import Group
 from torch_ref.leaves.part import Part
 from torch_ref.matrices.plan import PlannedStack
@@ -69,6 +69,11 @@ class MatrixWeight:
         self.missing = sum(map(self.view.matrices, self.runs))
 
     @property
+    def beta2(self) -> float:
+        """The decay of the second moments; zero where there are none."""
+        return 0.0 if self.recipe.neuron_norm is None else self.recipe.neuron_norm.beta2
+
+    @property
     def spec(self) -> WeightSpec:
         """What of this weight the plan of the step depends on."""
         return WeightSpec(
@@ -116,6 +121,8 @@ class MatrixWeight:
                 own = [next(blocks) for _ in range(run.blocks)]
                 parts.append(own[0] if len(own) == 1 else torch.stack(own, dim=1).flatten(0, 1))
             return parts
+        if not self.view.is_split:
+            return [to_stack(kept[0], self.view)]
         # All blocks' neurons are on one side, or they would not be in one array.
         assert self.recipe.neuron_norm is not None
         output_is_rows = self.view.output_is_rows
@@ -219,6 +226,25 @@ def group_specs(weights: Iterable[MatrixWeight]) -> tuple[GroupSpec, ...]:
     return tuple(result)
 
 
+def beta2_of(weights: Sequence[MatrixWeight], counts: Sequence[int], dtype: torch.dtype) -> Scalar:
+    """The decay of the second moments in a stack; zero where there are none.
+
+    Args:
+      weights: those whose matrices follow each other in the stack. counts: how many are each one's.
+      dtype: the working dtype.
+
+    Returns:
+      A number where all weights are of one group, else one for each matrix, (matrices, 1, 1).
+    """
+    if len({id(weight.group) for weight in weights}) == 1:
+        return weights[0].beta2
+    each = [
+        torch.full((count, 1, 1), weight.beta2, dtype=dtype, device=weight.param.device)
+        for weight, count in zip(weights, counts, strict=True)
+    ]
+    return torch.cat(each)
+
+
 def step_matrices(
     stacks: Iterable[PlannedStack[StackStages, Run]], weights: Sequence[MatrixWeight]
 ) -> None:
@@ -239,8 +265,9 @@ def _step_stack(stages: StackStages, pieces: Sequence[tuple[MatrixWeight, int, s
         for weight, block, part in pieces
         if (moment := weight.second_moment(block)) is not None
     ]
-    v, updated = stages(u, torch.cat(moments) if moments else None)
     sizes = [part.stop - part.start for _, _, part in pieces]
+    beta2 = beta2_of([weight for weight, _, _ in pieces], sizes, stages.dtype)
+    v, updated = stages(u, torch.cat(moments) if moments else None, beta2)
     new_moments = [None] * len(pieces) if updated is None else updated.split(sizes)
     for (weight, block, _), update, moment in zip(pieces, v.split(sizes), new_moments, strict=True):
         weight.receive(block, update, moment)
