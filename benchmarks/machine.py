@@ -9,7 +9,7 @@ from benchmarks.arithmetic import Rates
 from benchmarks.timing import median_milliseconds
 
 PACKAGES = (
-    *("jax", "jaxlib", "optax", "torch", "triton", "jax-triton"),
+    *("jax", "jaxlib", "optax", "torch", "triton"),
     *("dion", "gram-newton-schulz", "quack-kernels", "nvidia-cutlass-dsl", "heavyball"),
 )
 

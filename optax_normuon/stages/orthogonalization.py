@@ -61,7 +61,7 @@ def polar_factor(
         does not. "auto" is "gram" on GPUs where it takes fewer operations, unless the compute dtype
         is bfloat16, else "standard".
       backend: "triton" for the kernels that PyTorch runs too, "xla" for XLA's own products, or
-        "auto": "triton" on a CUDA device with jax-triton, for the dtypes it takes (no float64),
+        "auto": "triton" on a CUDA device with Triton, for the dtypes it takes (no float64),
         where there is one device or within `jax.shard_map`.
 
     Returns:
