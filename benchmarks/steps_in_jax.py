@@ -55,7 +55,7 @@ def apply(make: MakeTransformation) -> Step:
 
 def apply_once(tx, grads, params, state):
     """One such step, its arguments in the order of the other's."""
-    return getattr(optax_normuon, "apply")(tx, grads, state, params)  # noqa: B009
+    return optax_normuon.apply(tx, grads, state, params)
 
 
 def _compiled(make: MakeTransformation, step) -> Step:

@@ -28,6 +28,11 @@ def check_number(name: str, value: object) -> None:
         raise TypeError(f"{name}={value!r}; use a number: it is fixed when a program is compiled.")
 
 
+def as_plain(value: Any) -> Any:
+    """A NumPy scalar as Python's number, which kernels take by value; all else as it is."""
+    return float(value) if isinstance(value, Real) else value
+
+
 def check_choice(name: str, value: object, literal: Any) -> None:
     """Raises a ValueError, with the nearest known choice, unless `value` is one of a `Literal`'s."""
     known = get_args(literal)

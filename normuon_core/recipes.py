@@ -9,7 +9,13 @@ import difflib
 from dataclasses import dataclass
 from typing import Literal
 
-from normuon_core.hyperparameters import check_choice, check_decay, check_number, check_rate
+from normuon_core.hyperparameters import (
+    as_plain,
+    check_choice,
+    check_decay,
+    check_number,
+    check_rate,
+)
 from normuon_core.neurons import NeuronAxis
 from normuon_core.polynomials import (
     CUBIC,
@@ -62,6 +68,8 @@ class Polar:
         check_number("polar eps", self.eps)
         check_rate("norm_scale", self.norm_scale)
         check_rate("eps", self.eps)
+        object.__setattr__(self, "norm_scale", as_plain(self.norm_scale))
+        object.__setattr__(self, "eps", as_plain(self.eps))
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,7 @@ class NeuronNorm:
         check_choice("eps_rule", self.eps_rule, EpsRule)
         if self.rescale is not None:
             check_choice("rescale", self.rescale, EpsRule)
+        object.__setattr__(self, "eps", as_plain(self.eps))
 
 
 @dataclass(frozen=True)

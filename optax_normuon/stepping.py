@@ -43,5 +43,4 @@ def apply(
     require_params(params)
     leaves, state = update_in_place(tx, grads, state, params, **extra_args)
     new = [made if stepped else optax.apply_updates(leaf, made) for leaf, made, stepped in leaves]
-    tree = jax.tree.structure(params, is_leaf=lambda leaf: leaf is None)
-    return tree.unflatten(new), state
+    return jax.tree.unflatten(jax.tree.structure(params), new), state

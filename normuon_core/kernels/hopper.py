@@ -1,4 +1,4 @@
-"""The product kernel for NVIDIA's Hopper, in Gluon: the bits of `source.product`, at cuBLAS's rate.
+"""The product kernel for NVIDIA's Hopper, in Gluon: the bits of `source.product`, in less time.
 
 A program stays on its multiprocessor and takes tile after tile of 128 rows. Its warps share the work:
 

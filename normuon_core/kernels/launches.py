@@ -75,7 +75,7 @@ class Launch:
 
 
 MOST_LEAVES = 16
-"""Weights that one launch covers: beyond, there is little to save, and kernels take long to compile."""
+"""Weights that one launch covers. A kernel has an argument for each array of each of them."""
 
 Launcher = Callable[[Launch, Sequence[Any]], tuple[Any, ...]]
 """(launch, its inputs) -> its outputs. Inputs are arrays, tuples of arrays, and Python's ints and

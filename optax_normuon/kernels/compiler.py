@@ -22,8 +22,6 @@ _POINTERS = {
 }
 """Triton's name for an array of each dtype that a kernel takes."""
 
-_SCALARS = {float: "fp32", int: "i32"}
-
 _MOST_WORKERS = 8
 
 _PARSES_IN_THREADS = sys.version_info >= (3, 12, 2) or (3, 11, 8) <= sys.version_info < (3, 12)
@@ -64,7 +62,9 @@ def compile_ahead(launch: "Launch", arguments: Sequence[Type], capability: int) 
 
 def type_of(value: Any) -> str:
     """Triton's type of a number or of an array."""
-    return _SCALARS.get(type(value)) or _POINTERS[value.dtype.name]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if isinstance(value, int) else _POINTERS[value.dtype.name]
 
 
 @functools.cache

@@ -1,8 +1,9 @@
 """A Triton kernel as an operation of JAX, through the foreign function that jaxlib has for it.
 
-jax-triton is made for this and is not used, because no release of it does all that is needed: 0.3 wants
-a Triton that PyTorch 2.13 does not take, 0.4 gives a warp-specialised kernel too few warps, and neither
-compiles kernels side by side, keeps them on disk, or lets XLA record their launches.
+jax-triton is made for this and is not used, because no release of it does all that is needed. 0.3.1 is
+made for Triton 3.6, and PyTorch 2.13 wants 3.7; it has no Gluon kernels. 0.4.0 needs Triton 3.7; it
+launches a warp-specialised kernel with the warps that it was asked for and not with those that the
+kernel adds. Neither compiles kernels side by side or keeps them on disk.
 """
 
 import zlib

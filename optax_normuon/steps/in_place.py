@@ -100,7 +100,7 @@ def update_in_place(
       state.
     """
     tx = optax.with_extra_args_support(tx)
-    leaves, tree = _flatten(params)
+    leaves, tree = jax.tree.flatten(params)
     permitted = []
     if has_kernels():
         unread = _unread(tx, grads, state, params, extra_args)
@@ -125,13 +125,16 @@ def _unread(
     extra_args: dict[str, Any],
 ) -> list[bool]:
     """For each parameter whether its update is a stand-in that is handed out, and read by nothing."""
-    leaves, tree = _flatten(params)
+    leaves, tree = jax.tree.flatten(params)
+    handed_out = []
 
     def probe(params, grads, state):
         with _asking(_Probe(frozenset(map(id, jax.tree.leaves(params))))):
             updates, state = tx.update(grads, state, params, **extra_args)
+        made = tree.flatten_up_to(updates)
+        handed_out[:] = [update is not None for update in made]
         # The state comes out as well: a transformation may keep an update in it.
-        return tree.flatten_up_to(updates), state
+        return made, state
 
     traced = jax.make_jaxpr(probe)(params, grads, state).jaxpr
     parameter_of = {
@@ -144,17 +147,12 @@ def _unread(
         for variable in variables:
             if isinstance(variable, jax.extend.core.Var):
                 reads[variable] = reads.get(variable, 0) + 1
-    own_variables, out_variables = iter(traced.invars), iter(traced.outvars)
+    out_variables = iter(traced.outvars)
     result = []
-    for leaf in leaves:
-        own = None if leaf is None else next(own_variables)
-        out = None if leaf is None else next(out_variables)
-        result.append(own is not None and parameter_of.get(out) is own and reads[out] == 1)
+    for own, has_update in zip(traced.invars[: len(leaves)], handed_out, strict=True):
+        out = next(out_variables) if has_update else None
+        result.append(parameter_of.get(out) is own and reads[out] == 1)
     return result
-
-
-def _flatten(params: optax.Params) -> tuple[list[Any], Any]:
-    return jax.tree.flatten(params, is_leaf=lambda leaf: leaf is None)
 
 
 def _repeated(leaves: Sequence[Any]) -> set[int]:

@@ -11,6 +11,17 @@ from normuon_core.recipes import Decay, Momentum, NeuronNorm, Polar
 ADD_OR_MAX = "Known: add, max"
 
 
+def test_numpys_numbers_become_pythons():
+    """Kernels take Python's by value; a NumPy scalar has a dtype, and would pass for an array."""
+    kept = [
+        Polar(eps=np.float32(1e-9)).eps,
+        Polar(norm_scale=np.float64(1.5)).norm_scale,
+        NeuronNorm(eps=np.float32(1e-9)).eps,
+        Polar(coefficients=np.array([[1.0, -0.5, 0.1]])).coefficients[0][0],
+    ]
+    assert [type(value) for value in kept] == [float] * 4
+
+
 @pytest.mark.parametrize(
     ("record", "field", "value", "message"),
     [

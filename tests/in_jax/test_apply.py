@@ -184,6 +184,23 @@ def test_a_remainder_beside_float32_leaves_hands_their_updates_out(finished):
     assert {*added(finished)} == {True, False}
 
 
+def test_a_tree_with_holes_is_stepped_in_place(finished):
+    """A model filtered for its arrays has None elsewhere, and a frozen part may have no gradients."""
+    ours = optax_normuon.normuon(0.1, layout=MatrixLayout(0, 1), **KERNELS)
+    tx = optax_normuon.with_bf16_remainder(ours)
+    w = draw(0, jnp.bfloat16)["w"]
+    params = {"activation": None, "frozen": w, "w": w + 1, "z": {"none": None}}
+    grads = {
+        "activation": None,
+        "frozen": None,
+        "w": draw(1, jnp.bfloat16)["w"],
+        "z": {"none": None},
+    }
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert updates["frozen"] is None
+    assert added(finished) == [True]
+
+
 def test_an_array_that_is_two_parameters_is_added_outside(finished):
     tx = optax_normuon.normuon(0.1, layout=MatrixLayout(0, 1), **KERNELS)
     tied = draw(0)["w"]

@@ -22,7 +22,7 @@ from jax.sharding import AxisType, NamedSharding
 
 from normuon_core import RECIPES, Polar
 from normuon_core.polynomials import POLAR_EXPRESS
-from optax_normuon import describe, muon, normuon, state_specs, with_bf16_remainder
+from optax_normuon import apply, describe, muon, normuon, state_specs, with_bf16_remainder
 from tests.in_jax.containers import CONTAINERS, draw, factors, layouts, specs
 from tests.in_jax.meshes import mesh_of
 
@@ -154,8 +154,18 @@ def through_orbax(container, path):
     return step(tx, draw(container, 2), state, first)
 
 
+def by_apply(container):
+    params = draw(container, 0)
+    tx = optimizer(params)
+    state = tx.init(params)
+    for seed in SEEDS:
+        params, state = apply(tx, draw(container, seed), state, params)
+    return params, state
+
+
 WAYS = {
     "eager": eagerly,
+    "apply": by_apply,
     "jit": jitted,
     "abstract": from_abstract_values,
     "scan": in_a_scan,
@@ -183,6 +193,30 @@ def test_every_container_makes_the_steps_of_a_dict(container, way, tmp_path):
     assert jax.tree.structure(after[0]) == jax.tree.structure(params)
     for leaf in jax.tree.leaves(jax.tree.map(lambda a, b: np.array_equal(a, b), after[0], params)):
         assert not leaf
+
+
+def with_a_remainder(container, way):
+    params = draw(container, 0, jnp.bfloat16)
+    tx = with_bf16_remainder(optimizer(params))
+    state = tx.init(params)
+    # Its updates of bfloat16 parameters are float32.
+    with jax.numpy_dtype_promotion("standard"):
+        for seed in SEEDS:
+            params, state = way(tx, draw(container, seed, jnp.bfloat16), state, params)
+    return params, state
+
+
+@functools.cache
+def expected_with_a_remainder():
+    return jax.tree.leaves(with_a_remainder("dict", step))
+
+
+@pytest.mark.parametrize("way", [step, apply], ids=["update", "apply"])
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_every_container_keeps_a_remainder(container, way):
+    after = with_a_remainder(container, way)
+    chex.assert_trees_all_equal(jax.tree.leaves(after), expected_with_a_remainder())
+    assert jax.tree.structure(after[0]) == jax.tree.structure(draw(container, 0))
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
