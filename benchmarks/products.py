@@ -112,9 +112,15 @@ class Operands:
         return torch.bmm(self.s, self.s)
 
     def prepare(self, who: str) -> Prepared:
+        """Captured in a CUDA graph: a small product takes less time than its launch from Python."""
         run = {OURS: self.ours, CUBLAS: self.cublas}[who]
-        on_gpu = self.device.type == "cuda"
-        return Prepared(run, torch.cuda.synchronize if on_gpu else lambda: None)
+        if self.device.type != "cuda":
+            return Prepared(run, lambda: None)
+        run()
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            run()
+        return Prepared(captured.replay, torch.cuda.synchronize)
 
 
 def races(problems: Sequence[Problem], pace: Pace) -> Iterator[Race]:

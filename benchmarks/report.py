@@ -128,10 +128,12 @@ def draw(path: Path, found: Mapping[str, Card]) -> bool:
         path.unlink(missing_ok=True)
         return False
     heights = [max(map(_height, panels.values())) for panels in drawn.values()]
-    figure = Figure(figsize=(14, 1.2 * len(heights) + 0.2 * sum(heights)), layout="constrained")
+    columns = max(map(len, drawn.values()))
+    size = (9 * columns, 1.2 * len(heights) + 0.2 * sum(heights))
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(
         len(drawn),
-        max(map(len, drawn.values())),
+        columns,
         squeeze=False,
         gridspec_kw={"height_ratios": heights},
     )

@@ -1,4 +1,4 @@
-"""On Hopper the warp-specialised product has the bits of the Triton one, in every form and at any size."""
+"""On Hopper the warp-specialised product has the bits of the Triton one, in every form and size."""
 
 import itertools
 
