@@ -144,9 +144,7 @@ def test_interpreted_bfloat16_products_are_refused(interpreted):
 
 
 VIEW = MatrixLayout(-1, -2).on((6, 11))
-STRIDES = VIEW.strides()
-assert STRIDES is not None
-(GEOMETRY,) = block_geometries(VIEW, STRIDES)
+(GEOMETRY,) = block_geometries(VIEW)
 KEPT = Output((6, 11), "float32")
 LERP = MomentumForm("lerp", True)
 FEED = dict(eps_rule="max", compute_dtype="float16", momentum=KEPT, first=True)

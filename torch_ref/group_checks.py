@@ -12,7 +12,8 @@ from torch_ref.kernels.backend import check_backend
 from torch_ref.kernels.launcher import describe_device
 from torch_ref.leaves.dtensor import is_dtensor
 from torch_ref.leaves.group_keys import ADAMW, MATRIX, Group, read_adamw, settle_adamw
-from torch_ref.leaves.groups import group_recipe, kernel_iteration, parameter_name, parameter_view
+from torch_ref.leaves.groups import group_recipe, parameter_name, parameter_view
+from torch_ref.steps.plan import GroupSpec
 
 
 def settle_group(group: Group, index: int, given: Collection[str]) -> None:
@@ -125,7 +126,8 @@ def _check_kernels(param: torch.Tensor, group: Group, name: str) -> None:
     """Raises a ValueError that names the parameter if the kernels cannot multiply its matrices here."""
     from normuon_core.fused_step import check_products
 
-    view, iteration = parameter_view(group, param, name), kernel_iteration(group)
+    view = parameter_view(group, param, name)
+    iteration = GroupSpec.of(group, group_recipe(group), ()).iteration
     for run in view.runs:
         _, rows, columns = view.block_stack_shape(run.size)
         _, dtype = iteration.form(rows, columns)

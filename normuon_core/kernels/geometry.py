@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from normuon_core.kernels import source
@@ -48,26 +49,26 @@ class Geometry:
     splits: int = 1
     split_stride: int = 0
 
-    @property
+    @cached_property
     def pitch(self) -> int:
         return padded(self.long)
 
-    @property
+    @cached_property
     def neurons(self) -> int:
         """How many neurons have a second moment, of those that are here."""
         return self.short if self.neurons_on_short else self.long
 
-    @property
+    @cached_property
     def inputs(self) -> int:
         """Over how many entries a neuron's mean runs, in the whole matrix."""
         return self.whole[1] if self.neurons_on_short else self.whole[0]
 
-    @property
+    @cached_property
     def whole_neurons(self) -> int:
         """How many neurons of the whole matrix have a second moment."""
         return self.whole[0] if self.neurons_on_short else self.whole[1]
 
-    @property
+    @cached_property
     def as_whole(self) -> "Geometry":
         """Of a stack of whole matrices, short side first."""
         short, long = self.whole
@@ -81,11 +82,11 @@ class Geometry:
             _ALL,
         )
 
-    @property
+    @cached_property
     def tiles(self) -> int:
         return math.prod(math.ceil(side / source.TILE) for side in (self.short, self.long))
 
-    @property
+    @cached_property
     def constants(self) -> dict[str, int]:
         """What the kernels that reach into the weight are told of it."""
         batch, short, long = self.strides
@@ -104,7 +105,6 @@ class Geometry:
 
 def block_geometries(
     view: MatrixView,
-    strides: tuple[int, int, int],
     *,
     whole: MatrixView | None = None,
     axis: NeuronAxis = "output",
@@ -113,10 +113,13 @@ def block_geometries(
     """One geometry for each run of output blocks of a weight.
 
     Args:
-      view: of the array that is here. whole: of the weight that it is a part of, or None for itself.
-      strides: of batch, rows and columns, in elements. axis: whose neurons have a second moment.
-        rates: how many equal runs of the batch have a row of rates of their own.
+      view: of the array that is here, which lies row by row; strides must reach its matrices.
+      whole: of the weight that it is a part of, or None for itself.
+      axis: whose neurons have a second moment.
+      rates: how many equal runs of the batch have a row of rates of their own.
     """
+    strides = view.strides()
+    assert strides is not None
     batch_stride, row_stride, column_stride = strides
     whole = whole or view
     result, start = [], 0

@@ -9,7 +9,7 @@ from normuon_core.fused_step import iterate_stack as iterate_with
 from normuon_core.kernels.geometry import block_geometries
 from normuon_core.kernels.launches import Output
 from normuon_core.kernels.source import RATES
-from normuon_core.layout import MatrixLayout, MatrixView
+from normuon_core.layout import MatrixLayout
 from normuon_core.polynomials import Coefficients
 from normuon_core.recipes import Polar
 from optax_normuon.kernels import launcher
@@ -23,7 +23,7 @@ def polar_factors(stack: jax.Array, polar: Polar, *, form: Form, dtype: str) -> 
         view = MatrixLayout(reduction_axis=-1, output_axis=-2).on(stack.shape)
         rates = jnp.zeros((1, RATES), jnp.float32)
         leaf = Leaf(stack, None, rates, rates, output_of(rates), output_of(rates))
-        (geometry,) = block_geometries(view, row_major_strides(view))
+        (geometry,) = block_geometries(view)
         count = len(stack)
         v, _ = polar_factors_of_pieces(
             launcher.launch,
@@ -52,7 +52,7 @@ def iterate_stack(x, coefficients: Coefficients, form, dtype: str):
     tall = rows > columns
     wide = x.mT if tall else x
     view = MatrixLayout(reduction_axis=-1, output_axis=-2).on(wide.shape)
-    (geometry,) = block_geometries(view, row_major_strides(view))
+    (geometry,) = block_geometries(view)
     v = iterate_with(
         launcher.launch,
         launcher.describe_device(),
@@ -64,13 +64,6 @@ def iterate_stack(x, coefficients: Coefficients, form, dtype: str):
         dtype=dtype,
     )[..., : geometry.long]
     return v.mT if tall else v
-
-
-def row_major_strides(view: MatrixView) -> tuple[int, int, int]:
-    """Of batch, rows and columns, in elements, where the view's array lies row by row."""
-    strides = view.strides()
-    assert strides is not None
-    return strides
 
 
 def output_of(array) -> Output:

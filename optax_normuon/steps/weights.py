@@ -10,7 +10,7 @@ from normuon_core.fused_step import Block, Leaf
 from normuon_core.kernels.geometry import block_geometries
 from normuon_core.layout import MatrixView
 from normuon_core.recipes import Recipe
-from optax_normuon.kernels.polar import output_of, row_major_strides
+from optax_normuon.kernels.polar import output_of
 from optax_normuon.leaves.arrays import Statistics
 from optax_normuon.matrices.views import as_leaf, as_stack, join_statistic, split_statistic
 from optax_normuon.mesh.leaf_on_mesh import LeafOnMesh, state_axes
@@ -107,7 +107,6 @@ class LaidOut:
         rule = recipe.neuron_norm
         geometries = block_geometries(
             laid_out,
-            row_major_strides(laid_out),
             whole=on_mesh.view,
             axis="output" if rule is None else rule.axis,
             rates=len(rates),

@@ -30,7 +30,7 @@ def products(short: int, long: int, form, dtype: str):
         return (array,) * len(own.outputs)
 
     view = MatrixLayout(reduction_axis=-1, output_axis=-2).on((2, short, long))
-    (geometry,) = block_geometries(view, (short * long, long, 1))
+    (geometry,) = block_geometries(view)
     iterate_stack(
         launch,
         Device(f"sm{HOPPER}", 132),

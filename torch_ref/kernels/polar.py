@@ -2,7 +2,7 @@
 
 import torch
 
-from normuon_core import MatrixLayout, MatrixView, Polar
+from normuon_core import MatrixLayout, Polar
 from normuon_core.cost import Form
 from normuon_core.fused_step import Block, Leaf, Piece, polar_factors_of_pieces
 from normuon_core.kernels.geometry import block_geometries
@@ -18,7 +18,7 @@ def polar_factors(stack: torch.Tensor, polar: Polar, *, form: Form, dtype: str) 
     view = MatrixLayout(reduction_axis=-1, output_axis=-2).on(tuple(stack.shape))
     rates = torch.zeros(1, RATES, device=stack.device)
     leaf = Leaf(stack, None, rates, rates, output_of(rates), output_of(rates))
-    (geometry,) = block_geometries(view, row_major_strides(view))
+    (geometry,) = block_geometries(view)
     with on_device(stack.device):
         v, _ = polar_factors_of_pieces(
             launch,
@@ -31,13 +31,6 @@ def polar_factors(stack: torch.Tensor, polar: Polar, *, form: Form, dtype: str) 
         )
     v = v[..., : geometry.long]
     return v.mT if stack.shape[-2] > stack.shape[-1] else v
-
-
-def row_major_strides(view: MatrixView) -> tuple[int, int, int]:
-    """Of batch, rows and columns, in elements, where the view's array lies row by row."""
-    strides = view.strides()
-    assert strides is not None
-    return strides
 
 
 def output_of(array: torch.Tensor) -> Output:

@@ -5,8 +5,6 @@ from functools import lru_cache
 import torch
 
 from normuon_core import MatrixLayout, MatrixView, Recipe, find_recipe
-from normuon_core.cost import Iteration
-from torch_ref.leaves.dtypes import dtype_name
 from torch_ref.leaves.group_keys import Group
 from torch_ref.leaves.part import Part, whole_region
 
@@ -71,12 +69,3 @@ def _view(layout: MatrixLayout, shape: tuple[int, ...], name: str) -> MatrixView
 def whole_part(view: MatrixView) -> Part:
     """All of a weight."""
     return Part(view, whole_region(view.stored_shape))
-
-
-def kernel_iteration(group: Group) -> Iteration:
-    """The iteration that a group asks for, if the kernels run it."""
-    return Iteration(
-        len(group_recipe(group).polar.coefficients),
-        group["algorithm"],
-        dtype_name(group["compute_dtype"]),
-    )

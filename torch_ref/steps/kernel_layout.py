@@ -8,7 +8,6 @@ from normuon_core import MatrixView, Recipe
 from normuon_core.cost import Iteration
 from normuon_core.kernels.geometry import Geometry, block_geometries
 from torch_ref.kernels.engine import KernelStages
-from torch_ref.kernels.polar import row_major_strides
 
 
 class KernelLayout(NamedTuple):
@@ -38,5 +37,5 @@ def kernel_layout(view: MatrixView, recipe: Recipe) -> KernelLayout:
     in_place = view.strides() is not None
     view = view if in_place else view.stacked
     axis = "output" if recipe.neuron_norm is None else recipe.neuron_norm.axis
-    geometries = block_geometries(view, row_major_strides(view), axis=axis)
+    geometries = block_geometries(view, axis=axis)
     return KernelLayout(in_place, tuple(geometries))
