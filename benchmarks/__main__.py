@@ -16,6 +16,8 @@ from benchmarks import (
     cards,
     clocks,
     compilation,
+    forms,
+    kernel_times,
     machine,
     orthogonalization,
     products,
@@ -32,7 +34,9 @@ class Part(Enum):
 
     STEPS = "steps"
     SHAPES = "shapes"
+    FORMS = "forms"
     PRODUCTS = "products"
+    KERNELS = "kernels"
     COMPILATION = "compilation"
 
 
@@ -68,6 +72,7 @@ def main(
     if quick:
         pace = pace._replace(rounds=2, turn=0.0)
     shapes = workloads.QUICK_SHAPES if quick else workloads.SHAPES
+    near_square = workloads.QUICK_SHAPES if quick else workloads.NEAR_SQUARE
     models = workloads.QUICK_MODELS if quick else workloads.MODELS
     problems = products.QUICK_PROBLEMS if quick else products.PROBLEMS
     layers = 1 if quick else workloads.LAYERS
@@ -78,7 +83,9 @@ def main(
             orthogonalization.OURS,
             orthogonalization.races(shapes, rates, pace),
         ),
+        Part.FORMS: ("Forms of the iteration", "standard", forms.races(near_square, pace)),
         Part.PRODUCTS: ("Products", "cuBLAS", products.races(problems, pace)),
+        Part.KERNELS: ("Kernels of a step", kernel_times.WHOLE, kernel_times.races(models, rates)),
         Part.COMPILATION: (
             "Compilation",
             "optax.adamw",

@@ -11,8 +11,9 @@ Form = Literal["standard", "gram"]
 
 GRAM_RATE = 0.94
 """The kernels' operations a second in the Gram form over those in the standard one, near ratio 1: more
-of its products are the small symmetric ones. On an H200 at 2048 these run at 521 and the others at 628
-TFLOP/s (`python -m benchmarks.tune`), which for 16 square matrices adds up to 5.1 against 4.8 ms."""
+of its products are the small symmetric ones. On an H100 it is 0.86 at a short side of 768, 0.91 at 2048
+and 0.94 at 4096, and of eleven shapes "auto" takes the slower form of one, 768 x 960, by 7 %
+(`python -m benchmarks --only forms`)."""
 
 
 def operations(short: float, long: float, steps: int, *, form: Form, symmetric: bool) -> float:

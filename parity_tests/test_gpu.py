@@ -15,6 +15,7 @@ from optax_normuon import normuon, polar_factor
 from parity_tests.compare import frobenius_distance
 from torch_ref import NorMuon
 from torch_ref.kernels import launcher
+from torch_ref.steps import fused
 
 pytestmark = pytest.mark.gpu
 
@@ -109,6 +110,31 @@ def test_a_multiplier_changes_where_a_graph_has_captured_it():
     plain.step()
     for ours, theirs in zip(captured, stepped, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_first_step_launches_kernels_that_are_compiled(monkeypatch):
+    from triton.runtime.jit import JITFunction
+
+    late, launch = [], fused.launch
+
+    def counting(*arguments):
+        with pytest.MonkeyPatch.context() as patched:
+            compile_now = JITFunction._do_compile
+
+            def compiled(kernel, *own):
+                late.append(kernel)
+                return compile_now(kernel, *own)
+
+            patched.setattr(JITFunction, "_do_compile", compiled)
+            return launch(*arguments)
+
+    monkeypatch.setattr(fused, "launch", counting)
+    # Sizes of no other test, so that this process has none of the kernels.
+    params = [torch.nn.Parameter(torch.randn(72, 312, device="cuda")) for _ in range(3)]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    NorMuon(params, 0.02, layout=OUT_IN, backend="triton").step()
+    assert not late
 
 
 def test_rates_on_the_gpu_change_between_replays():

@@ -69,6 +69,19 @@ class Launch:
     descriptors: int = 0
 
     @property
+    def compile_options(self) -> dict[str, Any]:
+        """Keywords of Triton's call: the constants, and how the kernel is compiled.
+
+        No contraction of a * b + c into one rounding: two compilers need not agree on where.
+        """
+        return {
+            **self.constants,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": False,
+        }
+
+    @property
     def scratch_bytes(self) -> int:
         """Global memory that its programs keep their descriptors in."""
         return self.grid * self.descriptors * _DESCRIPTOR_BYTES

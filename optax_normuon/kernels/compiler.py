@@ -4,12 +4,12 @@ Triton keeps what it has compiled on disk, so that the next process finds it the
 """
 
 import functools
-import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from normuon_core.kernels.compile_threads import compile_threads
 
 if TYPE_CHECKING:
     from normuon_core.kernels.launches import Launch
@@ -21,11 +21,6 @@ _POINTERS = {
     "uint8": "*u8",
 }
 """Triton's name for an array of each dtype that a kernel takes."""
-
-_MOST_WORKERS = 8
-
-_PARSES_IN_THREADS = sys.version_info >= (3, 12, 2) or (3, 11, 8) <= sys.version_info < (3, 12)
-"""Before, threads that parse Python at one time make each other fail (python/cpython#106905)."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +71,7 @@ def _compile_ahead(
     num_stages: int,
     capability: int,
 ) -> Future[Compiled]:
-    return _workers().submit(
+    return compile_threads().submit(
         _compile, kernel, arguments, dict(constants), num_warps, num_stages, capability
     )
 
@@ -88,13 +83,6 @@ def _pointers(types: Iterable[Type]) -> Iterator[tuple[int, ...]]:
             yield from ((place, inner) for inner in range(len(each)))
         elif each.startswith("*"):
             yield (place,)
-
-
-@functools.cache
-def _workers() -> ThreadPoolExecutor:
-    """Triton compiles outside of Python for the most part, so that threads run side by side."""
-    most = _MOST_WORKERS if _PARSES_IN_THREADS else 1
-    return ThreadPoolExecutor(min(most, os.cpu_count() or 1), "compile kernels")
 
 
 def _compile(

@@ -8,13 +8,14 @@ import typer
 from typer.testing import CliRunner
 
 import torch_ref.kernels.backend
-from benchmarks import cards, orthogonalization, report, steps, tune, workloads
+from benchmarks import cards, kernel_times, orthogonalization, report, steps, tune, workloads
 from benchmarks.__main__ import main
 from benchmarks.arithmetic import (
     Rates,
     orthogonalization_operations,
     step_seconds,
 )
+from benchmarks.kernel_times import Ran
 from benchmarks.race import Pace, Prepared, Race
 from benchmarks.rows import Row
 from normuon_core.kernels.tiles import (
@@ -116,6 +117,36 @@ def test_rows_carry_the_work_of_all_their_matrices(monkeypatch):
     assert step.rows[0].operations == stack.rows[0].operations == 2 * 38_000
     assert stack.rows[0].reference == pytest.approx(0.076)
     assert step.rows[0].reference == pytest.approx(0.076 + 24.0)
+
+
+def test_a_steps_time_is_its_kernels_and_the_gaps_between_them():
+    first = [Ran("feed", 1000, 3000), Ran("product", 3500, 7500), Ran("product", 8000, 9000)]
+    second = [Ran("product", 4000, 9000), Ran("feed", 0, 3000)]
+    assert kernel_times.milliseconds([first, second]) == {
+        kernel_times.WHOLE: [8.0, 9.0],
+        "feed": [2.0, 3.0],
+        "product": [5.0, 5.0],
+        kernel_times.GAPS: [1.0, 1.0],
+    }
+
+
+def test_a_kernel_is_compared_with_its_work_at_the_machines_rates(monkeypatch):
+    """2 of 10x40: 38 n^3 each; 8 bytes an entry of `squares`. At 1e9 FLOP/s and 1e6 bytes/s."""
+    names = ["squares", "product", kernel_times.PYTORCHS]
+    replay = [Ran(name, 1000.0 * i, 1000.0 * (i + 1)) for i, name in enumerate(names)]
+    monkeypatch.setattr(kernel_times, "_profiled", lambda shapes: [replay])
+    shapes = {"a model": [(2, 10, 40)]}
+    (found,) = kernel_times.races(shapes, Rates(products=1e9, copies=1e6))
+    rows = {row.who: row for row in found.rows}
+    assert list(rows) == [kernel_times.WHOLE, *names, kernel_times.GAPS]
+    assert rows["product"].share == pytest.approx(0.076)
+    assert rows["squares"].share == pytest.approx(6.4)
+    assert rows["product"].operations == 2 * 38_000
+    assert rows["squares"].more == {"launches": 1}
+    assert rows[kernel_times.PYTORCHS].share is None
+    assert rows[kernel_times.WHOLE].share is None
+    (alone,) = kernel_times.races(shapes, None)
+    assert {row.share for row in alone.rows} == {None}
 
 
 def test_a_picture_is_drawn_of_rows_with_a_reference(tmp_path):

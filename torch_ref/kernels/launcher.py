@@ -38,10 +38,7 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager:
 def launch(launch: Launch, inputs: Sequence[Any]) -> tuple[Any, ...]:
     """Runs a kernel on the current device's stream. Aliased outputs are the inputs they overwrite."""
     device, signature, aligned = _signature(inputs)
-    outputs = tuple(
-        inputs[launch.aliases[index]] if index in launch.aliases else _made(output, device)
-        for index, output in enumerate(launch.outputs)
-    )
+    outputs = outputs_of(launch, inputs, device)
     compiled = _COMPILED.setdefault(launch, {})
     with _scratch_on(device) if launch.descriptors else contextlib.nullcontext():
         if aligned and (kernel := compiled.get(signature)) is not None:
@@ -51,15 +48,20 @@ def launch(launch: Launch, inputs: Sequence[Any]) -> tuple[Any, ...]:
             *inputs,
             *launch.sizes,
             *outputs,
-            **launch.constants,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-            enable_fp_fusion=False,
+            **launch.compile_options,
         )
     # The interpreter makes no kernel to keep.
     if aligned and kernel is not None:
         compiled[signature] = kernel
     return outputs
+
+
+def outputs_of(launch: Launch, inputs: Sequence[Any], device: torch.device) -> tuple[Any, ...]:
+    """What a launch writes: the inputs that it overwrites, and new tensors on the device."""
+    return tuple(
+        inputs[launch.aliases[index]] if index in launch.aliases else _made(output, device)
+        for index, output in enumerate(launch.outputs)
+    )
 
 
 _COMPILED: weakref.WeakKeyDictionary[Launch, dict[tuple, Any]] = weakref.WeakKeyDictionary()

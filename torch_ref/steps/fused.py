@@ -4,12 +4,15 @@ All arithmetic of a step is in the kernels that JAX runs as well, in the same or
 laid out for them, and what comes back is added. Nothing waits for the GPU.
 """
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from normuon_core.fused_step import Piece, step_stack
+from normuon_core.kernels.launches import Launcher
 from torch_ref.kernels.launcher import describe_device, launch, on_device
+from torch_ref.kernels.rehearsal import is_worthwhile, rehearsal
 from torch_ref.steps.laid_out import LaidOut, rates_of
 from torch_ref.steps.plan import StepPlan
 from torch_ref.steps.weight import MatrixWeight
@@ -21,6 +24,23 @@ def step_matrices_with_kernels(plan: StepPlan, weights: Sequence[MatrixWeight]) 
     Args:
       weights: by their numbers in the plan.
     """
+    if plan not in _COMPILED and all(is_worthwhile(stages.device) for stages, _ in plan.triton):
+        with rehearsal() as compile_only:
+            for _ in _launch_all(plan, weights, compile_only):
+                pass
+    _COMPILED.add(plan)
+    for weight, matrices in _launch_all(plan, weights, launch):
+        weight.receive(matrices)
+
+
+_COMPILED: weakref.WeakSet[StepPlan] = weakref.WeakSet()
+"""Plans whose kernels have been compiled, or will be as they are launched."""
+
+
+def _launch_all(
+    plan: StepPlan, weights: Sequence[MatrixWeight], launch: Launcher
+) -> Iterator[tuple[LaidOut, int]]:
+    """Hands out every launch of a step; yields each weight with the matrices that are done of it."""
     rates: dict[tuple[int, torch.device], torch.Tensor] = {}
     laid_out: dict[int, LaidOut] = {}
     for number, layout in plan.layouts.items():
@@ -45,4 +65,4 @@ def step_matrices_with_kernels(plan: StepPlan, weights: Sequence[MatrixWeight]) 
                 dtype=dtype,
             )
             for (number, _), start, stop in pieces:
-                laid_out[number].receive(stop - start)
+                yield laid_out[number], stop - start

@@ -6,6 +6,7 @@ optimizer keeps its plans by their specs (`torch_ref.optimizer`). `torch_ref.des
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -116,8 +117,9 @@ class GroupSpec(NamedTuple):
         )
 
 
-class StepPlan(NamedTuple):
-    """The stacks of a step, by the engine that steps them.
+@dataclass(frozen=True, eq=False)
+class StepPlan:
+    """The stacks of a step, by the engine that steps them; equal to itself alone.
 
     Attributes:
       eager: those of PyTorch's own operations.
