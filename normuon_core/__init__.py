@@ -2,7 +2,17 @@
 
 from normuon_core.layout import MatrixLayout, MatrixView
 from normuon_core.polynomials import POLYNOMIALS, Coefficients, optimal_quintic, polar_express
-from normuon_core.recipes import RECIPES, Decay, Momentum, NeuronNorm, Polar, Recipe, find_recipe
+from normuon_core.recipes import (
+    RECIPES,
+    Decay,
+    Momentum,
+    NeuronNorm,
+    NormSetting,
+    Polar,
+    Recipe,
+    RowEquilibration,
+    find_recipe,
+)
 from normuon_core.shape_rules import ShapeRule, shape_factor
 
 __all__ = [
@@ -14,8 +24,10 @@ __all__ = [
     "MatrixView",
     "Momentum",
     "NeuronNorm",
+    "NormSetting",
     "Polar",
     "Recipe",
+    "RowEquilibration",
     "ShapeRule",
     "find_recipe",
     "optimal_quintic",

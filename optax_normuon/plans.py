@@ -21,11 +21,13 @@ from optax_normuon.matrices.stages_on_xla import StagesOnXla
 from optax_normuon.mesh.leaf_on_mesh import leaf_on_mesh
 from optax_normuon.mesh.specs import Specs
 from optax_normuon.stages.neuron_norm import neuron_norm_stage
+from optax_normuon.stages.norm_setting import norm_setting_stage
 from optax_normuon.stages.orthogonalization import (
     Orthogonalizer,
     orthogonalization_stage,
     stage_of_orthogonalizer,
 )
+from optax_normuon.stages.row_equilibration import equilibrated
 
 if TYPE_CHECKING:
     from optax_normuon.kernels.engine import Kernels
@@ -67,19 +69,25 @@ class Execution:
         return kernels_support(self.recipe)
 
     def stages(self) -> MatrixStage:
-        """Stages 2 and 3, for XLA."""
+        """Stages 2 and 3, and what the recipe has before and between them, for XLA."""
+        recipe = self.recipe
         if self.orthogonalizer is not None:
             first = stage_of_orthogonalizer(self.orthogonalizer)
         else:
             first = orthogonalization_stage(
-                **vars(self.recipe.polar),
+                **vars(recipe.polar),
                 compute_dtype=self.compute_dtype,
                 algorithm=self.algorithm,
                 backend=self.backend,
             )
-        if self.recipe.neuron_norm is None:
-            return chain_stages(first)
-        return chain_stages(first, neuron_norm_stage(**vars(self.recipe.neuron_norm)))
+        if recipe.row_equilibration is not None:
+            first = equilibrated(first, **vars(recipe.row_equilibration))
+        others: list[MatrixStage] = []
+        if recipe.norm_setting is not None:
+            others.append(norm_setting_stage(**vars(recipe.norm_setting)))
+        if recipe.neuron_norm is not None:
+            others.append(neuron_norm_stage(**vars(recipe.neuron_norm)))
+        return chain_stages(first, *others)
 
     def takes_kernels(self, dtypes: Iterable[DTypeLike], *, specs_known: bool) -> bool:
         """Whether the kernels step the matrices.

@@ -260,7 +260,7 @@ def test_a_variant_recorded_with_optax_is_reproduced(tmp_path, hyper):
         ("dion_normuon", {"flatten": True}, "flatten=True: dion's NorMuon takes its second moment"),
         ("muon_keller", {"beta2": 0.9}, "beta2=0.9: the recipe has no neuron normalization"),
         ("torch_muon", {"adjust_lr_fn": "rms"}, "adjust_lr_fn='rms': the shape rules are"),
-        ("nanochat", {"lr": 0.02}, "a trace of 'nanochat', which is no recipe here"),
+        ("soap", {"lr": 0.02}, "a trace of 'soap', which is no recipe here"),
     ],
 )
 def test_a_hyperparameter_without_a_translation_is_refused_by_name(

@@ -11,7 +11,9 @@ from normuon_core import RECIPES
 from normuon_core.placement import Placement
 from optax_normuon import MatrixLayout, MatrixStage, chain_stages, on_matrices
 from optax_normuon.stages.neuron_norm import neuron_norm_stage
+from optax_normuon.stages.norm_setting import norm_setting_stage
 from optax_normuon.stages.orthogonalization import orthogonalization_stage
+from optax_normuon.stages.row_equilibration import equilibrated
 from tests.in_jax.meshes import collectives, mesh_of
 
 # A single matrix, so wide that the polar factor alone is best made of its parts as they lie.
@@ -57,6 +59,8 @@ def run(stage, mesh=None):
         ([POLAR], True),
         ([POLAR, NEURONS], True),
         ([POLAR, AWARE], True),
+        ([equilibrated(POLAR, 1e-6), norm_setting_stage(1e-6)], True),
+        ([equilibrated(IGNORANT, 1e-6)], False),
         ([AWARE], False),
         ([IGNORANT], False),
         ([POLAR, IGNORANT], False),

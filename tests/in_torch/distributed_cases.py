@@ -62,10 +62,12 @@ GROUPS: list[tuple[list[tuple[int, ...]], dict[str, Any]]] = [
     ([(6, 5)], {"orthogonalizer": torch.sign}),
     ([(5,), (9, 4)], {"optimizer": "adamw", "adam_weight_decay": 0.1, "lr": 0.01}),
     ([(12, 7), (12, 7)], {"beta2": 0.5}),
+    ([(12, 7), (7, 12)], {"recipe": "nanochat", "layout": MatrixLayout(-1, -2)}),
+    ([(2, 6, 8)], {"recipe": "nanochat", "layout": MatrixLayout(-2, -1, (5, 3))}),
 ]
 """Shapes and settings: counts and sides that no number of ranks divides, every kind of layout, cautious
 and plain decay, scales that need the update's norm, multipliers over the batch, and a second beta2 for
-matrices that share a stack with the first group's."""
+matrices that share a stack with the first group's; rows that are equilibrated."""
 
 NO_GRADIENT, ZERO_GRADIENT = 1, 2
 """Numbers of the weights that never have a gradient, and that have one of zeros."""

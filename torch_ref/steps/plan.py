@@ -111,6 +111,8 @@ class GroupSpec(NamedTuple):
                 algorithm=self.algorithm,
                 orthogonalizer=self.orthogonalizer,
                 max_bytes=self.max_bytes,
+                row_equilibration=self.recipe.row_equilibration,
+                norm_setting=self.recipe.norm_setting,
             )
             for run in view.runs
         )
