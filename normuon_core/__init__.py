@@ -1,7 +1,13 @@
 """What `optax_normuon` and `torch_ref` share; imports neither framework."""
 
 from normuon_core.layout import MatrixLayout, MatrixView
-from normuon_core.polynomials import POLYNOMIALS, Coefficients, optimal_quintic, polar_express
+from normuon_core.polynomials import (
+    POLYNOMIALS,
+    Coefficients,
+    optimal_quintic,
+    polar_express,
+    relaxed_cubic,
+)
 from normuon_core.recipes import (
     RECIPES,
     Decay,
@@ -32,5 +38,6 @@ __all__ = [
     "find_recipe",
     "optimal_quintic",
     "polar_express",
+    "relaxed_cubic",
     "shape_factor",
 ]

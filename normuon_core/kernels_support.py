@@ -31,6 +31,7 @@ _KNOWN: dict[type, dict[str, tuple[Any, ...] | None]] = {
         "norm_scale": _ANY,
         "eps": _ANY,
         "eps_rule": ("add", "max"),
+        "preconditioning": ("frobenius",),
     },
     NeuronNorm: {
         "beta2": _ANY,

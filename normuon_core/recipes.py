@@ -29,6 +29,7 @@ from normuon_core.shape_rules import ShapeRule, check_shape_rule
 
 MomentumRule = Literal["lerp", "heavy_ball", "bias_corrected"]
 EpsRule = Literal["add", "max"]
+Preconditioning = Literal["frobenius", "aol"]
 RatePower = Literal[1, 2]
 
 
@@ -66,17 +67,23 @@ class Polar:
 
     As a floor below any gradient that trains, the default eps only brings what is smaller to zero;
     float32 squares that underflow are below it.
+
+    `preconditioning="aol"` goes on from there: with A the Gram matrix of X's shorter side and s_i =
+    1 / sqrt(sum_j |A_ij|), X <- diag(s) X before the first step, so that no singular value is above 1
+    whatever the norm was. A row of zeros stays one. Source: Turbo-Muon, arXiv 2512.04632.
     """
 
     coefficients: Coefficients = POLAR_EXPRESS
     norm_scale: float = 1.02
     eps: float = 1e-17
     eps_rule: EpsRule = "max"
+    preconditioning: Preconditioning = "frobenius"
 
     def __post_init__(self):
         # A table read from a file may be a list, which no cache can be keyed by.
         object.__setattr__(self, "coefficients", find_coefficients(self.coefficients))
         check_choice("eps_rule", self.eps_rule, EpsRule)
+        check_choice("preconditioning", self.preconditioning, Preconditioning)
         check_number("norm_scale", self.norm_scale)
         check_number("polar eps", self.eps)
         check_rate("norm_scale", self.norm_scale)

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from normuon_core.cost import Algorithm, Iteration
 from normuon_core.kernels_support import KernelsSupport, kernels_support
+from normuon_core.polynomials import cubic_steps
 from normuon_core.recipes import Recipe
 from optax_normuon.kernels.backend import Backend, takes_kernels
 from optax_normuon.leaves.layout import Views
@@ -106,7 +107,10 @@ class Execution:
         from optax_normuon.kernels.engine import Kernels
 
         name = None if self.compute_dtype is None else jnp.dtype(self.compute_dtype).name
-        iteration = Iteration(len(self.recipe.polar.coefficients), self.algorithm, name)
+        coefficients = self.recipe.polar.coefficients
+        iteration = Iteration(
+            len(coefficients), self.algorithm, name, cubics=cubic_steps(coefficients)
+        )
         return Kernels(self.recipe, iteration, stack_ceiling(self.max_stack_bytes))
 
 

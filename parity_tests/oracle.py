@@ -48,6 +48,9 @@ def polar_factor(u: np.ndarray, polar: Polar) -> np.ndarray:
     norm = polar.norm_scale * np.linalg.norm(u)
     x = u / (max(norm, polar.eps) if polar.eps_rule == "max" else norm + polar.eps)
     wide = x if x.shape[0] <= x.shape[1] else x.T
+    if polar.preconditioning == "aol":
+        sums = np.abs(wide @ wide.T).sum(axis=1, keepdims=True)
+        wide = wide / np.sqrt(np.where(sums > 0, sums, 1))
     for a, b, c in polar.coefficients:
         gram = wide @ wide.T
         wide = a * wide + (b * gram + c * gram @ gram) @ wide

@@ -57,6 +57,7 @@ VARIANTS = {
     "polar.norm_scale": 1.1,
     "polar.eps": 1e-2,
     "polar.eps_rule": "max",
+    "polar.preconditioning": "aol",
     "row_equilibration.eps": 2.0,
     "norm_setting.eps": 3.0,
     "neuron_norm.beta2": 0.9,

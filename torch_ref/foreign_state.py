@@ -93,6 +93,7 @@ def _check_recipe(own: Recipe, of_file: Recipe, place: str, name: str) -> None:
             r.momentum.rule,
             r.polar.eps_rule,
             r.polar.norm_scale,
+            r.polar.preconditioning,
             r.row_equilibration,
             r.norm_setting,
             r.neuron_norm,

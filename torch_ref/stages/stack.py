@@ -11,6 +11,7 @@ import torch
 from normuon_core import NeuronNorm, NormSetting, Polar, RowEquilibration
 from normuon_core.cost import Algorithm, Form, Iteration
 from normuon_core.neurons import neurons_on_rows
+from normuon_core.polynomials import cubic_steps
 from torch_ref.leaves.dtypes import Scalar, dtype_name
 from torch_ref.matrices.views import bytes_per_matrix
 from torch_ref.stages.neuron_norm import normalize_neurons
@@ -79,6 +80,7 @@ class StackStages:
             dtype_name(self.compute_dtype),
             on_gpu=self.device.type == "cuda",
             symmetric=False,
+            cubics=cubic_steps(self.polar.coefficients),
         )
 
     @property
@@ -176,7 +178,7 @@ class StackStages:
 
     def _orthogonalize(self, x: torch.Tensor) -> torch.Tensor:
         if self.orthogonalizer is None:
-            return polynomial(x, self.polar.coefficients, form=self.form[0])
+            return polynomial(x, self.polar, form=self.form[0])
         v = self.orthogonalizer(x)
         if v.shape != x.shape:
             raise ValueError(
