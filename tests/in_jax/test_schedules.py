@@ -15,7 +15,6 @@ from optax_normuon import (
     lerp_momentum,
 )
 from tests.in_jax.contract import LEAVES, draw, leaves_that_differ, one_step
-from tests.in_jax.engines import skip_what_kernels_lack
 from tests.in_jax.schedules import MATRIX, STACK, VECTOR, run
 from tests.in_jax.trees import at
 
@@ -67,7 +66,6 @@ def test_a_traced_value_makes_the_steps_of_a_constant(normuon, name):
 @pytest.mark.parametrize("name", ["learning_rate", "momentum", "weight_decay"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_constants_and_schedules_share_one_state_structure(normuon, recipe, name):
-    skip_what_kernels_lack(normuon, recipe)
     base = {"learning_rate": 0.1, "recipe": recipe}
     params = draw(0)
     with_number = jax.eval_shape(normuon(**{**base, name: 0.5}).init, params)
