@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import torch_ref
-from normuon_core import RECIPES, MatrixLayout, Recipe
+from normuon_core import RECIPES, MatrixLayout, NormSetting, Recipe, RowEquilibration
 from normuon_core.fused_step import KernelProducts
 from normuon_core.kernels import geometry
 from parity_tests import oracle
@@ -271,6 +271,21 @@ def test_every_layout_agrees_with_the_oracle(name, recipe):
     gradients = draw([name])
     wanted = train_oracle(short(recipe), gradients)
     assert largest_distance(train(short(recipe), gradients), wanted) <= BOUND
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        dict(row_equilibration=RowEquilibration(0.5)),
+        dict(row_equilibration=RowEquilibration(0.5), norm_setting=NormSetting(4.0)),
+        dict(norm_setting=NormSetting(4.0)),
+    ],
+    ids=["rows", "both", "norm"],
+)
+def test_floors_of_rows_and_norms_that_are_felt_agree_with_the_oracle(stage):
+    """Without a neuron norm, which would make up for a factor of the whole matrix."""
+    gradients, recipe = draw(["wide"]), replace(short("muon_keller"), **stage)
+    assert largest_distance(train(recipe, gradients), train_oracle(recipe, gradients)) <= BOUND
 
 
 @pytest.mark.parametrize("algorithm", ["standard", "gram"])

@@ -43,6 +43,14 @@ def test_a_relaxed_cubic_has_its_peak_inside_and_its_smallest_values_at_the_ends
     assert lifted.argmin() in (0, len(lifted) - 1)
 
 
+def test_aols_steps_are_near_one_where_their_first_is_positive():
+    """The image of [0.05, 0.8] is [0.98737, 1.01165]; above 0.884 the first polynomial is negative."""
+    aol = POLYNOMIALS["aol"]
+    image = evaluate(aol, np.linspace(0.05, 0.8, 100_001))
+    np.testing.assert_allclose((image.min(), image.max()), (0.98737, 1.01165), rtol=1e-5)
+    assert evaluate(aol[:1], 0.883) > 0 > evaluate(aol[:1], 0.884)
+
+
 def test_deepseeks_last_steps_leave_one_where_it_is():
     a, b, c = POLYNOMIALS["deepseek_v4"][-1]
     assert (a + b + c, a + 3 * b + 5 * c) == (1, 0)
