@@ -115,17 +115,21 @@ def test_a_matrix_has_the_same_bits_whatever_shares_its_stack_on_a_gpu():
     assert different_bits(*(train_jax(t, backend="triton") for t in (together, bounded))) == {}
 
 
-ONE_CUBIC = RELAXED_CUBIC[:1]
-
-
 @pytest.mark.parametrize(
-    "keywords",
-    [{}, {"recipe": "nanochat", "coefficients": ONE_CUBIC}],
-    ids=["normuon", "nanochat"],
+    ("names", "keywords"),
+    [
+        (SMALL, {}),
+        (
+            ("tall", "wide, in out", "split QKV"),
+            {"recipe": "nanochat", "coefficients": RELAXED_CUBIC[:1]},
+        ),
+    ],
+    ids=["normuon", "nanochat, a cubic"],
 )
-def test_interpreted_steps_are_the_same_to_the_bit(keywords, interpreted):
-    training = make(SMALL, 2, "float32", compute_dtype=None, algorithm="gram", **keywords)
+def test_interpreted_steps_are_the_same_to_the_bit(names, keywords, interpreted):
+    shapes = {name: SMALL[name] for name in names}
+    training = make(shapes, 2, "float32", compute_dtype=None, algorithm="gram", **keywords)
     ours = train_jax(training, backend="triton")
     assert different_bits(ours, train_torch(training, backend="triton", device="cpu")) == {}
-    other = make(SMALL, 2, "float32", algorithm="gram", **{"weight_decay": 0.2, **keywords})
+    other = make(shapes, 2, "float32", algorithm="gram", **{"weight_decay": 0.2, **keywords})
     assert different_bits(ours, train_torch(other, backend="triton", device="cpu"))

@@ -103,17 +103,6 @@ def test_the_norm_of_the_rms_rule_comes_home_with_the_statistics(interpreted):
     assert_equal(paper, steps(optimizer(recipe="normuon_paper"), mesh_of(2, 2)))
 
 
-def test_equilibrated_rows_on_a_mesh_are_nearly_those_of_one_device(interpreted):
-    """Divided matrices are stepped by XLA's operations, and others by the kernels. Largest difference
-    measured, relative to the update: 1.8e-5."""
-    one, other = on_one_device("nanochat"), steps(optimizer(recipe="nanochat"), mesh_of(2, 2))
-    first = draw(0)
-    for name in SHAPES:
-        update, expected = other[0][name] - first[name], one[0][name] - first[name]
-        error = np.linalg.norm(update - expected) / np.linalg.norm(expected)
-        assert error < 7.2e-5, name
-
-
 def test_a_matrix_without_twins_stays_divided_and_the_others_keep_their_bits(interpreted):
     """It goes through the Gram form in float16, by XLA's products. Largest difference measured, relative
     to the update: 3.4e-4."""

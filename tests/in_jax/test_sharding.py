@@ -1,6 +1,7 @@
 """On any mesh the numbers of one device, and no more collectives than they need."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -150,10 +151,14 @@ def test_a_slightly_different_momentum_breaks_the_bounds(on_one_device):
 
 
 @pytest.mark.parametrize(
-    "keywords",
-    [dict(recipe="normuon_paper"), dict(shape_scale="spectral"), dict(recipe="nanochat")],
+    ("mode", "keywords"),
+    [
+        *itertools.product(
+            (EXPLICIT, AUTO), (dict(recipe="normuon_paper"), dict(shape_scale="spectral"))
+        ),
+        (EXPLICIT, dict(recipe="nanochat")),
+    ],
 )
-@pytest.mark.parametrize("mode", [EXPLICIT, AUTO])
 def test_the_scale_of_a_divided_matrix_is_that_of_the_whole_one(mode, keywords):
     """By its norm, by the shape of its blocks (of heads, and of a fused leaf cut through them), and by
     the norms of its rows."""
