@@ -29,7 +29,17 @@ MODEL = "GPT-2 124M"
 SMALLER = 16
 """By what the sides of the matrices are divided: how many numbers there are is not the host's work."""
 
-KERNELS = ["squares", "feed", "product", "neuron_squares", "statistics", "finish"]
+KERNELS = [
+    "squares",
+    "row_squares",
+    "row_factors",
+    "feed",
+    "product",
+    "set_norm",
+    "neuron_squares",
+    "statistics",
+    "finish",
+]
 
 
 class _NoKernel:

@@ -1,8 +1,24 @@
 """What `optax_normuon` and `torch_ref` share; imports neither framework."""
 
 from normuon_core.layout import MatrixLayout, MatrixView
-from normuon_core.polynomials import POLYNOMIALS, Coefficients, optimal_quintic, polar_express
-from normuon_core.recipes import RECIPES, Decay, Momentum, NeuronNorm, Polar, Recipe, find_recipe
+from normuon_core.polynomials import (
+    POLYNOMIALS,
+    Coefficients,
+    optimal_quintic,
+    polar_express,
+    relaxed_cubic,
+)
+from normuon_core.recipes import (
+    RECIPES,
+    Decay,
+    Momentum,
+    NeuronNorm,
+    NormSetting,
+    Polar,
+    Recipe,
+    RowEquilibration,
+    find_recipe,
+)
 from normuon_core.shape_rules import ShapeRule, shape_factor
 
 __all__ = [
@@ -14,11 +30,14 @@ __all__ = [
     "MatrixView",
     "Momentum",
     "NeuronNorm",
+    "NormSetting",
     "Polar",
     "Recipe",
+    "RowEquilibration",
     "ShapeRule",
     "find_recipe",
     "optimal_quintic",
     "polar_express",
+    "relaxed_cubic",
     "shape_factor",
 ]

@@ -16,8 +16,10 @@ and 0.94 at 4096, and of eleven shapes "auto" takes the slower form of one, 768 
 (`python -m benchmarks --only forms`)."""
 
 
-def operations(short: float, long: float, steps: int, *, form: Form, symmetric: bool) -> float:
-    """Floating-point operations of `steps` steps on one matrix.
+def operations(
+    short: float, long: float, steps: int, *, form: Form, symmetric: bool, cubics: int = 0
+) -> float:
+    """Floating-point operations of `steps` steps on one matrix, of which `cubics` have no A^2.
 
     With ratio = long / short, in short^3 and for five steps on a large matrix: the standard form takes
     20 ratio + 10, the Gram form 8 ratio + 28; with products that know their result to be symmetric
@@ -25,17 +27,18 @@ def operations(short: float, long: float, steps: int, *, form: Form, symmetric: 
     """
     ratio = long / short
     square = 1 if symmetric else 2
+    squares = steps - cubics
     if form == "standard":
-        return steps * ((square + 2) * ratio + square) * short**3
+        return (steps * (square + 2) * ratio + squares * square) * short**3
     stretches = len(gram_restarts(steps, int(short))) + 1
     carried = steps - stretches
-    return (stretches * (square + 2) * ratio + square * (steps + 3 * carried)) * short**3
+    return (stretches * (square + 2) * ratio + square * (squares + 3 * carried)) * short**3
 
 
-def gram_saves(short: int, long: int, steps: int, *, symmetric: bool) -> bool:
+def gram_saves(short: int, long: int, steps: int, *, symmetric: bool, cubics: int = 0) -> bool:
     """Whether the Gram form takes less time than the standard one, the kernels' at `GRAM_RATE`."""
     standard, gram = (
-        operations(short, long, steps, form=form, symmetric=symmetric)
+        operations(short, long, steps, form=form, symmetric=symmetric, cubics=cubics)
         for form in ("standard", "gram")
     )
     return gram / (GRAM_RATE if symmetric else 1) < standard
@@ -56,6 +59,7 @@ class Iteration:
       algorithm, compute_dtype: as the caller gives them, "auto" and None included.
       on_gpu: where it runs.
       symmetric: whether products that are known to be symmetric cost half, as the kernels' do.
+      cubics: how many of the steps are cubics.
     """
 
     steps: int
@@ -63,6 +67,7 @@ class Iteration:
     compute_dtype: str | None = None
     on_gpu: bool = True
     symmetric: bool = True
+    cubics: int = 0
 
     def __post_init__(self):
         check_algorithm(self.algorithm)
@@ -77,7 +82,9 @@ class Iteration:
         algorithm = self.algorithm
         if algorithm == "auto":
             short, long = sorted((rows, columns))
-            saves = gram_saves(short, long, self.steps, symmetric=self.symmetric)
+            saves = gram_saves(
+                short, long, self.steps, symmetric=self.symmetric, cubics=self.cubics
+            )
             chosen = self.on_gpu and saves and self.compute_dtype != "bfloat16"
             algorithm = "gram" if chosen else "standard"
         return algorithm, self.compute_dtype or ("float16" if algorithm == "gram" else "bfloat16")

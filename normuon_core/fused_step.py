@@ -1,7 +1,9 @@
 """One optimizer step of a stack of matrices, as a sequence of kernel launches.
 
 Both frameworks run this sequence, each with its own launcher, so that their steps agree to the bit.
-A gradient goes squares -> feed -> products -> neuron_squares -> statistics -> finish. On a mesh the
+A gradient goes squares -> feed -> products -> neuron_squares -> statistics -> finish. Where rows are
+equilibrated, row_squares -> row_factors take the place of squares; where the norm is set, set_norm
+stands after the products, with neuron_squares and statistics of its own before it. On a mesh the
 parts of a matrix go to its owner after `feed`, and come back before `finish`, by an `Exchange`.
 """
 
@@ -18,7 +20,14 @@ from normuon_core.kernels.launches import Launcher, MomentumForm, NeuronNormForm
 from normuon_core.kernels.tiles import has_gluon, product_configuration
 from normuon_core.polar_iteration import iterate, range_scales
 from normuon_core.polynomials import Coefficients
-from normuon_core.recipes import Momentum, NeuronNorm, Polar, Recipe
+from normuon_core.recipes import (
+    Momentum,
+    NeuronNorm,
+    NormSetting,
+    Polar,
+    Recipe,
+    RowEquilibration,
+)
 from normuon_core.shape_rules import RMS_FLOOR
 
 Array = Any
@@ -253,14 +262,17 @@ def polar_factors_of_pieces(
     momentum: Momentum | None,
     form: Form,
     dtype: str,
+    equilibration: RowEquilibration | None = None,
     exchange: Exchange | None = None,
 ) -> tuple[Array, list[Together]]:
     """Stages 1 and 2 of a stack: (the stack, where its pieces lie in it).
 
     The stack is (count, short, padded long) in the compute dtype; what is beyond `long` is not
     written. With an `exchange` it is the owner's, and the places are those of the parts.
-    momentum=None takes the gradient itself.
+    momentum=None takes the gradient itself. `equilibration` stands between the two stages, for whole
+    matrices alone.
     """
+    assert equilibration is None or exchange is None
     geometry, rule = pieces[0].block.geometry, MomentumForm.of(momentum)
     check_products(device, dtype, geometry.whole)
     total = sum(piece.count for piece in pieces)
@@ -272,12 +284,18 @@ def polar_factors_of_pieces(
         momenta = tuple(leaf.momentum for leaf in leaves)
         rates = leaves[0].rates
         # Gradient and momentum are read twice, the second time from the cache if they fit.
+        sums = launches.squares if equilibration is None else launches.row_squares
         (partials,) = launch(
-            launches.squares(own, span.count, rule, len(leaves)),
+            sums(own, span.count, rule, len(leaves)),
             [gradients, momenta, rates, span.leaf_start, span.count],
         )
         if exchange is not None:
             partials = exchange.gather_partials(partials)
+        factors = rates
+        if equilibration is not None:
+            factors, partials = launch(
+                launches.row_factors(own, len(leaves) * span.count), [partials, equilibration.eps]
+            )
         x, momenta = launch(
             launches.feed(
                 own,
@@ -289,6 +307,7 @@ def polar_factors_of_pieces(
                 momentum=leaves[0].momentum_output,
                 first=x is None,
                 leaves=len(leaves),
+                equilibrated=equilibration is not None,
             ),
             [
                 gradients,
@@ -301,6 +320,7 @@ def polar_factors_of_pieces(
                 polar.norm_scale,
                 polar.eps,
                 scales[0],
+                factors,
                 rates if x is None else x,
             ],
         )
@@ -377,8 +397,12 @@ def step_stack(
         momentum=recipe.momentum,
         form=form,
         dtype=dtype,
+        equilibration=recipe.row_equilibration,
         exchange=exchange,
     )
+    if recipe.norm_setting is not None:
+        count = sum(piece.count for piece in pieces) if exchange is None else exchange.owned
+        v = _set_norm(launch, v, pieces[0].block, count, recipe.norm_setting, dtype)
     statistics: list[tuple[Array, Array]] = [(None, None)] * len(groups)
     if recipe.neuron_norm is not None or recipe.shape_scale == "rms":
         if exchange is None:
@@ -389,6 +413,21 @@ def step_stack(
         v = exchange.to_holders(v)
     for group, (factors, sums) in zip(groups, statistics, strict=True):
         _finish(launch, v, group, recipe, factors, sums)
+
+
+def _set_norm(
+    launch: Launcher, v, block: Block, count: int, rule: NormSetting, dtype: str
+) -> Array:
+    """The stack of `count` whole matrices with the norm of each set."""
+    geometry = replace(block.geometry.as_whole, neurons_on_short=True)
+    rates = block.leaf.rates
+    (partials,) = launch(launches.neuron_squares(geometry, count), [v, 0])
+    _, _, sums = launch(
+        launches.statistics(geometry, count, None, Output((1,), "float32")),
+        [partials, (rates,), rates, 0.0, 0, count, 0],
+    )
+    (v,) = launch(launches.set_norm(geometry, count, dtype), [v, sums, rule.eps])
+    return v
 
 
 def _statistics(

@@ -7,7 +7,15 @@ of, is run by the framework's own operations: both packages ask here before they
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from typing import Any
 
-from normuon_core.recipes import Decay, Momentum, NeuronNorm, Polar, Recipe
+from normuon_core.recipes import (
+    Decay,
+    Momentum,
+    NeuronNorm,
+    NormSetting,
+    Polar,
+    Recipe,
+    RowEquilibration,
+)
 
 _ANY = None
 """Values that the kernels take in arrays, as scalars, or not at all."""
@@ -20,6 +28,8 @@ _KNOWN: dict[type, dict[str, tuple[Any, ...] | None]] = {
         "decay": _ANY,
         "shape_scale": ("original", "match_rms_adamw", "spectral", "max_dim", "rms", "none"),
         "source": _ANY,
+        "row_equilibration": _ANY,
+        "norm_setting": _ANY,
     },
     Momentum: {
         "rule": ("lerp", "heavy_ball", "bias_corrected"),
@@ -31,6 +41,7 @@ _KNOWN: dict[type, dict[str, tuple[Any, ...] | None]] = {
         "norm_scale": _ANY,
         "eps": _ANY,
         "eps_rule": ("add", "max"),
+        "preconditioning": ("frobenius",),
     },
     NeuronNorm: {
         "beta2": _ANY,
@@ -39,6 +50,8 @@ _KNOWN: dict[type, dict[str, tuple[Any, ...] | None]] = {
         "eps_rule": ("add", "max"),
         "rescale": ("add", "max", None),
     },
+    RowEquilibration: {"eps": _ANY},
+    NormSetting: {"eps": _ANY},
     Decay: {"cautious": _ANY, "inside_scale": _ANY, "rate_power": _ANY},
 }
 """What of each record's fields the kernels can run. The literals of `normuon_core.recipes` are not used

@@ -101,7 +101,12 @@ def place(spread: Spread, iteration: Iteration, *, may_stay: bool = False) -> Pl
     """
     form, dtype = iteration.form(spread.rows, spread.columns)
     work = operations(
-        spread.short, spread.long, iteration.steps, form=form, symmetric=iteration.symmetric
+        spread.short,
+        spread.long,
+        iteration.steps,
+        form=form,
+        symmetric=iteration.symmetric,
+        cubics=iteration.cubics,
     )
     candidates = [whole_or_owned(spread, work, _SIZES[dtype])]
     if spread.replicas > 1:
@@ -109,7 +114,7 @@ def place(spread: Spread, iteration: Iteration, *, may_stay: bool = False) -> Pl
     candidates = [replace(each, form=form, dtype=dtype) for each in candidates]
     on_parts = iteration.dtype_on_shards
     if may_stay and on_parts is not None and spread.parts > 1:
-        stays = on_shards(spread, iteration.steps, _SIZES[on_parts])
+        stays = on_shards(spread, iteration.steps, _SIZES[on_parts], cubics=iteration.cubics)
         candidates.append(replace(stays, form="gram", dtype=on_parts))
     return min(candidates, key=_time)
 
@@ -151,14 +156,16 @@ def owned(spread: Spread, work: float, itemsize: int, *, sharing: int) -> Placem
     )
 
 
-def on_shards(spread: Spread, steps: int, itemsize: int) -> Placement:
+def on_shards(spread: Spread, steps: int, itemsize: int, *, cubics: int = 0) -> Placement:
     """The placement of matrices that stay divided along the long side, in the Gram form.
 
     Gram matrices are summed over the parts in float32. The products with X are shared among the parts;
     each part makes those of Gram matrices again.
     """
     parts = spread.parts
-    work = operations(spread.short, spread.long / parts, steps, form="gram", symmetric=False)
+    work = operations(
+        spread.short, spread.long / parts, steps, form="gram", symmetric=False, cubics=cubics
+    )
     gram_matrices = len(gram_restarts(steps, spread.short)) + 1
     reduced = 2 * (parts - 1) / parts * gram_matrices * spread.short**2 * max(4, itemsize)
     turned = 0.0

@@ -5,7 +5,7 @@ in which order and at which scale, is the same everywhere.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol, TypeVar
 
 from normuon_core.polynomials import Coefficients
@@ -82,6 +82,10 @@ def range_scales(rows: int, columns: int, compute_dtype: str) -> tuple[float, fl
     return 2.0**x_exponent, 2.0**gram_exponent
 
 
+Precondition = Callable[[Array, Array, float], tuple[Array, Array]]
+"""(X, its Gram matrix times a scale, that scale) to both of a preconditioned X."""
+
+
 def iterate(
     x: Array,
     coefficients: Coefficients,
@@ -90,16 +94,21 @@ def iterate(
     algorithm: Literal["standard", "gram"],
     short: int,
     scales: tuple[float, float],
+    precondition: Precondition[Array] | None = None,
 ) -> Array:
     """The composed polynomial of X, by either form.
+
+    A cubic, c = 0, needs no square of the Gram matrix: b A takes the place of b A + c A^2, and b acts in
+    the epilogues of the products with it.
 
     Args:
       x: (count, rows, columns) in the compute dtype, normalised, times the first of `scales`.
       short: the matrices' shorter side. scales: from `range_scales`; the result is unscaled.
+      precondition: what is done to X and its Gram matrix before the first step.
     """
     if algorithm == "gram":
-        return _gram_form(x, coefficients, products, short, *scales)
-    return _standard_form(x, coefficients, products, *scales)
+        return _gram_form(x, coefficients, products, short, *scales, precondition)
+    return _standard_form(x, coefficients, products, *scales, precondition)
 
 
 def _standard_form(
@@ -108,14 +117,26 @@ def _standard_form(
     products: Products[Array],
     x_scale: float,
     gram_scale: float,
+    precondition: Precondition[Array] | None,
 ) -> Array:
     """Each step A = X X^T, X <- a X + (b A + c A^2) X."""
     for step, (a, b, c) in enumerate(coefficients):
         gram = products.gram(x, alpha=gram_scale / x_scale**2)
-        z = products.multiply(gram, gram, alpha=c / gram_scale, addends=[(gram, b)])
+        if step == 0 and precondition is not None:
+            x, gram = precondition(x, gram, gram_scale)
+        z, factor = _z(products, gram, b, c, 1 / gram_scale)
         freed = 1 / x_scale if step == len(coefficients) - 1 else 1.0
-        x = products.apply(z, x, alpha=freed / gram_scale, addend=a * freed)
+        x = products.apply(z, x, alpha=factor * freed / gram_scale, addend=a * freed)
     return x
+
+
+def _z(
+    products: Products[Array], gram: Array, b: float, c: float, free: float
+) -> tuple[Array, float]:
+    """(Z, f) with f Z = b A + c A^2, all times A's scale, of which `free` is the inverse."""
+    if c == 0:
+        return gram, b
+    return products.multiply(gram, gram, alpha=c * free, addends=[(gram, b)]), 1.0
 
 
 def _gram_form(
@@ -125,43 +146,47 @@ def _gram_form(
     short: int,
     x_scale: float,
     gram_scale: float,
+    precondition: Precondition[Array] | None,
 ) -> Array:
     """The same polynomial through R = X X^T alone.
 
     With p(x) = x h(x^2): Z = b R + c R^2, so that h(R) = a I + Z; Q <- Q h(R), R <- h(R) R h(R), and
     X <- Q X at the end and at every restart, where R is rebuilt. a I + Z is never rounded: beside a, the
-    small entries of Z would be lost. So after one step Q is Z, with a kept apart.
+    small entries of Z would be lost. So after one step Q is Z, with a kept apart, and with the factor f
+    of `_z`.
     """
     restarts = gram_restarts(len(coefficients), short)
     free = 1 / gram_scale
 
-    def leave(q: Array, apart: float, *, scale: float = 1.0) -> Array:
-        """scale Q X, where Q = a I + Z is still `apart`, or in one piece (0)."""
-        alpha = scale * free if apart else scale
+    def leave(q: Array, apart: float, f: float, *, scale: float = 1.0) -> Array:
+        """scale Q X, where Q = a I + f Z is still `apart`, or in one piece (0)."""
+        alpha = f * scale * free if apart else scale
         return products.apply(q, x, alpha=alpha, addend=apart * scale)
 
-    q, r, apart = None, None, 0.0
+    q, r, apart, f = None, None, 0.0, 1.0
     for step, (a, b, c) in enumerate(coefficients):
         if q is not None and step in restarts:
-            x, q = leave(q, apart), None
+            x, q = leave(q, apart, f), None
         if q is None or r is None:
             r = products.gram(x, alpha=gram_scale / x_scale**2)
-        z = products.multiply(r, r, alpha=c * free, addends=[(r, b)])
+        if step == 0 and precondition is not None:
+            x, r = precondition(x, r, gram_scale)
+        z, factor = _z(products, r, b, c, free)
         if q is None:
-            q, apart = z, a
+            q, apart, f = z, a, factor
         elif apart:
             q = products.multiply(
                 q,
                 z,
-                alpha=free**2,
-                addends=[(q, a * free), (z, apart * free)],
+                alpha=f * factor * free**2,
+                addends=[(q, f * a * free), (z, apart * factor * free)],
                 diagonal=apart * a,
             )
             apart = 0.0
         else:
-            q = products.multiply(q, z, alpha=free, addends=[(q, a)])
+            q = products.multiply(q, z, alpha=factor * free, addends=[(q, a)])
         if step + 1 < len(coefficients) and step + 1 not in restarts:
-            half_way = products.multiply(r, z, alpha=free, addends=[(r, a)])
-            r = products.multiply(z, half_way, alpha=free, addends=[(half_way, a)])
+            half_way = products.multiply(r, z, alpha=factor * free, addends=[(r, a)])
+            r = products.multiply(z, half_way, alpha=factor * free, addends=[(half_way, a)])
     assert q is not None
-    return leave(q, apart, scale=1 / x_scale)
+    return leave(q, apart, f, scale=1 / x_scale)

@@ -1,9 +1,9 @@
-"""Odd quintic polynomials whose composition approximates the sign function on the singular values.
+"""Odd polynomials whose composition approximates the sign function on the singular values.
 
 One Newton-Schulz step with coefficients `(a, b, c)` maps every singular value `x` of a matrix to
 `a x + b x^3 + c x^5` and leaves the singular vectors alone; a tuple of triples is one polynomial a
-step. The published sets stand here with their sources, beside the solver that derives the optimal
-ones.
+step. A triple with c = 0 is a cubic, which takes one product less. The published sets stand here with
+their sources, beside the solvers that derive the optimal ones.
 """
 
 import difflib
@@ -59,6 +59,41 @@ QUINTIC_TAYLOR: Coefficients = ((15 / 8, -10 / 8, 3 / 8),) * 5
 """The third order Taylor iteration, the limit of Polar Express once all singular values are near 1.
 Source: arXiv 2505.16932."""
 
+DEEPSEEK_V4: Coefficients = NEWTON_SCHULZ[:1] * 8 + ((2.0, -1.5, 0.5),) * 2
+"""Keller Jordan's quintic eight times, which brings nearly everything near 1, then twice one that has
+p(1) = 1 and p'(1) = 0. Source: DeepSeek-V4, arXiv 2606.19348; NVIDIA-NeMo/Emerging-Optimizers fd77292,
+`deepseekv4`."""
+
+CANS: Coefficients = (
+    (8.4703, -25.1081, 18.6293),
+    (4.1828, -3.1087, 0.5806),
+    (3.9619, -2.9541, 0.5630),
+    (3.2866, -2.4647, 0.5074),
+    (2.2737, -1.6447, 0.4162),
+)
+"""Chebyshev-optimal quintics on [1e-3, 1], each for the interval that the one before leaves: Polar
+Express without cushion and safety, `polar_express(1e-3, steps=5, cushion=0)`, to the digits that are
+published. Source: arXiv 2506.10935; NVIDIA-NeMo/Emerging-Optimizers fd77292, `cans`."""
+
+AOL: Coefficients = (
+    (4.0098, -7.0585, 2.4635),
+    (3.4585, -5.5479, 2.5959),
+    (2.7573, -3.2939, 1.4254),
+    (2.7215, -3.0494, 1.3169),
+)
+"""Four steps for what AOL preconditioning leaves, `Polar(preconditioning="aol")`, in the place of five.
+Source: Turbo-Muon, arXiv 2512.04632; thib-s/flash-newton-schulz."""
+
+RELAXED_CUBIC: Coefficients = (
+    (3.3656576, -3.3420992, 0.0),
+    (2.5744352, -1.4957376, 0.0),
+    (2.5368962, -1.4312570, 0.0),
+    (2.4418906, -1.2764040, 0.0),
+    (2.2230472, -0.9630650, 0.0),
+)
+"""`relaxed_cubic(7e-3, steps=5, peak=1.3)`, to the digits that are published: two products a step, and
+singular values up to 1.3. Source: arXiv 2606.00371; NVIDIA-NeMo/Emerging-Optimizers fd77292."""
+
 
 def with_safety(coefficients: Coefficients, safety: float, *, last: bool = True) -> Coefficients:
     """`p(x / safety)` for each step's `p`, so that rounding above 1 cannot make the next step diverge.
@@ -84,7 +119,19 @@ POLYNOMIALS: dict[str, Coefficients] = {
     "you": YOU,
     "cubic": CUBIC,
     "quintic_taylor": QUINTIC_TAYLOR,
+    "deepseek_v4": DEEPSEEK_V4,
+    "cans": CANS,
+    "aol": AOL,
+    "relaxed_cubic": RELAXED_CUBIC,
 }
+
+_PAPERS_CUSHION = 0.02407327424182761
+"""Of the Polar Express paper's own table."""
+
+
+def cubic_steps(coefficients: Coefficients) -> int:
+    """How many of the steps are cubics, which need no square of the Gram matrix."""
+    return sum(c == 0 for _, _, c in coefficients)
 
 
 def find_coefficients(coefficients: str | Sequence[Sequence[float]]) -> Coefficients:
@@ -120,10 +167,12 @@ def with_steps(coefficients: Coefficients, steps: int) -> Coefficients:
 
     A set that repeats one triple repeats it `steps` times. `POLAR_EXPRESS` is derived anew, by
     `polar_express(1e-3, steps=steps, safety=1.02, cushion=0.02)`. Of any other table the first triples
-    are taken.
+    are taken; those that a solver derives (the paper's own Polar Express, with and without its safety of
+    1.05, `CANS` and `RELAXED_CUBIC`) are derived anew where more are asked for.
 
     Raises:
-      ValueError: `steps` is no whole number of at least 1, or more than such a table has.
+      ValueError: `steps` is no whole number of at least 1, or more than a table has that no solver
+        derives.
     """
     if isinstance(steps, bool) or steps != int(steps) or steps < 1:
         raise ValueError(f"steps={steps}; use a whole number of at least 1, such as 5.")
@@ -136,6 +185,14 @@ def with_steps(coefficients: Coefficients, steps: int) -> Coefficients:
         return coefficients[:1] * steps
     if steps < len(coefficients):
         return coefficients[:steps]
+    if coefficients == POLAR_EXPRESS_UNSCALED:
+        return polar_express(1e-3, steps=steps, cushion=_PAPERS_CUSHION)
+    if coefficients == POLAR_EXPRESS_1_05:
+        return with_safety(polar_express(1e-3, steps=steps, cushion=_PAPERS_CUSHION), 1.05)
+    if coefficients == CANS:
+        return polar_express(1e-3, steps=steps, cushion=0.0)
+    if coefficients == RELAXED_CUBIC:
+        return relaxed_cubic(7e-3, steps=steps, peak=1.3)
     raise ValueError(
         f"steps={steps}, but these coefficients are a table of {len(coefficients)} different steps; give"
         f" coefficients=polar_express(1e-3, steps={steps}), or a table of {steps}."
@@ -202,10 +259,7 @@ def polar_express(
     Raises:
       ValueError: a lower bound outside (0, 1), steps or safety below 1, or a cushion outside [0, 1].
     """
-    if not 0 < lower_bound < 1:
-        raise ValueError(f"lower_bound={lower_bound}: use a number in (0, 1), such as 1e-3.")
-    if steps != int(steps) or steps < 1:
-        raise ValueError(f"steps={steps}: use a whole number of at least 1, such as 5.")
+    _check_range(lower_bound, steps)
     if not 1 <= safety < math.inf:
         raise ValueError(f"safety={safety}: use a finite number of at least 1, such as 1.02.")
     if not 0 <= cushion <= 1:
@@ -224,3 +278,41 @@ def polar_express(
         lower = min(evaluate((triple,), lower), 1.0)
         upper = 2 - lower
     return tuple(result)
+
+
+def relaxed_cubic(lower_bound: float, *, steps: int, peak: float) -> Coefficients:
+    """Cubics that lift small singular values fast, and let large ones rise to `peak`.
+
+    On [l, u] the odd cubic with p(l) = p(u), the smallest value there, is that of the best approximation
+    to a constant: its inner maximum and its two ends are the alternation of Chebyshev's theorem. From
+    a l + b l^3 = a u + b u^3 follows a = -b k with k = l^2 + l u + u^2; the maximum, at sqrt(k / 3), is
+    2/3 a sqrt(k / 3), which `peak` fixes. The next interval is [p(l), peak]. With `peak` at 1 + E this
+    is the best cubic, whose error is E; a larger one is steeper at zero. Source: arXiv 2606.00371.
+
+    Args:
+      lower_bound: the smallest singular value, relative to the norm, that is to be lifted.
+      steps: how many cubics.
+      peak: the largest singular value that a step makes.
+
+    Raises:
+      ValueError: a lower bound outside (0, 1), steps below 1, or a peak below 1.
+    """
+    _check_range(lower_bound, steps)
+    if not 1 <= peak < math.inf:
+        raise ValueError(f"peak={peak}: use a finite number of at least 1, such as 1.3.")
+    lower, upper = float(lower_bound), 1.0
+    result: list[Triple] = []
+    for _ in range(steps):
+        k = lower**2 + lower * upper + upper**2
+        a = 1.5 * peak / math.sqrt(k / 3)
+        result.append((a, -a / k, 0.0))
+        lower, upper = evaluate((result[-1],), lower), peak
+    return tuple(result)
+
+
+def _check_range(lower_bound: float, steps: int) -> None:
+    """Raises a ValueError for a lower bound outside (0, 1), or steps below 1."""
+    if not 0 < lower_bound < 1:
+        raise ValueError(f"lower_bound={lower_bound}: use a number in (0, 1), such as 1e-3.")
+    if steps != int(steps) or steps < 1:
+        raise ValueError(f"steps={steps}: use a whole number of at least 1, such as 5.")

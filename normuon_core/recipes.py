@@ -29,6 +29,7 @@ from normuon_core.shape_rules import ShapeRule, check_shape_rule
 
 MomentumRule = Literal["lerp", "heavy_ball", "bias_corrected"]
 EpsRule = Literal["add", "max"]
+Preconditioning = Literal["frobenius", "aol"]
 RatePower = Literal[1, 2]
 
 
@@ -47,28 +48,59 @@ class Momentum:
 
 
 @dataclass(frozen=True)
+class RowEquilibration:
+    """Before stage 2. Every row of u, one an output neuron, is multiplied by (|u|_F / sqrt(r)) /
+    max(its norm, eps): it gets the root mean square of all rows' norms."""
+
+    eps: float = 1e-6
+
+    def __post_init__(self):
+        check_number("row equilibration eps", self.eps)
+        check_rate("eps", self.eps)
+        object.__setattr__(self, "eps", as_plain(self.eps))
+
+
+@dataclass(frozen=True)
 class Polar:
     """Stage 2. X = u / max(norm_scale |u|, eps), or u / (norm_scale |u| + eps) with `eps_rule="add"`;
     then one odd quintic a step.
 
     As a floor below any gradient that trains, the default eps only brings what is smaller to zero;
     float32 squares that underflow are below it.
+
+    `preconditioning="aol"` goes on from there: with A the Gram matrix of X's shorter side and s_i =
+    1 / sqrt(sum_j |A_ij|), X <- diag(s) X before the first step, so that no singular value is above 1
+    whatever the norm was. A row of zeros stays one. Source: Turbo-Muon, arXiv 2512.04632.
     """
 
     coefficients: Coefficients = POLAR_EXPRESS
     norm_scale: float = 1.02
     eps: float = 1e-17
     eps_rule: EpsRule = "max"
+    preconditioning: Preconditioning = "frobenius"
 
     def __post_init__(self):
         # A table read from a file may be a list, which no cache can be keyed by.
         object.__setattr__(self, "coefficients", find_coefficients(self.coefficients))
         check_choice("eps_rule", self.eps_rule, EpsRule)
+        check_choice("preconditioning", self.preconditioning, Preconditioning)
         check_number("norm_scale", self.norm_scale)
         check_number("polar eps", self.eps)
         check_rate("norm_scale", self.norm_scale)
         check_rate("eps", self.eps)
         object.__setattr__(self, "norm_scale", as_plain(self.norm_scale))
+        object.__setattr__(self, "eps", as_plain(self.eps))
+
+
+@dataclass(frozen=True)
+class NormSetting:
+    """After stage 2. v <- v sqrt(min(r, c)) / max(|v|_F, eps): the norm of an exact polar factor."""
+
+    eps: float = 1e-6
+
+    def __post_init__(self):
+        check_number("norm setting eps", self.eps)
+        check_rate("eps", self.eps)
         object.__setattr__(self, "eps", as_plain(self.eps))
 
 
@@ -112,6 +144,9 @@ class Decay:
 class Recipe:
     """One dialect, stage by stage; `neuron_norm=None` is plain Muon.
 
+    `row_equilibration` and `norm_setting` stand before and after the polar factor, where a recipe has
+    them.
+
     `dataclasses.replace` makes a variant: `replace(RECIPES["normuon"], shape_scale="spectral")`.
     It and its records check themselves when they are made: an unknown rule, or a number out of its
     range, is a ValueError there. Momentum and beta2 may also be what a framework traces.
@@ -123,6 +158,8 @@ class Recipe:
     decay: Decay
     shape_scale: ShapeRule
     source: str
+    row_equilibration: RowEquilibration | None = None
+    norm_setting: NormSetting | None = None
 
     def __post_init__(self):
         check_shape_rule(self.shape_scale)
@@ -241,6 +278,17 @@ RECIPES: dict[str, Recipe] = {
     "dion_normuon": _DION_NORMUON,
     "dion_muon": dataclasses.replace(
         _DION_NORMUON, neuron_norm=None, source="microsoft/dion 0a059a4, dion/muon.py"
+    ),
+    "nanochat": Recipe(
+        Momentum(),
+        dataclasses.replace(_POLAR_EXPRESS_ADD, norm_scale=1.01),
+        NeuronNorm(beta2=0.9, axis="longer"),
+        Decay(),
+        "original",
+        "karpathy/nanochat 92d63d4, nanochat/optim.py; rows equilibrated as in MuonEq (arXiv"
+        " 2603.28254), norm set as in Muon+ (arXiv 2602.21545)",
+        RowEquilibration(),
+        NormSetting(),
     ),
     "muon_2024_10": Recipe(
         _HEAVY_BALL,

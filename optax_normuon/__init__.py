@@ -19,7 +19,9 @@ from optax_normuon.stages.momentum import (
     lerp_momentum,
 )
 from optax_normuon.stages.neuron_norm import normalize_neurons
+from optax_normuon.stages.norm_setting import set_norm
 from optax_normuon.stages.orthogonalization import orthogonalize, polar_factor
+from optax_normuon.stages.row_equilibration import equilibrate_rows
 from optax_normuon.stages.shape_scaling import scale_by_shape
 from optax_normuon.stages.weight_decay import add_cautious_weight_decay
 from optax_normuon.stepping import apply
@@ -37,6 +39,7 @@ __all__ = [
     "bias_corrected_momentum",
     "chain_stages",
     "describe",
+    "equilibrate_rows",
     "heavy_ball_momentum",
     "inject_hyperparams",
     "layout_by_path",
@@ -52,6 +55,7 @@ __all__ = [
     "polar_factor",
     "scale_by_normuon",
     "scale_by_shape",
+    "set_norm",
     "state_specs",
     "with_bf16_remainder",
 ]

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from normuon_core.cost import Algorithm, Iteration
 from normuon_core.kernels_support import KernelsSupport, kernels_support
+from normuon_core.polynomials import cubic_steps
 from normuon_core.recipes import Recipe
 from optax_normuon.kernels.backend import Backend, takes_kernels
 from optax_normuon.leaves.layout import Views
@@ -21,11 +22,13 @@ from optax_normuon.matrices.stages_on_xla import StagesOnXla
 from optax_normuon.mesh.leaf_on_mesh import leaf_on_mesh
 from optax_normuon.mesh.specs import Specs
 from optax_normuon.stages.neuron_norm import neuron_norm_stage
+from optax_normuon.stages.norm_setting import norm_setting_stage
 from optax_normuon.stages.orthogonalization import (
     Orthogonalizer,
     orthogonalization_stage,
     stage_of_orthogonalizer,
 )
+from optax_normuon.stages.row_equilibration import equilibrated
 
 if TYPE_CHECKING:
     from optax_normuon.kernels.engine import Kernels
@@ -67,19 +70,25 @@ class Execution:
         return kernels_support(self.recipe)
 
     def stages(self) -> MatrixStage:
-        """Stages 2 and 3, for XLA."""
+        """Stages 2 and 3, and what the recipe has before and between them, for XLA."""
+        recipe = self.recipe
         if self.orthogonalizer is not None:
             first = stage_of_orthogonalizer(self.orthogonalizer)
         else:
             first = orthogonalization_stage(
-                **vars(self.recipe.polar),
+                **vars(recipe.polar),
                 compute_dtype=self.compute_dtype,
                 algorithm=self.algorithm,
                 backend=self.backend,
             )
-        if self.recipe.neuron_norm is None:
-            return chain_stages(first)
-        return chain_stages(first, neuron_norm_stage(**vars(self.recipe.neuron_norm)))
+        if recipe.row_equilibration is not None:
+            first = equilibrated(first, **vars(recipe.row_equilibration))
+        others: list[MatrixStage] = []
+        if recipe.norm_setting is not None:
+            others.append(norm_setting_stage(**vars(recipe.norm_setting)))
+        if recipe.neuron_norm is not None:
+            others.append(neuron_norm_stage(**vars(recipe.neuron_norm)))
+        return chain_stages(first, *others)
 
     def takes_kernels(self, dtypes: Iterable[DTypeLike], *, specs_known: bool) -> bool:
         """Whether the kernels step the matrices.
@@ -98,7 +107,10 @@ class Execution:
         from optax_normuon.kernels.engine import Kernels
 
         name = None if self.compute_dtype is None else jnp.dtype(self.compute_dtype).name
-        iteration = Iteration(len(self.recipe.polar.coefficients), self.algorithm, name)
+        coefficients = self.recipe.polar.coefficients
+        iteration = Iteration(
+            len(coefficients), self.algorithm, name, cubics=cubic_steps(coefficients)
+        )
         return Kernels(self.recipe, iteration, stack_ceiling(self.max_stack_bytes))
 
 

@@ -6,9 +6,10 @@ known would reproduce another optimizer: six steps in place of five change an up
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from normuon_core import POLYNOMIALS, RECIPES, Recipe
+from normuon_core.recipes import Preconditioning
 from normuon_core.shape_rules import RMS_TARGET
 
 
@@ -165,6 +166,12 @@ def _optax_steps(settings: Settings, value: int) -> Settings:
     return settings if several else _steps(settings, value)
 
 
+def _preconditioning(settings: Settings, value: str) -> Settings:
+    if value not in get_args(Preconditioning):
+        raise ValueError(f"the preconditionings are {', '.join(get_args(Preconditioning))}")
+    return _with_stage(settings, "polar", preconditioning=value)
+
+
 def _consistent_rms(settings: Settings, value: float | None) -> Settings:
     if value is None:
         return settings
@@ -223,7 +230,7 @@ _OWN: dict[str, dict[str, _Reader]] = {
         "ns_coeffs": _optax_coefficients,
         "ns_steps": _optax_steps,
         "consistent_rms": _consistent_rms,
-        "preconditioning": _only("frobenius", because="there is no other stage for it"),
+        "preconditioning": _preconditioning,
         "adaptive": _only(False, because="there is no dual norm"),
         "weight_decay_mask": _only(None, because="a trace does not have the mask"),
         "mu_dtype": _only(None, "float64", because="traces are float64"),

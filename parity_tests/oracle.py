@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from normuon_core import MatrixLayout, NeuronNorm, Polar, Recipe
+from normuon_core import MatrixLayout, NeuronNorm, NormSetting, Polar, Recipe, RowEquilibration
 
 
 @dataclass
@@ -37,15 +37,29 @@ def momentum(rule, m, g, mu, nesterov, step):
     raise ValueError(rule)
 
 
+def equilibrate_rows(u: np.ndarray, rule: RowEquilibration) -> np.ndarray:
+    """Before stage 2: every row gets the root mean square of the rows' norms."""
+    norms = np.linalg.norm(u, axis=1, keepdims=True)
+    return u * (np.linalg.norm(u) / len(u) ** 0.5) / np.maximum(norms, rule.eps)
+
+
 def polar_factor(u: np.ndarray, polar: Polar) -> np.ndarray:
     """Stage 2, by its definition: the polynomial applied to the singular values of the scaled u."""
     norm = polar.norm_scale * np.linalg.norm(u)
     x = u / (max(norm, polar.eps) if polar.eps_rule == "max" else norm + polar.eps)
     wide = x if x.shape[0] <= x.shape[1] else x.T
+    if polar.preconditioning == "aol":
+        sums = np.abs(wide @ wide.T).sum(axis=1, keepdims=True)
+        wide = wide / np.sqrt(np.where(sums > 0, sums, 1))
     for a, b, c in polar.coefficients:
         gram = wide @ wide.T
         wide = a * wide + (b * gram + c * gram @ gram) @ wide
     return wide if x.shape[0] <= x.shape[1] else wide.T
+
+
+def set_norm(v: np.ndarray, rule: NormSetting) -> np.ndarray:
+    """After stage 2: the norm of an exact polar factor."""
+    return v * min(v.shape) ** 0.5 / max(np.linalg.norm(v), rule.eps)
 
 
 def normalize_neurons(v: np.ndarray, second_moment, rule: NeuronNorm, longer_is_output: bool):
@@ -99,7 +113,11 @@ def step(
     state.momentum, u = momentum(
         recipe.momentum.rule, state.momentum, g, mu, recipe.momentum.nesterov, state.step
     )
+    if recipe.row_equilibration is not None:
+        u = equilibrate_rows(u, recipe.row_equilibration)
     v = polar_factor(u, recipe.polar)
+    if recipe.norm_setting is not None:
+        v = set_norm(v, recipe.norm_setting)
     if recipe.neuron_norm is not None:
         state.second_moment, v = normalize_neurons(
             v, state.second_moment, recipe.neuron_norm, p.shape[0] >= p.shape[1]

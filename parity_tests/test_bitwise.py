@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from normuon_core import MatrixLayout
+from normuon_core.polynomials import RELAXED_CUBIC
 from parity_tests.bitwise import Training, different_bits, train_jax, train_torch
 from parity_tests.spectra import SPECTRA
 
@@ -82,7 +83,15 @@ def test_a_hundred_steps_on_a_gpu_are_the_same_to_the_bit(form):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "recipe",
-    ["muon", "normuon_paper", "normuon_2026_08", "dion_normuon", "optax_muon", "moonlight"],
+    [
+        "muon",
+        "normuon_paper",
+        "normuon_2026_08",
+        "dion_normuon",
+        "optax_muon",
+        "moonlight",
+        "nanochat",
+    ],
 )
 def test_other_recipes_on_a_gpu_are_the_same_to_the_bit(recipe):
     training = make(FEW, 10, "float32", recipe=recipe)
@@ -106,9 +115,21 @@ def test_a_matrix_has_the_same_bits_whatever_shares_its_stack_on_a_gpu():
     assert different_bits(*(train_jax(t, backend="triton") for t in (together, bounded))) == {}
 
 
-def test_interpreted_steps_are_the_same_to_the_bit(interpreted):
-    training = make(SMALL, 2, "float32", compute_dtype=None, algorithm="gram")
+@pytest.mark.parametrize(
+    ("names", "keywords"),
+    [
+        (SMALL, {}),
+        (
+            ("tall", "wide, in out", "split QKV"),
+            {"recipe": "nanochat", "coefficients": RELAXED_CUBIC[:1]},
+        ),
+    ],
+    ids=["normuon", "nanochat, a cubic"],
+)
+def test_interpreted_steps_are_the_same_to_the_bit(names, keywords, interpreted):
+    shapes = {name: SMALL[name] for name in names}
+    training = make(shapes, 2, "float32", compute_dtype=None, algorithm="gram", **keywords)
     ours = train_jax(training, backend="triton")
     assert different_bits(ours, train_torch(training, backend="triton", device="cpu")) == {}
-    other = make(SMALL, 2, "float32", algorithm="gram", weight_decay=0.2)
+    other = make(shapes, 2, "float32", algorithm="gram", **{"weight_decay": 0.2, **keywords})
     assert different_bits(ours, train_torch(other, backend="triton", device="cpu"))

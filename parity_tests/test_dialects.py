@@ -215,6 +215,7 @@ OPTAX: dict[str, dict[str, Any]] = {
     "six steps": dict(ns_steps=6, eps=1e-8),
     "eps": dict(eps=0.5, nesterov=False),
     "one polynomial a step": dict(ns_coeffs=TWO, ns_steps=5, weight_decay=0.3),
+    "AOL": dict(preconditioning="aol", weight_decay=0.3),
     "preset": dict(ns_coeffs="dion", consistent_rms=0.7, weight_decay=0.3),
 }
 
@@ -250,7 +251,7 @@ def test_a_variant_recorded_with_optax_is_reproduced(tmp_path, hyper):
     ("dialect", "hyper", "message"),
     [
         ("moonlight", {"ns_stepz": 6}, "moonlight: no translation for .* 'ns_stepz', .* 6"),
-        ("optax_muon", {"preconditioning": "aol"}, "preconditioning='aol': only 'frobenius'"),
+        ("optax_muon", {"preconditioning": "schatten"}, "the preconditionings are frobenius, aol"),
         ("optax_muon", {"ns_coeffs": "aol"}, "ns_coeffs='aol': the presets are standard, dion"),
         ("optax_muon", {"adaptive": True}, "adaptive=True: only False"),
         ("muon_2024_10", {"backend": "svd"}, "backend='svd': only 'newtonschulz5'"),
@@ -260,7 +261,7 @@ def test_a_variant_recorded_with_optax_is_reproduced(tmp_path, hyper):
         ("dion_normuon", {"flatten": True}, "flatten=True: dion's NorMuon takes its second moment"),
         ("muon_keller", {"beta2": 0.9}, "beta2=0.9: the recipe has no neuron normalization"),
         ("torch_muon", {"adjust_lr_fn": "rms"}, "adjust_lr_fn='rms': the shape rules are"),
-        ("nanochat", {"lr": 0.02}, "a trace of 'nanochat', which is no recipe here"),
+        ("soap", {"lr": 0.02}, "a trace of 'soap', which is no recipe here"),
     ],
 )
 def test_a_hyperparameter_without_a_translation_is_refused_by_name(

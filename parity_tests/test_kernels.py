@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import torch_ref
-from normuon_core import RECIPES, MatrixLayout, Recipe
+from normuon_core import RECIPES, MatrixLayout, NormSetting, Recipe, RowEquilibration
 from normuon_core.fused_step import KernelProducts
 from normuon_core.kernels import geometry
 from parity_tests import oracle
@@ -265,15 +265,39 @@ def test_every_recipe_agrees_with_the_oracle(recipe):
     assert largest_distance(train(short(recipe), gradients), wanted) <= BOUND
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_agrees_with_the_oracle(name):
+SIDES = ("tall", "wide, in out", "several tiles", "split stack, in out", "many neurons")
+"""Rows on either side of a matrix, and more of them than a program of `row_factors` takes at a time."""
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [*((name, "normuon") for name in LAYOUTS), *((name, "nanochat") for name in SIDES)],
+)
+def test_every_layout_agrees_with_the_oracle(name, recipe):
     gradients = draw([name])
-    assert largest_distance(train(NORMUON, gradients), train_oracle(NORMUON, gradients)) <= BOUND
+    wanted = train_oracle(short(recipe), gradients)
+    assert largest_distance(train(short(recipe), gradients), wanted) <= BOUND
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        dict(row_equilibration=RowEquilibration(0.5)),
+        dict(row_equilibration=RowEquilibration(0.5), norm_setting=NormSetting(4.0)),
+        dict(norm_setting=NormSetting(4.0)),
+    ],
+    ids=["rows", "both", "norm"],
+)
+def test_floors_of_rows_and_norms_that_are_felt_agree_with_the_oracle(stage):
+    """Without a neuron norm, which would make up for a factor of the whole matrix."""
+    gradients, recipe = draw(["wide"]), replace(short("muon_keller"), **stage)
+    assert largest_distance(train(recipe, gradients), train_oracle(recipe, gradients)) <= BOUND
 
 
 @pytest.mark.parametrize("algorithm", ["standard", "gram"])
-def test_whole_polynomials_agree_with_the_oracle(algorithm):
-    gradients, recipe = draw(["tall"]), RECIPES["normuon"]
+@pytest.mark.parametrize("name", ["polar_express", "relaxed_cubic"])
+def test_whole_polynomials_agree_with_the_oracle(name, algorithm):
+    gradients, recipe = draw(["tall"]), RECIPES["normuon"].override(coefficients=name)
     ours = train(recipe, gradients, algorithm=algorithm)
     assert largest_distance(ours, train_oracle(recipe, gradients)) <= BOUND
 
@@ -287,7 +311,8 @@ def test_huge_tiny_and_zero_gradients_agree_with_the_oracle(recipe, spectrum):
 
 
 @pytest.mark.parametrize(
-    "recipe", ["normuon", "normuon_paper", "normuon_official", "dion_normuon", "torch_muon"]
+    "recipe",
+    ["normuon", "normuon_paper", "normuon_official", "dion_normuon", "torch_muon", "nanochat"],
 )
 def test_a_zero_gradient_is_a_zero_update_under_decay(recipe):
     gradients = draw(["stack"], ("zero",))

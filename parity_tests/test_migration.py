@@ -172,12 +172,15 @@ def both_halves(trace: str) -> tuple[Weights, Weights, Weights]:
 BESIDE = {
     "KellerJordan/Muon": dict(lr=3e-4, b1=0.9, b2=0.95, eps=1e-10, weight_decay=0.01),
     "dion": dict(lr=3e-3, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1),
+    "nanochat": dict(lr=3e-3, b1=0.8, b2=0.96, eps=1e-10, weight_decay=0.01),
 }
 OF_TRACES = [
     ("KellerJordan/Muon: new, PyTorch", "muon_keller"),
     ("KellerJordan/Muon: new, JAX", "muon_keller"),
     ("dion: new, PyTorch", "dion_normuon"),
     ("dion: new, JAX", "dion_normuon"),
+    ("nanochat: new, PyTorch", "nanochat"),
+    ("nanochat: new, JAX", "nanochat"),
     ("modded-nanogpt (matrices): new, JAX, 2024-10", "muon_2024_10"),
     ("modded-nanogpt (matrices): new, JAX, 2025-11", "normuon_2025_11"),
     ("modded-nanogpt (matrices): new, JAX, 2025-12", "normuon_2025_12"),

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from normuon_core import RECIPES
+from normuon_core import RECIPES, NormSetting, RowEquilibration
 from parity_tests.cases import SHAPES, make_trace
 from parity_tests.compare import infinity_distance
 from parity_tests.jax_driver import run_jax
@@ -45,6 +45,8 @@ NORMUON = dataclasses.replace(
     RECIPES["normuon"],
     polar=dataclasses.replace(RECIPES["normuon"].polar, eps=1e-3, eps_rule="add"),
     neuron_norm=dataclasses.replace(RECIPES["normuon"].neuron_norm, eps=1e-3),
+    row_equilibration=RowEquilibration(eps=1.0),
+    norm_setting=NormSetting(eps=2.0),
 )
 """With epsilons that are felt."""
 
@@ -55,6 +57,9 @@ VARIANTS = {
     "polar.norm_scale": 1.1,
     "polar.eps": 1e-2,
     "polar.eps_rule": "max",
+    "polar.preconditioning": "aol",
+    "row_equilibration.eps": 2.0,
+    "norm_setting.eps": 3.0,
     "neuron_norm.beta2": 0.9,
     "neuron_norm.axis": "input",
     "neuron_norm.eps": 1e-2,
@@ -68,7 +73,14 @@ VARIANTS = {
 
 
 def test_there_is_a_variant_for_every_field_of_a_recipe():
-    stages = ("momentum", "polar", "neuron_norm", "decay")
+    stages = (
+        "momentum",
+        "row_equilibration",
+        "polar",
+        "norm_setting",
+        "neuron_norm",
+        "decay",
+    )
     fields = {
         f"{stage}.{field.name}"
         for stage in stages

@@ -7,9 +7,11 @@ from torch_ref.parameter_groups import param_groups
 from torch_ref.stages.adamw import adamw
 from torch_ref.stages.momentum import bias_corrected_momentum, heavy_ball_momentum, lerp_momentum
 from torch_ref.stages.neuron_norm import normalize_neurons
+from torch_ref.stages.norm_setting import set_norm
 from torch_ref.stages.orthogonalization import polar_factor
 from torch_ref.stages.product import product
 from torch_ref.stages.remainder import join_remainder, split_remainder
+from torch_ref.stages.row_equilibration import equilibrate_rows
 from torch_ref.stages.shape_scaling import scale_by_shape
 from torch_ref.stages.weight_decay import add_cautious_weight_decay
 
@@ -20,6 +22,7 @@ __all__ = [
     "add_cautious_weight_decay",
     "bias_corrected_momentum",
     "describe",
+    "equilibrate_rows",
     "heavy_ball_momentum",
     "join_remainder",
     "lerp_momentum",
@@ -28,5 +31,6 @@ __all__ = [
     "polar_factor",
     "product",
     "scale_by_shape",
+    "set_norm",
     "split_remainder",
 ]

@@ -89,7 +89,16 @@ def _muon_options(whose: str, saved: Group, own: Group, index: int) -> Group:
 def _check_recipe(own: Recipe, of_file: Recipe, place: str, name: str) -> None:
     """Refuses a group whose stages do something else than the file's; numbers may differ."""
     kinds = [
-        (r.momentum.rule, r.polar.eps_rule, r.polar.norm_scale, r.neuron_norm, r.decay)
+        (
+            r.momentum.rule,
+            r.polar.eps_rule,
+            r.polar.norm_scale,
+            r.polar.preconditioning,
+            r.row_equilibration,
+            r.norm_setting,
+            r.neuron_norm,
+            r.decay,
+        )
         for r in (own, of_file)
     ]
     if kinds[0] != kinds[1]:

@@ -34,6 +34,8 @@ class Geometry:
         to the next.
       offset: elements from the weight's first to the run's first.
       neurons_on_short: whether the neurons with a second moment are the shorter side's.
+      rows_on_short: whether the rows that are equilibrated are the shorter side's; True where none are,
+        so that matrices that lie either way share a launch.
       matrices_a_rate: how many consecutive matrices share a row of rates.
       splits, split_stride: how many consecutive matrices are blocks of one entry of the batch, and the
         elements from one of them to the next.
@@ -48,6 +50,12 @@ class Geometry:
     matrices_a_rate: int
     splits: int = 1
     split_stride: int = 0
+    rows_on_short: bool = True
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are to be equilibrated."""
+        return self.short if self.rows_on_short else self.long
 
     @cached_property
     def pitch(self) -> int:
@@ -109,6 +117,7 @@ def block_geometries(
     whole: MatrixView | None = None,
     axis: NeuronAxis = "output",
     rates: int = 1,
+    equilibrated: bool = False,
 ) -> list[Geometry]:
     """One geometry for each run of output blocks of a weight.
 
@@ -117,6 +126,7 @@ def block_geometries(
       whole: of the weight that it is a part of, or None for itself.
       axis: whose neurons have a second moment.
       rates: how many equal runs of the batch have a row of rates of their own.
+      equilibrated: whether the output neurons' rows are equilibrated.
     """
     strides = view.strides()
     assert strides is not None
@@ -144,6 +154,7 @@ def block_geometries(
             matrices_a_rate=batch * run.blocks // rates if rates > 1 else _ALL,
             splits=splits,
             split_stride=split_stride if splits > 1 else 0,
+            rows_on_short=not equilibrated or view.output_is_rows != tall,
         )
         result.append(geometry)
         start += run.blocks * run.size

@@ -27,6 +27,9 @@ _NEURON_TILE = {True: (8, 1024), False: (128, 64)}
 _NEURONS_A_BLOCK = 256
 """Neurons that a program of `statistics` takes."""
 
+_ROWS_A_BLOCK = 256
+"""Rows that `row_factors` takes at a time."""
+
 _CACHED = 4096
 """Launches to remember: building one takes as long as a small kernel runs."""
 
@@ -157,6 +160,46 @@ def squares(geometry: Geometry, count: int, rule: MomentumForm, leaves: int = 1)
 
 
 @functools.lru_cache(maxsize=_CACHED)
+def row_squares(geometry: Geometry, count: int, rule: MomentumForm, leaves: int = 1) -> Launch:
+    """Inputs: gs, ms, rates, leaf start, count. For `count` matrices of each leaf."""
+    inputs = norm_parts(geometry)[1 if geometry.rows_on_short else 0]
+    blocks = math.ceil(geometry.rows / source.TILE)
+    return Launch(
+        source.row_squares,
+        grid=leaves * count * blocks * inputs.parts,
+        constants={
+            "LEAVES": leaves,
+            **geometry.constants,
+            **rule.constants,
+            "ROWS_ON_SHORT": geometry.rows_on_short,
+            "BLOCKS": blocks,
+            "PARTS": inputs.parts,
+            "CELL": inputs.cell,
+            "CUTS": inputs.cuts,
+        },
+        outputs=[Output((leaves * count, inputs.parts, geometry.rows), "float32")],
+        num_warps=_TILE_WARPS,
+    )
+
+
+@functools.lru_cache(maxsize=_CACHED)
+def row_factors(geometry: Geometry, count: int) -> Launch:
+    """Inputs: partials, eps. For `count` matrices."""
+    inputs = norm_parts(geometry)[1 if geometry.rows_on_short else 0]
+    return Launch(
+        source.row_factors,
+        grid=count,
+        constants={
+            "ROWS": geometry.rows,
+            "PARTS": inputs.parts,
+            "BLOCKS": math.ceil(geometry.rows / _ROWS_A_BLOCK),
+            "BLOCK": _ROWS_A_BLOCK,
+        },
+        outputs=[Output((count, geometry.rows), "float32"), Output((count,), "float32")],
+    )
+
+
+@functools.lru_cache(maxsize=_CACHED)
 def feed(
     geometry: Geometry,
     count: int,
@@ -168,15 +211,20 @@ def feed(
     momentum: Output,
     first: bool,
     leaves: int = 1,
+    equilibrated: bool = False,
 ) -> Launch:
-    """Inputs: gs, ms, rates, partials, leaf start, count, stack start, norm scale, eps, x scale, x.
+    """Inputs: gs, ms, rates, partials, leaf start, count, stack start, norm scale, eps, x scale,
+    factors, x.
 
-    `first` into a stack of `stack` matrices, whose buffer is then not among the inputs.
+    `first` into a stack of `stack` matrices, whose buffer is then not among the inputs. `equilibrated`:
+    partials and factors are from `row_factors`.
     """
     check_choice("eps_rule", eps_rule, EpsRule)
     # Of all devices, each of which has as many.
     ways = math.prod(geometry.whole) // (geometry.short * geometry.long)
     parts = ways * math.prod(side.parts for side in norm_parts(geometry))
+    if equilibrated:
+        parts = 1
     return Launch(
         source.feed,
         grid=leaves * count * geometry.tiles,
@@ -186,6 +234,8 @@ def feed(
             "PITCH": geometry.pitch,
             **rule.constants,
             "EPS_RULE": eps_rule,
+            "EQUILIBRATED": equilibrated,
+            "ROWS_ON_SHORT": geometry.rows_on_short,
             "TILES": geometry.tiles,
             "PARTS": parts,
             "PARTS_PADDED": _power_of_two(parts),
@@ -194,7 +244,7 @@ def feed(
             Output((stack, geometry.short, geometry.pitch), compute_dtype),
             (momentum,) * leaves,
         ],
-        aliases={1: 1} if first else {0: 10, 1: 1},
+        aliases={1: 1} if first else {0: 11, 1: 1},
         num_warps=_TILE_WARPS,
     )
 
@@ -329,6 +379,27 @@ def statistics(
             Output((leaves * count, _blocks(geometry), 2), "float32"),
         ],
         aliases={} if rule is None else {0: 1},
+    )
+
+
+@functools.lru_cache(maxsize=_CACHED)
+def set_norm(geometry: Geometry, count: int, dtype: str) -> Launch:
+    """Inputs: v, sums, eps. For all `count` matrices of a stack, which is overwritten."""
+    return Launch(
+        source.set_norm,
+        grid=count * geometry.tiles,
+        constants={
+            "SHORT": geometry.short,
+            "LONG": geometry.long,
+            "PITCH": geometry.pitch,
+            "INPUTS": geometry.inputs,
+            "TILES": geometry.tiles,
+            "BLOCKS": _blocks(geometry),
+            "BLOCKS_PADDED": _power_of_two(_blocks(geometry)),
+        },
+        outputs=[Output((count, geometry.short, geometry.pitch), dtype)],
+        aliases={0: 0},
+        num_warps=_TILE_WARPS,
     )
 
 

@@ -7,8 +7,9 @@ rounding off, because two compilers need not agree on where to contract.
 
 Matrices come in a stack (count, short, long), laid out with the shorter side first, rows `pitch`
 elements apart (a multiple of 16 bytes, as the tensor memory accelerator requires). A weight is
-reached where it lies, through its strides: `squares` and `feed` read gradient and momentum there, and
-`finish` writes the update there, so that no weight is copied or transposed to enter a stack.
+reached where it lies, through its strides: `squares`, `row_squares` and `feed` read gradient and
+momentum there, and `finish` writes the update there, so that no weight is copied or transposed to enter
+a stack.
 
 One launch covers LEAVES weights that lie alike, `count` matrices of each from `leaf_start` on: what is
 per weight comes as a tuple (gs, ms, ...), and a program picks its own. Small models have many weights,
@@ -16,8 +17,8 @@ and without that a launch would take longer than its work.
 
 Kernels whose name starts with `_` are called by others. An output that is written in part, such as a
 stack that grows weight by weight, comes a second time as the input `..._in`, which is not read; so do
-momentum and second moment, which are read there and overwritten. The launches with all their
-arguments are in `launches.py`.
+momentum, second moment and the stack of `set_norm`, which are read there and overwritten. The launches
+with all their arguments are in `launches.py`.
 """
 
 import triton
@@ -179,6 +180,129 @@ def _part(index, CELL: tl.constexpr, CUTS: tl.constexpr):
     return start, tl.minimum(start + width, (cell + 1) * CELL)
 
 
+@triton.jit(do_not_specialize=["leaf_start", "count"])
+def row_squares(
+    gs,
+    ms,
+    rates,
+    leaf_start,
+    count,
+    partials,
+    LEAVES: tl.constexpr,
+    SHORT: tl.constexpr,
+    LONG: tl.constexpr,
+    BATCH_STRIDE: tl.constexpr,
+    SHORT_STRIDE: tl.constexpr,
+    LONG_STRIDE: tl.constexpr,
+    OFFSET: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLIT_STRIDE: tl.constexpr,
+    MATRICES_A_RATE: tl.constexpr,
+    RULE: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    ROWS_ON_SHORT: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PARTS: tl.constexpr,
+    CELL: tl.constexpr,
+    CUTS: tl.constexpr,
+):
+    """partials[matrix, part, row] = the sum of (BEFORE_SQUARING u)^2 over one part of an output
+    neuron's inputs.
+
+    The inputs are divided into parts as `squares` divides that side. gs, ms: the weights' gradients and
+    momenta. partials: (matrices of the launch, PARTS, rows) float32.
+    """
+    matrix = tl.program_id(0) // (BLOCKS * PARTS)
+    block = (tl.program_id(0) // PARTS) % BLOCKS
+    part = tl.program_id(0) % PARTS
+    g = _of_leaf(gs, matrix // count, LEAVES)
+    m = _of_leaf(ms, matrix // count, LEAVES)
+    in_leaf = leaf_start + matrix % count
+    rates += _RATES * (in_leaf // MATRICES_A_RATE)
+    first = _first(in_leaf, BATCH_STRIDE, OFFSET, SPLITS, SPLIT_STRIDE)
+    start, stop = _part(part, CELL, CUTS)
+    across: tl.constexpr = ((CELL + CUTS - 1) // CUTS + _SIDE - 1) // _SIDE
+    rows: tl.constexpr = SHORT if ROWS_ON_SHORT else LONG
+    row = block * _SIDE + tl.arange(0, _SIDE)
+    total = tl.zeros((_SIDE, _SIDE), tl.float32)
+    for step in range(across):
+        entry = start + step * _SIDE + tl.arange(0, _SIDE)
+        if ROWS_ON_SHORT:
+            i, j = row[:, None], entry[None, :]
+            inside = (i < rows) & (j < stop)
+        else:
+            i, j = entry[:, None], row[None, :]
+            inside = (i < stop) & (j < rows)
+        place = first + i.to(tl.int64) * SHORT_STRIDE + j.to(tl.int64) * LONG_STRIDE
+        gradient = tl.load(g + place, mask=inside, other=0.0).to(tl.float32)
+        if RULE == "none":
+            momentum = gradient
+        else:
+            momentum = tl.load(m + place, mask=inside, other=0.0).to(tl.float32)
+        u, _ = _direction(gradient, momentum, rates, RULE, NESTEROV)
+        u *= _BEFORE_SQUARING
+        total += u * u
+    if ROWS_ON_SHORT:
+        of_rows = tl.sum(total, axis=1)
+    else:
+        of_rows = tl.sum(total, axis=0)
+    tl.store(partials + (matrix * PARTS + part) * rows + row, of_rows, mask=row < rows)
+
+
+@triton.jit
+def row_factors(
+    partials,
+    eps,
+    factors,
+    squares_after,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """factors[matrix, row] = (|u| / sqrt(rows)) / max(|u_row|, eps), and the squared norm of
+    BEFORE_SQUARING u after they have multiplied it.
+
+    partials: from `row_squares`. factors: (matrices, ROWS) float32. squares_after: (matrices,) float32,
+    one for `feed` in the place of what `squares` makes.
+    """
+    matrix = tl.program_id(0)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for block in range(BLOCKS):
+        total += _row_squares(partials, matrix, block, ROWS, PARTS, BLOCK)
+    mean = tl.sum(total, axis=0)
+    norm = tl.math.sqrt_rn(tl.math.div_rn(mean, mean * 0.0 + ROWS))
+    eps *= _BEFORE_SQUARING
+    total = tl.zeros((BLOCK,), tl.float32)
+    for block in range(BLOCKS):
+        own = _row_squares(partials, matrix, block, ROWS, PARTS, BLOCK)
+        root = tl.math.sqrt_rn(own)
+        # Not tl.maximum, which drops a NaN.
+        factor = tl.math.div_rn(norm + root * 0.0, tl.where(root < eps, eps, root))
+        row = block * BLOCK + tl.arange(0, BLOCK)
+        tl.store(factors + matrix.to(tl.int64) * ROWS + row, factor, mask=row < ROWS)
+        total += tl.where(row < ROWS, factor * factor * own, 0.0)
+    tl.store(squares_after + matrix, tl.sum(total, axis=0))
+
+
+@triton.jit
+def _row_squares(
+    partials,
+    matrix,
+    block,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The squared norms of one block of rows, from those of their parts."""
+    row = block * BLOCK + tl.arange(0, BLOCK)
+    own = tl.zeros((BLOCK,), tl.float32)
+    for part in range(PARTS):
+        place = (matrix.to(tl.int64) * PARTS + part) * ROWS + row
+        own += tl.load(partials + place, mask=row < ROWS, other=0.0)
+    return own
+
+
 @triton.jit(do_not_specialize=["leaf_start", "count", "stack_start"])
 def feed(
     gs,
@@ -191,6 +315,7 @@ def feed(
     norm_scale,
     eps,
     x_scale,
+    factors,
     x_in,
     x,
     ms_out,
@@ -208,6 +333,8 @@ def feed(
     RULE: tl.constexpr,
     NESTEROV: tl.constexpr,
     EPS_RULE: tl.constexpr,
+    EQUILIBRATED: tl.constexpr,
+    ROWS_ON_SHORT: tl.constexpr,
     TILES: tl.constexpr,
     PARTS: tl.constexpr,
     PARTS_PADDED: tl.constexpr,
@@ -216,7 +343,8 @@ def feed(
     x_scale, rounded once.
 
     gs, ms, ms_out: the weights'. partials: from `squares`, (matrices of the launch, PARTS), of all
-    devices that have a part of the matrix. x: the stack, in the compute dtype.
+    devices that have a part of the matrix. x: the stack, in the compute dtype. EQUILIBRATED: u is first
+    multiplied row by row by factors, which like the partials are from `row_factors`.
     """
     matrix = tl.program_id(0) // TILES
     g = _of_leaf(gs, matrix // count, LEAVES)
@@ -250,6 +378,13 @@ def feed(
     if RULE != "none":
         tl.store(m_out + place, momentum.to(m_out.dtype.element_ty), mask=inside)
     u *= _BEFORE_SQUARING
+    if EQUILIBRATED:
+        if ROWS_ON_SHORT:
+            own = factors + matrix.to(tl.int64) * SHORT + i
+            u *= tl.load(own, mask=i < SHORT, other=0.0)
+        else:
+            own = factors + matrix.to(tl.int64) * LONG + j
+            u *= tl.load(own, mask=j < LONG, other=0.0)
     normalized = tl.math.div_rn(u, divisor + u * 0.0) * x_scale
     place = place_in_stack * (SHORT * PITCH) + i * PITCH + j
     tl.store(x + place, normalized.to(x.dtype.element_ty), mask=inside)
@@ -494,6 +629,36 @@ def neuron_squares(
         neurons: tl.constexpr = LONG
     place = (matrix.to(tl.int64) * SLICES + part) * neurons + neuron
     tl.store(partials + place, total, mask=neuron < neurons)
+
+
+@triton.jit
+def set_norm(
+    v_in,
+    sums,
+    eps,
+    v,
+    SHORT: tl.constexpr,
+    LONG: tl.constexpr,
+    PITCH: tl.constexpr,
+    INPUTS: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCKS_PADDED: tl.constexpr,
+):
+    """v <- v sqrt(SHORT) / max(|v|, eps), in float32 and rounded once.
+
+    v_in, v: the stack. sums: from `statistics`, of q over blocks of neurons with INPUTS entries each.
+    """
+    matrix = tl.program_id(0) // TILES
+    i, j, inside = _tile(tl.program_id(0) % TILES, SHORT, LONG)
+    block = tl.arange(0, BLOCKS_PADDED)
+    own = tl.load(sums + matrix * (BLOCKS * 2) + block * 2, mask=block < BLOCKS, other=0.0)
+    norm = tl.math.sqrt_rn(INPUTS * tl.sum(own, axis=0))
+    target = tl.math.sqrt_rn(norm * 0.0 + SHORT)
+    factor = tl.math.div_rn(target, tl.where(norm < eps, eps, norm))
+    place = matrix.to(tl.int64) * (SHORT * PITCH) + i * PITCH + j
+    value = tl.load(v_in + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(v + place, (value * factor).to(v.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["leaf_start", "count", "first"])

@@ -84,17 +84,15 @@ def left_to_xla(
     """The leaves that no kernel steps.
 
     These are the leaves whose matrices are best kept sharded, which takes collectives within the
-    iteration, and those that have to be resharded before their matrices can be moved, as a fused
-    projection that the mesh divides through its blocks.
+    iteration, divided ones whose rows are to be equilibrated, and those that have to be resharded before
+    their matrices can be moved, as a fused projection that the mesh divides through its blocks.
     """
     if specs is None:
         return set()
     stacks = plan(leaves, dtypes, replace(engine, may_stay=True), specs, ceiling=engine.ceiling)
-    kept_sharded = {
-        piece.leaf
-        for stack in stacks
-        if stack.placement.strategy == "shards"
-        for piece in stack.pieces
+    left = {"shards"} if engine.recipe.row_equilibration is None else {"shards", "owners"}
+    divided = {
+        piece.leaf for stack in stacks if stack.placement.strategy in left for piece in stack.pieces
     }
     resharded = {key for key, leaf in leaves.items() if leaf.axes != specs.leaves[key]}
-    return kept_sharded | resharded
+    return divided | resharded

@@ -77,6 +77,13 @@ def with_an_owner(spread: Spread, may_stay: bool = False) -> Placement:
     return whole_or_owned(spread, 0.0, 4)
 
 
+def where_it_lies(spread: Spread, may_stay: bool) -> Placement:
+    """The placement for a stage by itself that needs nothing of other devices but sums over shards."""
+    if spread.parts == 1 or not may_stay:
+        return with_an_owner(spread)
+    return Placement("shards", 1, spread.count, 0, 0.0, 0.0)
+
+
 class MatrixStage(NamedTuple, Generic[State]):
     """What `optax.GradientTransformation` is for trees, but for a `MatrixStack`.
 

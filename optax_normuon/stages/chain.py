@@ -29,11 +29,11 @@ class ChainState(NamedTuple):
 
     Attributes:
       momentum, norm, decay, rate: of the stages; `norm` is None without stage 3.
-      polar: of stage 2, which has none.
+      stateless: of stage 2 and of what stands between it and stage 3.
     """
 
     momentum: MomentumState
-    polar: optax.EmptyState
+    stateless: tuple[optax.EmptyState, ...]
     norm: NeuronNormState | None
     decay: WeightDecayState
     rate: optax.ScaleByScheduleState
@@ -41,10 +41,12 @@ class ChainState(NamedTuple):
     @classmethod
     def of(cls, state: Any) -> "ChainState":
         """The chain's own state, taken apart."""
-        (momentum, (polar, *norm)), decay, rate = state
-        return cls(momentum, polar, norm[0] if norm else None, decay, rate)
+        (momentum, on_matrices), decay, rate = state
+        norm = next((each for each in on_matrices if isinstance(each, NeuronNormState)), None)
+        stateless = tuple(each for each in on_matrices if each is not norm)
+        return cls(momentum, stateless, norm, decay, rate)
 
     def as_state(self) -> optax.OptState:
         """The inverse of `of`."""
         norm = [] if self.norm is None else [self.norm]
-        return (self.momentum, (self.polar, *norm)), self.decay, self.rate
+        return (self.momentum, (*self.stateless, *norm)), self.decay, self.rate

@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import optax
 
 from normuon_core.neurons import NeuronAxis, neurons_on_rows
-from normuon_core.placement import Placement, Spread
 from normuon_core.recipes import EpsRule, NeuronNorm
 from optax_normuon.leaves.injection import refuse_injection_of_static_arguments
 from optax_normuon.leaves.layout import LayoutTree
 from optax_normuon.leaves.precision import working_dtype
 from optax_normuon.matrices.on_matrices import on_matrices
-from optax_normuon.matrices.stack import MatrixStack, MatrixStage, with_an_owner
+from optax_normuon.matrices.stack import MatrixStack, MatrixStage, where_it_lies
 from optax_normuon.mesh.specs import SpecTree
 
 
@@ -108,11 +107,4 @@ def neuron_norm_stage(
         normalized = (v.astype(s.dtype) * t).astype(stack.values.dtype)
         return stack.with_values(normalized), NeuronNormState(s)
 
-    return MatrixStage(init, update, place=_where_it_lies, takes_shards=True)
-
-
-def _where_it_lies(spread: Spread, may_stay: bool) -> Placement:
-    """The placement of the stage by itself: sums over shards are all that it needs."""
-    if spread.parts == 1 or not may_stay:
-        return with_an_owner(spread)
-    return Placement("shards", 1, spread.count, 0, 0.0, 0.0)
+    return MatrixStage(init, update, place=where_it_lies, takes_shards=True)

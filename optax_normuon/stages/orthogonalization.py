@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,14 @@ from normuon_core.cost import Algorithm, Form, Iteration, check_algorithm
 from normuon_core.kernels_support import kernels_support
 from normuon_core.placement import Placement, Spread, place
 from normuon_core.polar_iteration import BEFORE_SQUARING, iterate, range_scales
-from normuon_core.polynomials import POLAR_EXPRESS, Coefficients, find_coefficients, with_steps
-from normuon_core.recipes import EpsRule, Polar
+from normuon_core.polynomials import (
+    POLAR_EXPRESS,
+    Coefficients,
+    cubic_steps,
+    find_coefficients,
+    with_steps,
+)
+from normuon_core.recipes import EpsRule, Polar, Preconditioning
 from optax_normuon.kernels.backend import Backend, check_backend, takes_kernels
 from optax_normuon.leaves.arrays import Matrices, Statistics
 from optax_normuon.leaves.injection import refuse_injection_of_static_arguments
@@ -35,6 +42,7 @@ def polar_factor(
     norm_scale: float = 1.02,
     eps: float = 1e-17,
     eps_rule: EpsRule = "max",
+    preconditioning: Preconditioning = "frobenius",
     compute_dtype: DTypeLike | None = None,
     algorithm: Algorithm = "auto",
     backend: Backend = "auto",
@@ -54,6 +62,9 @@ def polar_factor(
       norm_scale: at least 1; keeps rounding in the norm from lifting a singular value above 1.
       eps: the floor of the scaled norm (`eps_rule="max"`), or added to it (`"add"`). Norms from 1e-15 to
         1e16 give the same factor; below the floor it fades to zero.
+      preconditioning: "frobenius" goes on from there; "aol" divides each row of the shorter side by the
+        root of its sum in |X X^T| first, and the set "aol" is made for it (Turbo-Muon, arXiv
+        2512.04632). The kernels do not have it.
       compute_dtype: dtype of the iterates; products accumulate and finish in float32 (float64 for
         float64). None is bfloat16, and float16 where the Gram form runs.
       algorithm: "gram" iterates on the Gram matrix alone (Dao-AILab/gram-newton-schulz), equal in
@@ -82,6 +93,7 @@ def polar_factor(
         norm_scale=norm_scale,
         eps=eps,
         eps_rule=eps_rule,
+        preconditioning=preconditioning,
         compute_dtype=compute_dtype,
         algorithm=algorithm,
         backend=backend,
@@ -99,6 +111,7 @@ def orthogonalize(
     norm_scale: float = 1.02,
     eps: float = 1e-17,
     eps_rule: EpsRule = "max",
+    preconditioning: Preconditioning = "frobenius",
     compute_dtype: DTypeLike | None = None,
     algorithm: Algorithm = "auto",
     backend: Backend = "auto",
@@ -121,6 +134,7 @@ def orthogonalize(
         norm_scale=norm_scale,
         eps=eps,
         eps_rule=eps_rule,
+        preconditioning=preconditioning,
         compute_dtype=compute_dtype,
         algorithm=algorithm,
         backend=backend,
@@ -142,12 +156,13 @@ def orthogonalization_stage(
     norm_scale: float,
     eps: float,
     eps_rule: EpsRule,
+    preconditioning: Preconditioning,
     compute_dtype: DTypeLike | None,
     algorithm: Algorithm,
     backend: Backend,
 ) -> MatrixStage[optax.EmptyState]:
     """Stage 2 on a `MatrixStack`: values of any floating dtype in, compute dtype out."""
-    polar = Polar(coefficients, norm_scale, eps, eps_rule)
+    polar = Polar(coefficients, norm_scale, eps, eps_rule, preconditioning)
     check_algorithm(algorithm)
     check_backend(backend)
     supported = kernels_support(polar)
@@ -172,6 +187,7 @@ def orthogonalization_stage(
             name,
             on_gpu=jax.default_backend() == "gpu",
             symmetric=by_kernels(spread.dtype, on_mesh=spread.on_mesh),
+            cubics=cubic_steps(coefficients),
         )
         return place(spread, iteration, may_stay=may_stay)
 
@@ -224,12 +240,31 @@ def orthogonalization_stage(
             algorithm=prepared.prepared.form,
             short=min(rows, columns),
             scales=scales,
+            precondition=partial(aol, wide=rows <= columns) if preconditioning == "aol" else None,
         )
         if shards is not None:
             v = shards.back(v, prepared.values.shape)
         return prepared.with_values(v), state
 
     return MatrixStage(init, update, prepare, place_group, takes_shards=True)
+
+
+def aol(x: Matrices, gram: jax.Array, scale: float, *, wide: bool) -> tuple[Matrices, jax.Array]:
+    """AOL preconditioning of X and its Gram matrix A: diag(s) X and diag(s) A diag(s).
+
+    s_i = 1 / sqrt(sum_j |A_ij|), and 1 for a row of zeros. By Gershgorin's theorem no eigenvalue of
+    diag(s) A diag(s), which is similar to diag(s^2) A, is above 1.
+
+    Args:
+      x: (batch, rows, columns), or parts of it that have the shorter side whole.
+      gram: of the shorter side, times `scale`. wide: whether that is the rows.
+    """
+    dtype = working_dtype(x.dtype)
+    lifted = gram.astype(dtype)
+    sums = jnp.sum(jnp.abs(lifted), axis=-1, keepdims=True) / scale
+    s = jax.lax.rsqrt(jnp.where(sums > 0, sums, jnp.ones_like(sums)))
+    scaled = x.astype(dtype) * (s if wide else s.mT)
+    return scaled.astype(x.dtype), (lifted * s * s.mT).astype(gram.dtype)
 
 
 def stage_of_orthogonalizer(orthogonalizer: Orthogonalizer) -> MatrixStage[optax.EmptyState]:

@@ -110,6 +110,7 @@ class LaidOut:
             whole=on_mesh.view,
             axis="output" if rule is None else rule.axis,
             rates=len(rates),
+            equilibrated=recipe.row_equilibration is not None,
         )
         self.blocks = [
             Block(

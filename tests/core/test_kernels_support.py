@@ -71,4 +71,6 @@ def test_a_record_of_another_class_is_an_obstacle():
 def test_the_polar_factor_can_be_asked_about_alone(monkeypatch):
     monkeypatch.setattr(recipes, "EpsRule", Literal["max", "new"])
     assert kernels_support(recipes.Polar())
+    aol = kernels_support(recipes.Polar(preconditioning="aol"))
+    assert aol.lacking == ("preconditioning='aol'",)
     assert kernels_support(recipes.Polar(eps_rule="new")).lacking == ("eps_rule='new'",)

@@ -35,7 +35,9 @@ STAGES = {
     "lerp_momentum": lambda layout=None: optax_normuon.lerp_momentum(),
     "heavy_ball_momentum": lambda layout=None: optax_normuon.heavy_ball_momentum(),
     "bias_corrected_momentum": lambda layout=None: optax_normuon.bias_corrected_momentum(),
+    "equilibrate_rows": optax_normuon.equilibrate_rows,
     "orthogonalize": optax_normuon.orthogonalize,
+    "set_norm": optax_normuon.set_norm,
     "normalize_neurons": optax_normuon.normalize_neurons,
     "add_cautious_weight_decay": lambda **keywords: optax_normuon.add_cautious_weight_decay(
         0.1, **keywords

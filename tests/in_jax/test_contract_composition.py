@@ -112,7 +112,7 @@ def test_each_stage_can_stand_alone_in_a_chain(name):
     clipped_sgd = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_learning_rate(0.1))
     plain, _ = one_step(clipped_sgd, gradients, params)
     changed = leaves_that_differ(updates, plain)
-    on_matrices = name in ("orthogonalize", "normalize_neurons")
+    on_matrices = name in ("equilibrate_rows", "orthogonalize", "set_norm", "normalize_neurons")
     if name == "scale_by_shape":
         # The 6x7 matrix has more inputs than outputs, so its factor is 1.
         assert changed == [("blocks", "up", "kernel")]

@@ -92,3 +92,23 @@ def test_the_table_is_the_plan_of_the_step(planned, request, engine, sizes):
     engines = {row[1] for row in printed}
     assert engines == ({"xla"} if engine == "xla" else {"xla", "kernels"})
     assert {"owners", "shards"} <= {row[2] for row in printed}
+
+
+def test_divided_matrices_whose_rows_are_equilibrated_are_left_to_xla(interpreted):
+    """The kernels step those that a device has whole, as experts over their own axis."""
+    params = {name: PARAMS[name] for name in ("up", "experts")}
+    keywords = dict(
+        backend="triton",
+        algorithm="standard",
+        compute_dtype=jnp.float32,
+        layout={name: LAYOUT[name] for name in params},
+        param_specs={"up": SPECS["up"], "experts": P("tp")},
+    )
+    mesh, engines = mesh_of(AxisType.Auto, fsdp=4, tp=2), {}
+    for recipe in ("normuon", "nanochat"):
+        text = describe(params, mesh=mesh, recipe=recipe, **keywords)
+        rows = [line.split("  ") for line in text.split("\n\n")[1].splitlines()[2:]]
+        cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+        engines[recipe] = {row[0]: row[2] for row in cells}
+    assert set(engines["normuon"].values()) == {"kernels"}
+    assert engines["nanochat"] == {"1 x (64, 256)": "xla", "2 x (64, 256)": "kernels"}

@@ -1,6 +1,7 @@
 """On any mesh the numbers of one device, and no more collectives than they need."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -149,10 +150,18 @@ def test_a_slightly_different_momentum_breaks_the_bounds(on_one_device):
     assert difference(other, on_one_device[0]) > 10 * BOUNDS["parameters"]
 
 
-@pytest.mark.parametrize("keywords", [dict(recipe="normuon_paper"), dict(shape_scale="spectral")])
-@pytest.mark.parametrize("mode", [EXPLICIT, AUTO])
+@pytest.mark.parametrize(
+    ("mode", "keywords"),
+    [
+        *itertools.product(
+            (EXPLICIT, AUTO), (dict(recipe="normuon_paper"), dict(shape_scale="spectral"))
+        ),
+        (EXPLICIT, dict(recipe="nanochat")),
+    ],
+)
 def test_the_scale_of_a_divided_matrix_is_that_of_the_whole_one(mode, keywords):
-    """By its norm, and by the shape of its blocks: of heads, and of a fused leaf cut through them."""
+    """By its norm, by the shape of its blocks (of heads, and of a fused leaf cut through them), and by
+    the norms of its rows."""
     mesh = mesh_of(mode, fsdp=4, tp=2)
     updates = []
     for where, specs in ((mesh, SPECS if mode == AUTO else None), (None, None)):
@@ -295,12 +304,14 @@ def test_a_ceiling_bounds_the_stacks_of_a_device():
     assert sum(size >= 32 * 64 * 2 for _, size, _ in collectives(text)) == 4
 
 
-@pytest.mark.parametrize("stage", ["orthogonalize", "normalize_neurons", "scale_by_normuon"])
+@pytest.mark.parametrize(
+    "stage",
+    ["equilibrate_rows", "orthogonalize", "set_norm", "normalize_neurons", "scale_by_normuon"],
+)
 def test_stages_alone_work_on_a_mesh(stage):
     make = getattr(optax_normuon, stage)
-    tx = make(layout=LAYOUT) if stage == "normalize_neurons" else make(
-        layout=LAYOUT, compute_dtype=jnp.float32
-    )  # fmt: skip
+    with_products = stage in ("orthogonalize", "scale_by_normuon")
+    tx = make(layout=LAYOUT, **({"compute_dtype": jnp.float32} if with_products else {}))
     mesh = mesh_of(fsdp=4, tp=2)
     on_mesh, on_one = (
         jax.jit(tx.update)(put(draw(SHAPES), SPECS, m), tx.init(put(draw(SHAPES), SPECS, m)))

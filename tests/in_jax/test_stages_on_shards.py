@@ -7,11 +7,13 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 
-from normuon_core import RECIPES
+from normuon_core import POLYNOMIALS, RECIPES, Polar
 from normuon_core.placement import Placement
 from optax_normuon import MatrixLayout, MatrixStage, chain_stages, on_matrices
 from optax_normuon.stages.neuron_norm import neuron_norm_stage
+from optax_normuon.stages.norm_setting import norm_setting_stage
 from optax_normuon.stages.orthogonalization import orthogonalization_stage
+from optax_normuon.stages.row_equilibration import equilibrated
 from tests.in_jax.meshes import collectives, mesh_of
 
 # A single matrix, so wide that the polar factor alone is best made of its parts as they lie.
@@ -36,6 +38,12 @@ def nothing(stack):
 POLAR = orthogonalization_stage(
     **vars(RECIPES["normuon"].polar), compute_dtype=jnp.float32, algorithm="auto", backend="xla"
 )
+AOL = orthogonalization_stage(
+    **vars(Polar(POLYNOMIALS["aol"], preconditioning="aol")),
+    compute_dtype=jnp.float32,
+    algorithm="auto",
+    backend="xla",
+)
 NEURONS = neuron_norm_stage(**vars(RECIPES["normuon"].neuron_norm))
 IGNORANT = MatrixStage(nothing, unit_rows)
 AWARE = MatrixStage(nothing, unit_rows_of_shards, takes_shards=True)
@@ -55,8 +63,11 @@ def run(stage, mesh=None):
     ("stages", "stays"),
     [
         ([POLAR], True),
+        ([AOL], True),
         ([POLAR, NEURONS], True),
         ([POLAR, AWARE], True),
+        ([equilibrated(POLAR, 1e-6), norm_setting_stage(1e-6)], True),
+        ([equilibrated(IGNORANT, 1e-6)], False),
         ([AWARE], False),
         ([IGNORANT], False),
         ([POLAR, IGNORANT], False),

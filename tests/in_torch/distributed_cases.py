@@ -9,6 +9,7 @@ import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,7 +30,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from normuon_core import MatrixLayout
+from normuon_core import POLYNOMIALS, RECIPES, MatrixLayout, Polar
 from parity_tests.spectra import SPECTRA
 from torch_ref import NorMuon, join_remainder
 from torch_ref.mesh.rectangles import sharding_of
@@ -38,6 +39,7 @@ from torch_ref.steps.data_parallel import ReplicatedStack
 OUT_IN, IN_OUT = MatrixLayout(-1, -2), MatrixLayout(-2, -1)
 MERGED = MatrixLayout(reduction_axis=0, output_axis=(1, 2), output_splits=(5, 3))
 STEPS = 3
+TURBO = replace(RECIPES["normuon"], polar=Polar(POLYNOMIALS["aol"], preconditioning="aol"))
 HALF: dict[str, Any] = {"compute_dtype": torch.float32}
 
 GROUPS: list[tuple[list[tuple[int, ...]], dict[str, Any]]] = [
@@ -62,10 +64,13 @@ GROUPS: list[tuple[list[tuple[int, ...]], dict[str, Any]]] = [
     ([(6, 5)], {"orthogonalizer": torch.sign}),
     ([(5,), (9, 4)], {"optimizer": "adamw", "adam_weight_decay": 0.1, "lr": 0.01}),
     ([(12, 7), (12, 7)], {"beta2": 0.5}),
+    ([(12, 7), (7, 12)], {"recipe": "nanochat", "layout": MatrixLayout(-1, -2)}),
+    ([(9, 6)], {"recipe": TURBO}),
+    ([(2, 6, 8)], {"recipe": "nanochat", "layout": MatrixLayout(-2, -1, (5, 3))}),
 ]
 """Shapes and settings: counts and sides that no number of ranks divides, every kind of layout, cautious
 and plain decay, scales that need the update's norm, multipliers over the batch, and a second beta2 for
-matrices that share a stack with the first group's."""
+matrices that share a stack with the first group's; rows that are equilibrated."""
 
 NO_GRADIENT, ZERO_GRADIENT = 1, 2
 """Numbers of the weights that never have a gradient, and that have one of zeros."""

@@ -2,11 +2,12 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from normuon_core import MatrixLayout
+from normuon_core import RECIPES, MatrixLayout, NormSetting, RowEquilibration
 from torch_ref import NorMuon
 
 CONVOLUTION = MatrixLayout((1, 2, 3), 0)
@@ -180,6 +181,11 @@ def saved(optimizer_class, params, **keywords):
 
 
 MUON = {"recipe": "torch_muon"}
+ROWS = replace(RECIPES["torch_muon"], row_equilibration=RowEquilibration())
+NORM = replace(RECIPES["torch_muon"], norm_setting=NormSetting())
+AOL = replace(
+    RECIPES["torch_muon"], polar=replace(RECIPES["torch_muon"].polar, preconditioning="aol")
+)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +195,9 @@ MUON = {"recipe": "torch_muon"}
         (torch.optim.AdamW, {}, MUON, "is of AdamW, .* has optimizer='normuon'; .*'adamw'"),
         (torch.optim.Muon, {}, {}, "is of torch.optim.Muon, .* give the group recipe='torch_muon'"),
         (torch.optim.Muon, {}, {"recipe": "muon_keller"}, "recipe='torch_muon'"),
+        (torch.optim.Muon, {}, {"recipe": ROWS}, "recipe='torch_muon'"),
+        (torch.optim.Muon, {}, {"recipe": NORM}, "recipe='torch_muon'"),
+        (torch.optim.Muon, {}, {"recipe": AOL}, "recipe='torch_muon'"),
         (torch.optim.Muon, {}, {"optimizer": "adamw"}, "has optimizer='adamw'; .*='normuon'"),
         (
             torch.optim.Muon,

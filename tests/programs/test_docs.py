@@ -113,3 +113,34 @@ def test_files_and_programs_that_do_not_exist_are_found():
     found = paths_of(text) | programs_of(text)
     assert missing(found) == ["benchmarks/none.py", "docs/none.md", "tests/none.py", "tests/none/"]
     assert len(paths_of((ROOT / "CONTRIBUTING.md").read_text())) > 30
+
+
+def printed_by(page: str, start: str) -> list[list[str]]:
+    """The cells of each line that the page's Python block with this beginning prints."""
+    (code,) = (
+        body
+        for language, body in BLOCK.findall((ROOT / page).read_text())
+        if language == "python" and start in body
+    )
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(code, {})
+    return [line.replace("|", " ").replace("`", "").split() for line in out.getvalue().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("page", "start"),
+    [
+        ("docs/stages.md", "image = evaluate(steps"),
+        ("docs/dialects.md", "name_of = {coefficients"),
+    ],
+)
+def test_the_table_of_polynomials_and_that_of_recipes_are_what_their_scripts_print(page, start):
+    text = (ROOT / page).read_text()
+    rows = [
+        line.replace("|", " ").replace("`", "").split()
+        for line in BLOCK.sub("", text).splitlines()
+        if line.startswith("|")
+    ]
+    printed = printed_by(page, start)
+    assert len(printed) > 10
+    assert [row for row in printed if row not in rows] == []

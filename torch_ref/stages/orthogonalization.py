@@ -9,8 +9,8 @@ import torch
 from normuon_core import Coefficients, Polar
 from normuon_core.cost import Algorithm, Iteration
 from normuon_core.polar_iteration import BEFORE_SQUARING, iterate, range_scales
-from normuon_core.polynomials import POLAR_EXPRESS, find_coefficients, with_steps
-from normuon_core.recipes import EpsRule
+from normuon_core.polynomials import POLAR_EXPRESS, cubic_steps, find_coefficients, with_steps
+from normuon_core.recipes import EpsRule, Preconditioning
 from torch_ref.kernels.backend import Backend, takes_kernels
 from torch_ref.leaves.dtypes import dtype_name, working_dtype
 from torch_ref.stages.norms import sum_of_squares
@@ -25,6 +25,7 @@ def polar_factor(
     norm_scale: float = 1.02,
     eps: float = 1e-17,
     eps_rule: EpsRule = "max",
+    preconditioning: Preconditioning = "frobenius",
     compute_dtype: torch.dtype | None = None,
     algorithm: Algorithm = "auto",
     backend: Backend = "auto",
@@ -46,6 +47,9 @@ def polar_factor(
       norm_scale, eps, eps_rule: how the norm is kept below 1; with `eps_rule="add"` the denominator
         is norm_scale |x| + eps. Norms from 1e-15 to 1e16 give the same factor; below the floor it
         fades to zero.
+      preconditioning: "frobenius" goes on from there; "aol" divides each row of the shorter side by the
+        root of its sum in |X X^T| first, and the set "aol" is made for it (Turbo-Muon, arXiv
+        2512.04632). The kernels do not have it.
       compute_dtype: of the products; None is bfloat16, and float16 where the Gram form runs.
       algorithm: "standard", "gram", or "auto": the Gram form on CUDA devices where it takes fewer
         operations, unless `compute_dtype` is bfloat16 (`normuon_core.cost.Iteration`).
@@ -67,7 +71,7 @@ def polar_factor(
         coefficients = with_steps(coefficients, steps)
     rows, columns = x.shape[-2:]
     stack = x.reshape(-1, rows, columns)
-    polar = Polar(coefficients, norm_scale, eps, eps_rule)
+    polar = Polar(coefficients, norm_scale, eps, eps_rule, preconditioning)
     dtypes = [x.dtype] if compute_dtype is None else [x.dtype, compute_dtype]
     by_kernels = takes_kernels(backend, polar, x.device, dtypes)
     iteration = Iteration(
@@ -76,6 +80,7 @@ def polar_factor(
         dtype_name(compute_dtype),
         on_gpu=by_kernels or x.device.type == "cuda",
         symmetric=by_kernels,
+        cubics=cubic_steps(coefficients),
     )
     form, chosen = iteration.form(rows, columns)
     if by_kernels:
@@ -84,7 +89,7 @@ def polar_factor(
         return polar_factors(stack, polar, form=form, dtype=chosen).reshape(x.shape)
     stack = stack.to(working_dtype(x.dtype))
     stack = normalized(stack, scaled_squares(stack), polar, sides=(rows, columns), dtype=chosen)
-    return polynomial(stack, coefficients, form=form).reshape(x.shape)
+    return polynomial(stack, polar, form=form).reshape(x.shape)
 
 
 def scaled_squares(u: torch.Tensor) -> torch.Tensor:
@@ -119,19 +124,37 @@ def normalized(
     return (u * BEFORE_SQUARING / (denominator / scale)).to(getattr(torch, dtype))
 
 
-def polynomial(
-    x: torch.Tensor, coefficients: Coefficients, *, form: Literal["standard", "gram"]
-) -> torch.Tensor:
+def polynomial(x: torch.Tensor, polar: Polar, *, form: Literal["standard", "gram"]) -> torch.Tensor:
     """Runs the iteration on a stack of whole matrices that `normalized` has returned."""
     rows, columns = x.shape[-2:]
     return iterate(
         x,
-        coefficients,
+        polar.coefficients,
         LibraryProducts(),
         algorithm=form,
         short=min(rows, columns),
         scales=range_scales(rows, columns, str(x.dtype).removeprefix("torch.")),
+        precondition=aol if polar.preconditioning == "aol" else None,
     )
+
+
+def aol(x: torch.Tensor, gram: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """AOL preconditioning of X and its Gram matrix A: diag(s) X and diag(s) A diag(s).
+
+    s_i = 1 / sqrt(sum_j |A_ij|), and 1 for a row of zeros. By Gershgorin's theorem no eigenvalue of
+    diag(s) A diag(s), which is similar to diag(s^2) A, is above 1.
+
+    Args:
+      x: (batch, rows, columns). gram: of its shorter side, times `scale`.
+    """
+    dtype = working_dtype(x.dtype)
+    lifted = gram.to(dtype)
+    sums = lifted.abs().sum(dim=-1, keepdim=True) / scale
+    s = torch.where(sums > 0, sums, 1.0).rsqrt()
+    # A NaN reaches all of its matrix by the products that follow.
+    wide = x.shape[-2] <= x.shape[-1]
+    scaled = x.to(dtype) * (s if wide else s.mT)
+    return scaled.to(x.dtype), (lifted * s * s.mT).to(gram.dtype)
 
 
 class LibraryProducts:

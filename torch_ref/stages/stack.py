@@ -1,17 +1,23 @@
-"""Stages 2 and 3, orthogonalization and neuron norm, on a stack of matrices of many weights."""
+"""Stages 2 and 3, orthogonalization and neuron norm, on a stack of matrices of many weights.
 
-from collections.abc import Callable
+With what a recipe has before and between them: rows equilibrated, and the norm set.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from normuon_core import NeuronNorm, Polar
+from normuon_core import NeuronNorm, NormSetting, Polar, RowEquilibration
 from normuon_core.cost import Algorithm, Form, Iteration
 from normuon_core.neurons import neurons_on_rows
+from normuon_core.polynomials import cubic_steps
 from torch_ref.leaves.dtypes import Scalar, dtype_name
 from torch_ref.matrices.views import bytes_per_matrix
 from torch_ref.stages.neuron_norm import normalize_neurons
+from torch_ref.stages.norm_setting import set_norm
 from torch_ref.stages.orthogonalization import normalized, polynomial, scaled_squares
+from torch_ref.stages.row_equilibration import row_factors, row_squares
 
 Orthogonalizer = Callable[[torch.Tensor], torch.Tensor]
 
@@ -25,8 +31,9 @@ class StackStages:
       output_is_rows: which of the two the output neurons are.
       dtype: the working dtype.
       device: where the stack is.
-      polar, neuron_norm: the recipe's records; `neuron_norm=None` skips stage 3. Its beta2 is not read:
-        matrices whose groups differ in it share a stack, and each call is given it.
+      polar, neuron_norm, row_equilibration, norm_setting: the recipe's records; None skips a stage. The
+        beta2 of `neuron_norm` is not read: matrices whose groups differ in it share a stack, and each
+        call is given it.
       compute_dtype, algorithm: as in `polar_factor`.
       orthogonalizer: takes the place of `polar_factor`: a function of (batch, rows, columns) in the
         working dtype to the same shape in any dtype, to which the update is then rounded.
@@ -44,6 +51,8 @@ class StackStages:
     algorithm: Algorithm
     orthogonalizer: Orthogonalizer | None
     max_bytes: int
+    row_equilibration: RowEquilibration | None = None
+    norm_setting: NormSetting | None = None
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -71,6 +80,7 @@ class StackStages:
             dtype_name(self.compute_dtype),
             on_gpu=self.device.type == "cuda",
             symmetric=False,
+            cubics=cubic_steps(self.polar.coefficients),
         )
 
     @property
@@ -102,21 +112,45 @@ class StackStages:
         """
         return self.finish(self.prepare(u, self.scaled_squares(u)), second_moment, beta2)
 
-    def scaled_squares(self, u: torch.Tensor) -> torch.Tensor | None:
-        """The squares that `prepare` takes, (batch, 1, 1); those of parts of a matrix add up.
+    @property
+    def squares_shape(self) -> tuple[int, int] | None:
+        """The shape of a whole matrix's `scaled_squares`: (1, 1), or one for each output neuron's row.
 
         None where an orthogonalizer takes u itself.
         """
+        if self.row_equilibration is not None:
+            return (self.rows, 1) if self.output_is_rows else (1, self.columns)
+        return None if self.orthogonalizer is not None else (1, 1)
+
+    def scaled_squares(self, u: torch.Tensor) -> torch.Tensor | None:
+        """The squares that `prepare` takes; those of parts of a matrix, or of a row, add up.
+
+        Of the shape (batch, *`squares_shape`) if u has whole matrices, or None.
+        """
+        if self.row_equilibration is not None:
+            return row_squares(u, output_is_rows=self.output_is_rows)
         return None if self.orthogonalizer is not None else scaled_squares(u)
 
-    def prepare(self, u: torch.Tensor, squares: torch.Tensor | None) -> torch.Tensor:
+    def prepare(
+        self, u: torch.Tensor, squares: torch.Tensor | None, outputs: Sequence[int] | None = None
+    ) -> torch.Tensor:
         """Makes of u what `finish` takes. It is elementwise: u may be whole matrices or parts of them.
 
         Args:
           u: (batch, rows, columns) in the working dtype.
-          squares: `scaled_squares` of the whole matrices, (batch, 1, 1).
+          squares: `scaled_squares` of the whole matrices.
+          outputs: the output neurons that u has; None is all of them.
         """
         if squares is None:
+            return u
+        if self.row_equilibration is not None:
+            factors = row_factors(squares, **vars(self.row_equilibration))
+            squares = (squares * factors.square()).sum(dim=(-2, -1), keepdim=True)
+            if outputs is not None:
+                here = list(outputs)
+                factors = factors[:, here] if self.output_is_rows else factors[..., here]
+            u = u * factors
+        if self.orthogonalizer is not None:
             return u
         _, dtype = self.form
         return normalized(u, squares, self.polar, sides=self.sides, dtype=dtype)
@@ -130,6 +164,8 @@ class StackStages:
           beta2: the decay of the second moment: a number, or one for each matrix, (batch, 1, 1).
         """
         v = self._orthogonalize(x)
+        if self.norm_setting is not None:
+            v = set_norm(v, **vars(self.norm_setting))
         if self.neuron_norm is None or second_moment is None:
             return v, None
         keywords = {**vars(self.neuron_norm), "beta2": beta2}
@@ -142,7 +178,7 @@ class StackStages:
 
     def _orthogonalize(self, x: torch.Tensor) -> torch.Tensor:
         if self.orthogonalizer is None:
-            return polynomial(x, self.polar.coefficients, form=self.form[0])
+            return polynomial(x, self.polar, form=self.form[0])
         v = self.orthogonalizer(x)
         if v.shape != x.shape:
             raise ValueError(

@@ -37,5 +37,6 @@ def kernel_layout(view: MatrixView, recipe: Recipe) -> KernelLayout:
     in_place = view.strides() is not None
     view = view if in_place else view.stacked
     axis = "output" if recipe.neuron_norm is None else recipe.neuron_norm.axis
-    geometries = block_geometries(view, axis=axis)
+    equilibrated = recipe.row_equilibration is not None
+    geometries = block_geometries(view, axis=axis, equilibrated=equilibrated)
     return KernelLayout(in_place, tuple(geometries))

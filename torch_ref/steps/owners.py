@@ -36,10 +36,13 @@ class WeightOnRanks:
     moment_regions: tuple[tuple[Region, ...], ...]
     needs_norm: bool
 
+    def block_outputs(self, block: int) -> tuple[int, int]:
+        """(first, one after the last) of a block's output neurons."""
+        return list(pairwise([0, *accumulate(self.view.output_sizes)]))[block]
+
     def block_tiles(self, block: int) -> list[tuple[Tile, ...]]:
         """The tiles of a block's matrices, by their place in the batch."""
-        bounds = list(pairwise([0, *accumulate(self.view.output_sizes)]))
-        return tiles(self.view, self.regions, bounds[block])
+        return tiles(self.view, self.regions, self.block_outputs(block))
 
     def moment_tiles(self, block: int) -> list[tuple[Tile, ...]]:
         """The tiles of the block's second moment, each matrix's seen as one row (1, neurons)."""
@@ -81,6 +84,7 @@ class Slot:
       count: how many.
       here: which of the block's matrices this rank holds parts of, as its own stack counts them.
       numbers: their numbers in the stack.
+      outputs: the output neurons of these matrices that this rank holds.
     """
 
     weight: int
@@ -89,6 +93,7 @@ class Slot:
     count: int
     here: slice
     numbers: tuple[int, ...]
+    outputs: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -172,11 +177,14 @@ def _stack(
         weight, first = weights[index], len(matrices)
         matrices += weight.block_tiles(block)[start:stop]
         moments += weight.moment_tiles(block)[start:stop]
-        batch, _, _ = stack_indices(weight.view, weight.regions[rank])
+        batch, rows, columns = stack_indices(weight.view, weight.regions[rank])
+        side = rows if weight.view.output_is_rows else columns
+        low, high = weight.block_outputs(block)
+        outputs = tuple(i - low for i in side if low <= i < high)
         here = [i for i, matrix in enumerate(batch) if start <= matrix < stop]
         bounds = slice(here[0], here[-1] + 1) if here else slice(0, 0)
         numbers = tuple(first + batch[i] - start for i in here)
-        slots.append(Slot(index, block, first, stop - start, bounds, numbers))
+        slots.append(Slot(index, block, first, stop - start, bounds, numbers, outputs))
     owners = [_owner(each, stages, load) for each in matrices]
     neurons = stages.neurons
     norms: list[tuple[Tile, ...]] = [()] * len(matrices)

@@ -13,6 +13,7 @@ import torch
 
 from normuon_core import Recipe
 from normuon_core.cost import Algorithm, Iteration
+from normuon_core.polynomials import cubic_steps
 from torch_ref.kernels.backend import Backend, takes_kernels
 from torch_ref.leaves.dtypes import dtype_name, working_dtype
 from torch_ref.leaves.groups import Group
@@ -81,8 +82,13 @@ class GroupSpec(NamedTuple):
     @property
     def iteration(self) -> Iteration:
         """What the group asks of the iteration where the kernels run it."""
-        steps = len(self.recipe.polar.coefficients)
-        return Iteration(steps, self.algorithm, dtype_name(self.compute_dtype))
+        coefficients = self.recipe.polar.coefficients
+        return Iteration(
+            len(coefficients),
+            self.algorithm,
+            dtype_name(self.compute_dtype),
+            cubics=cubic_steps(coefficients),
+        )
 
     def takes_kernels(self, weight: WeightSpec) -> bool:
         """Whether the kernels step a weight.
@@ -112,6 +118,8 @@ class GroupSpec(NamedTuple):
                 algorithm=self.algorithm,
                 orthogonalizer=self.orthogonalizer,
                 max_bytes=self.max_bytes,
+                row_equilibration=self.recipe.row_equilibration,
+                norm_setting=self.recipe.norm_setting,
             )
             for run in view.runs
         )

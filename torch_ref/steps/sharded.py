@@ -4,8 +4,8 @@ Momentum, decay, scale and rate are elementwise: each rank does them on its shar
 between, each matrix has an owner (`torch_ref.steps.owners`). The parts' squares are summed to the
 matrix's norm, X is rounded to the compute dtype where it lies and sent to the owner, which has the
 second moment sent as well; what comes out goes back the same way. For a stack of matrices that is one
-all-reduce of a number a matrix, two all-to-alls of matrices and two of statistics, and nothing within
-the iteration.
+all-reduce of a number a matrix (a number a row, where rows are equilibrated), two all-to-alls of
+matrices and two of statistics, and nothing within the iteration.
 """
 
 from collections import defaultdict
@@ -152,26 +152,39 @@ class _Exchange:
         directions = [
             self.shards[slot.weight].direction(slot.block)[slot.here] for slot in self.stack.slots
         ]
-        if self.stages.orthogonalizer is not None:
+        shape = self.stages.squares_shape
+        if shape is None:
             return directions
-        zero = torch.zeros((), dtype=self.stages.dtype, device=self.stages.device)
+        zero = torch.zeros(shape, dtype=self.stages.dtype, device=self.stages.device)
         squares = [zero] * sum(slot.count for slot in self.stack.slots)
         for slot, u in zip(self.stack.slots, directions, strict=True):
             own = self.stages.scaled_squares(u)
             assert own is not None
             for number, square in zip(slot.numbers, own.unbind(), strict=True):
                 if number in self.stack.counted or not self.stack.is_divided:
-                    squares[number] = square.reshape(())
+                    squares[number] = self._of_all_outputs(square, slot.outputs, zero)
         total = torch.stack(squares)
         if self.stack.is_divided:
             dist.all_reduce(total, group=self.group)
-        of_matrix = total.reshape(-1, 1, 1).split(1)
+        of_matrix = total.split(1)
         return [
-            self.stages.prepare(u, torch.cat([of_matrix[number] for number in slot.numbers]))
+            self.stages.prepare(
+                u, torch.cat([of_matrix[number] for number in slot.numbers]), slot.outputs
+            )
             if slot.numbers
             else u.to(self.stages.prepared_dtype)
             for slot, u in zip(self.stack.slots, directions, strict=True)
         ]
+
+    def _of_all_outputs(
+        self, square: torch.Tensor, outputs: Sequence[int], zero: torch.Tensor
+    ) -> torch.Tensor:
+        """A matrix's squares from those of this rank's rows, with zeros for the rows of others."""
+        if square.shape == zero.shape:
+            return square
+        axis = 0 if self.stages.output_is_rows else 1
+        places = torch.tensor(outputs, dtype=torch.long, device=zero.device)
+        return zero.index_copy(axis, places, square)
 
     def beta2(self) -> Scalar:
         """The decay of the second moments of what this rank owns."""
