@@ -6,7 +6,7 @@ parts of a matrix go to its owner after `feed`, and come back before `finish`, b
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol
@@ -164,6 +164,13 @@ class Exchange(Protocol):
         """(count, short, padded long) of parts to (owned, short, padded long) of whole matrices."""
         ...
 
+    def on_owned(self, function: Callable[[Array, int], Array], x: Array) -> Array:
+        """function(x, count) of the `count` matrices of x that this device really has.
+
+        Those up to `owned` are zeros, and of the result they are so again if they are left out.
+        """
+        ...
+
     def to_holders(self, v: Array) -> Array:
         """The inverse of `to_owners`."""
         ...
@@ -253,14 +260,37 @@ def polar_factors_of_pieces(
     momentum: Momentum | None,
     form: Form,
     dtype: str,
-    exchange: Exchange | None = None,
 ) -> tuple[Array, list[Together]]:
     """Stages 1 and 2 of a stack: (the stack, where its pieces lie in it).
 
     The stack is (count, short, padded long) in the compute dtype; what is beyond `long` is not
-    written. With an `exchange` it is the owner's, and the places are those of the parts.
-    momentum=None takes the gradient itself.
+    written. momentum=None takes the gradient itself.
     """
+    x, groups = _normalized(launch, device, pieces, polar, momentum=momentum, dtype=dtype)
+    v = iterate_stack(
+        launch,
+        device,
+        x,
+        polar.coefficients,
+        geometry=pieces[0].block.geometry,
+        count=sum(piece.count for piece in pieces),
+        form=form,
+        dtype=dtype,
+    )
+    return v, groups
+
+
+def _normalized(
+    launch: Launcher,
+    device: Device,
+    pieces: Sequence[Piece],
+    polar: Polar,
+    *,
+    momentum: Momentum | None,
+    dtype: str,
+    exchange: Exchange | None = None,
+) -> tuple[Array, list[Together]]:
+    """Stage 1 and the norms of a stack: as `polar_factors_of_pieces`, before the iteration."""
     geometry, rule = pieces[0].block.geometry, MomentumForm.of(momentum)
     check_products(device, dtype, geometry.whole)
     total = sum(piece.count for piece in pieces)
@@ -306,19 +336,7 @@ def polar_factors_of_pieces(
         )
         for leaf, new in zip(leaves, momenta, strict=True):
             leaf.momentum = new
-    if exchange is not None:
-        x, total = exchange.to_owners(x), exchange.owned
-    v = iterate_stack(
-        launch,
-        device,
-        x,
-        polar.coefficients,
-        geometry=geometry,
-        count=total,
-        form=form,
-        dtype=dtype,
-    )
-    return v, groups
+    return x, groups
 
 
 def iterate_stack(
@@ -369,26 +387,95 @@ def step_stack(
 
     With an `exchange` all pieces are divided in the same way and have their neurons on the same side.
     """
-    v, groups = polar_factors_of_pieces(
-        launch,
-        device,
-        pieces,
-        recipe.polar,
-        momentum=recipe.momentum,
-        form=form,
-        dtype=dtype,
-        exchange=exchange,
-    )
-    statistics: list[tuple[Array, Array]] = [(None, None)] * len(groups)
-    if recipe.neuron_norm is not None or recipe.shape_scale == "rms":
-        if exchange is None:
-            statistics = _statistics(launch, v, groups, recipe)
-        else:
-            statistics = _owners_statistics(launch, v, groups, recipe, exchange)
-    if exchange is not None:
-        v = exchange.to_holders(v)
-    for group, (factors, sums) in zip(groups, statistics, strict=True):
-        _finish(launch, v, group, recipe, factors, sums)
+    step = StackStep(launch, device, pieces, recipe, form=form, dtype=dtype, exchange=exchange)
+    step.start()
+    step.orthogonalize()
+    step.finish()
+
+
+class StackStep:
+    """`step_stack` in three parts, so that several stacks of a mesh can be under way together.
+
+    Attributes:
+      x: after `start` the normalised stack, with an `exchange` the owner's whole matrices; after
+        `orthogonalize` the orthogonalized one, with an `exchange` back with the holders of its parts.
+    """
+
+    def __init__(
+        self,
+        launch: Launcher,
+        device: Device,
+        pieces: Sequence[Piece],
+        recipe: Recipe,
+        *,
+        form: Form,
+        dtype: str,
+        exchange: Exchange | None = None,
+    ):
+        self.launch, self.device, self.pieces, self.recipe = launch, device, pieces, recipe
+        self.form: Form = form
+        self.dtype, self.exchange = dtype, exchange
+        self.x: Array = None
+        self.groups: list[Together] = []
+        self.statistics: list[tuple[Array, Array]] = []
+        self.moments: Array = None
+
+    def start(self) -> None:
+        """Momentum and norms; with an `exchange` all that an owner needs comes to it."""
+        recipe, exchange = self.recipe, self.exchange
+        self.x, self.groups = _normalized(
+            self.launch,
+            self.device,
+            self.pieces,
+            recipe.polar,
+            momentum=recipe.momentum,
+            dtype=self.dtype,
+            exchange=exchange,
+        )
+        if exchange is not None:
+            self.x = exchange.to_owners(self.x)
+            if recipe.neuron_norm is not None:
+                pieces = [piece for group in self.groups for piece in group.pieces]
+                self.moments = exchange.statistics_to_owners(
+                    [(piece, piece.block.second_moment) for piece in pieces]
+                )
+
+    def orthogonalize(self) -> None:
+        """The iteration and the statistics; with an `exchange` their results come back."""
+        recipe, exchange = self.recipe, self.exchange
+        self.x = self._iterated()
+        self.statistics = [(None, None)] * len(self.groups)
+        if recipe.neuron_norm is not None or recipe.shape_scale == "rms":
+            if exchange is None:
+                self.statistics = _statistics(self.launch, self.x, self.groups, recipe)
+            else:
+                self.statistics = _owners_statistics(
+                    self.launch, self.x, self.groups, recipe, exchange, self.moments
+                )
+        if exchange is not None:
+            self.x = exchange.to_holders(self.x)
+
+    def finish(self) -> None:
+        """The elementwise rest of the step, where the weights lie."""
+        for group, (factors, sums) in zip(self.groups, self.statistics, strict=True):
+            _finish(self.launch, self.x, group, self.recipe, factors, sums)
+
+    def _iterated(self) -> Array:
+        def iterated(x: Array, count: int) -> Array:
+            return iterate_stack(
+                self.launch,
+                self.device,
+                x,
+                self.recipe.polar.coefficients,
+                geometry=self.pieces[0].block.geometry,
+                count=count,
+                form=self.form,
+                dtype=self.dtype,
+            )
+
+        if self.exchange is None:
+            return iterated(self.x, sum(piece.count for piece in self.pieces))
+        return self.exchange.on_owned(iterated, self.x)
 
 
 def _statistics(
@@ -425,9 +512,18 @@ def _statistics(
 
 
 def _owners_statistics(
-    launch: Launcher, v, groups: Sequence[Together], recipe: Recipe, exchange: Exchange
+    launch: Launcher,
+    v,
+    groups: Sequence[Together],
+    recipe: Recipe,
+    exchange: Exchange,
+    moments: Array | None,
 ) -> list[tuple[Array, Array]]:
-    """As `_statistics`, made by the matrices' owners and sent back to the holders of the parts."""
+    """As `_statistics`, made by the matrices' owners and sent back to the holders of the parts.
+
+    Args:
+      moments: the owners' second moments; None without stage 3.
+    """
     pieces = [piece for group in groups for piece in group.pieces]
     rule, here = recipe.neuron_norm, pieces[0].block.geometry
     rates, matrices_a_rate = exchange.rates_to_owners(pieces)
@@ -435,8 +531,7 @@ def _owners_statistics(
     (partials,) = launch(launches.neuron_squares(geometry, exchange.owned), [v, 0])
     old, kept = rates, Output((1,), "float32")
     if rule is not None:
-        moments = [(piece, piece.block.second_moment) for piece in pieces]
-        old = exchange.statistics_to_owners(moments)
+        old = moments
         kept = Output((exchange.owned, geometry.neurons), "float32")
     (new,), factors, sums = launch(
         launches.statistics(geometry, exchange.owned, NeuronNormForm.of(rule), kept),

@@ -51,14 +51,16 @@ PARAMS = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in SHAP
 
 def lines(engine, stacks):
     """The cells of `describe` that a plan decides."""
-    for _, group in groupby(stacks, key=lambda stack: stack.key):
-        first = next(group)
-        key, placement = first.key, first.placement
+    for key, group in groupby(stacks, key=lambda stack: stack.key):
+        alike = list(group)
+        first, wave = alike[0], alike[-1].wave
+        placement = first.placement
         yield [
             f"{first.group_size} x ({key.rows}, {key.columns})",
             engine,
             placement.strategy,
-            *map(str, (placement.owners, placement.each, placement.padding)),
+            *map(str, (placement.owners, placement.each, placement.padding, len(alike))),
+            "-" if wave is None else str(wave + 1),
         ]
 
 
@@ -93,7 +95,7 @@ def test_the_table_is_the_plan_of_the_step(planned, request, engine, sizes):
         text = describe(PARAMS, mesh=mesh, **keywords)
     rows = [line.split("  ") for line in text.split("\n\n")[1].splitlines()[2:]]
     cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
-    printed = [[row[0], *row[2:7]] for row in cells]
+    printed = [[row[0], *row[2:9]] for row in cells]
     ran = [line for each in planned for line in lines(*each)]
     assert sorted(printed) == sorted(ran)
     engines = {row[1] for row in printed}
