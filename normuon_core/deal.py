@@ -5,10 +5,15 @@ of only by several stacks together: what one of them leaves idle, another fills.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+
+LEAST_GAIN = 0.1
+"""Part of a wave's work that the busiest device must be spared. For less, stacks that travel one while
+another is worked on, and no branch, are the better."""
 
 
 @dataclass(frozen=True)
@@ -89,3 +94,74 @@ def deal_together(
         dealt[i] = Deal(deal.count, deal.owners, first, leaves_out=True)
         load += costs[i] * (deal.each - 1 + dealt[i].is_larger(owner))
     return dealt, float(load.max())
+
+
+@dataclass(frozen=True, eq=False)
+class Uneven:
+    """A stack that its owners do not divide evenly.
+
+    Attributes:
+      deal: from any first owner.
+      time: of one matrix, in any unit.
+      bytes_waiting: what the matrices of an owner take while others are worked on.
+      owner_of: the owner that every device is, (devices,).
+      leaves: whose matrices it has.
+    """
+
+    deal: Deal
+    time: float
+    bytes_waiting: int
+    owner_of: np.ndarray
+    leaves: frozenset[Hashable] = frozenset()
+
+    @property
+    def longest(self) -> float:
+        """The time of an owner that has as many matrices as any."""
+        return self.deal.each * self.time
+
+
+class Wave(NamedTuple):
+    """Stacks that are under way together.
+
+    Attributes:
+      members: which stacks. deals: theirs. busiest: the time of the device that has most to do.
+    """
+
+    members: tuple[int, ...]
+    deals: tuple[Deal, ...]
+    busiest: float
+
+
+def waves(stacks: Sequence[Uneven], *, devices: int, ceiling: int) -> list[Wave]:
+    """The stacks that gain from being under way together; the others stay by themselves.
+
+    No leaf is in two stacks of a wave: what is made of a leaf is finished stack by stack.
+
+    Args:
+      ceiling: bytes that a device's matrices of one wave may take while they wait.
+    """
+    groups: list[list[int]] = []
+    for i in sorted(range(len(stacks)), key=lambda i: -stacks[i].longest):
+        group = next((g for g in groups if _fits([stacks[j] for j in (*g, i)], ceiling)), None)
+        if group is None:
+            groups.append([i])
+        else:
+            group.append(i)
+    found = []
+    for group in groups:
+        own = [stacks[i] for i in group]
+        deals, busiest = deal_together(
+            [each.deal for each in own],
+            [each.time for each in own],
+            [each.owner_of for each in own],
+            devices=devices,
+        )
+        if busiest <= (1 - LEAST_GAIN) * sum(each.longest for each in own):
+            found.append(Wave(tuple(group), tuple(deals), busiest))
+    return found
+
+
+def _fits(stacks: Sequence[Uneven], ceiling: int) -> bool:
+    leaves = [leaf for stack in stacks for leaf in stack.leaves]
+    waiting = sum(stack.bytes_waiting for stack in stacks)
+    return len(leaves) == len(set(leaves)) and waiting <= ceiling

@@ -9,16 +9,12 @@ from typing import TYPE_CHECKING, TypeVar
 
 import jax.numpy as jnp
 
-from normuon_core.deal import deal_together
+from normuon_core.deal import Uneven, waves
 from optax_normuon.mesh.owners import Owners
 from optax_normuon.mesh.specs import Specs
 
 if TYPE_CHECKING:
     from optax_normuon.matrices.plan import PlannedStack
-
-LEAST_GAIN = 0.1
-"""Part of a wave's work that the busiest device must be spared. For less, stacks that travel one while
-another is worked on, and no branch, are the better."""
 
 LeafKey = TypeVar("LeafKey")
 
@@ -31,27 +27,12 @@ def in_waves(
     Args:
       ceiling: bytes that a device's matrices of one wave may take while they wait.
     """
-    waves: list[list[int]] = []
-    uneven = [i for i, stack in enumerate(stacks) if _can_gain(stack)]
-    for i in sorted(uneven, key=lambda i: -_cost(stacks[i])):
-        wave = next((w for w in waves if _fits([stacks[j] for j in (*w, i)], ceiling)), None)
-        if wave is None:
-            waves.append([i])
-        else:
-            wave.append(i)
+    places = [i for i, stack in enumerate(stacks) if _can_gain(stack)]
+    uneven = [_uneven(stacks[i], specs) for i in places]
     result = list(stacks)
-    for number, wave in enumerate(waves):
-        own = [stacks[i] for i in wave]
-        costs = [stack.placement.time_a_matrix for stack in own]
-        dealt, busiest = deal_together(
-            [stack.deal for stack in own],
-            costs,
-            [_owner_numbers(stack, specs) for stack in own],
-            devices=specs.parts(specs.axes),
-        )
-        if busiest > (1 - LEAST_GAIN) * sum(map(_cost, own)):
-            continue
-        for i, deal in zip(wave, dealt, strict=True):
+    for number, wave in enumerate(waves(uneven, devices=specs.parts(specs.axes), ceiling=ceiling)):
+        for member, deal in zip(wave.members, wave.deals, strict=True):
+            i = places[member]
             result[i] = stacks[i]._replace(deal=deal, wave=number)
     return result
 
@@ -73,24 +54,15 @@ def _can_gain(stack: "PlannedStack") -> bool:
     return uneven and stack.placement.time_a_matrix > 0
 
 
-def _cost(stack: "PlannedStack") -> float:
-    """Of an owner that has as many matrices as any."""
-    return stack.deal.each * stack.placement.time_a_matrix
-
-
-def _bytes(stack: "PlannedStack") -> int:
-    """What its matrices take on such an owner while others are worked on."""
-    assert stack.placement.dtype is not None
-    entries = stack.key.rows * stack.key.columns
-    return stack.deal.each * entries * jnp.dtype(stack.placement.dtype).itemsize
-
-
-def _fits(stacks: "list[PlannedStack]", ceiling: int) -> bool:
-    """Whether stacks can be a wave. No leaf is in two of them: a leaf's runs are finished in turn."""
-    leaves = [leaf for stack in stacks for leaf in {piece.leaf for piece in stack.pieces}]
-    return len(leaves) == len(set(leaves)) and sum(map(_bytes, stacks)) <= ceiling
-
-
-def _owner_numbers(stack: "PlannedStack", specs: Specs):
-    assert stack.key.sharding is not None
-    return Owners.of(stack.key.sharding, specs, stack.deal).numbers()
+def _uneven(stack: "PlannedStack", specs: Specs) -> Uneven:
+    sharding, dtype = stack.key.sharding, stack.placement.dtype
+    assert sharding is not None
+    assert dtype is not None
+    entries = stack.deal.each * stack.key.rows * stack.key.columns
+    return Uneven(
+        stack.deal,
+        stack.placement.time_a_matrix,
+        entries * jnp.dtype(dtype).itemsize,
+        Owners.of(sharding, specs, stack.deal).numbers(),
+        frozenset(piece.leaf for piece in stack.pieces),
+    )
