@@ -390,15 +390,17 @@ def step_stack(
     step = StackStep(launch, device, pieces, recipe, form=form, dtype=dtype, exchange=exchange)
     step.start()
     step.orthogonalize()
+    step.bring_back()
     step.finish()
 
 
 class StackStep:
-    """`step_stack` in three parts, so that several stacks of a mesh can be under way together.
+    """`step_stack` in four parts, so that several stacks of a mesh can be under way together.
 
     Attributes:
       x: after `start` the normalised stack, with an `exchange` the owner's whole matrices; after
-        `orthogonalize` the orthogonalized one, with an `exchange` back with the holders of its parts.
+        `orthogonalize` the orthogonalized one; after `bring_back`, with an `exchange`, this device's
+        parts of it.
     """
 
     def __init__(
@@ -441,9 +443,28 @@ class StackStep:
                 )
 
     def orthogonalize(self) -> None:
-        """The iteration and the statistics; with an `exchange` their results come back."""
+        """The iteration, without any collective."""
+
+        def iterated(x: Array, count: int) -> Array:
+            return iterate_stack(
+                self.launch,
+                self.device,
+                x,
+                self.recipe.polar.coefficients,
+                geometry=self.pieces[0].block.geometry,
+                count=count,
+                form=self.form,
+                dtype=self.dtype,
+            )
+
+        if self.exchange is None:
+            self.x = iterated(self.x, sum(piece.count for piece in self.pieces))
+        else:
+            self.x = self.exchange.on_owned(iterated, self.x)
+
+    def bring_back(self) -> None:
+        """The statistics; with an `exchange` they and the stack return to the holders of its parts."""
         recipe, exchange = self.recipe, self.exchange
-        self.x = self._iterated()
         self.statistics = [(None, None)] * len(self.groups)
         if recipe.neuron_norm is not None or recipe.shape_scale == "rms":
             if exchange is None:
@@ -459,23 +480,6 @@ class StackStep:
         """The elementwise rest of the step, where the weights lie."""
         for group, (factors, sums) in zip(self.groups, self.statistics, strict=True):
             _finish(self.launch, self.x, group, self.recipe, factors, sums)
-
-    def _iterated(self) -> Array:
-        def iterated(x: Array, count: int) -> Array:
-            return iterate_stack(
-                self.launch,
-                self.device,
-                x,
-                self.recipe.polar.coefficients,
-                geometry=self.pieces[0].block.geometry,
-                count=count,
-                form=self.form,
-                dtype=self.dtype,
-            )
-
-        if self.exchange is None:
-            return iterated(self.x, sum(piece.count for piece in self.pieces))
-        return self.exchange.on_owned(iterated, self.x)
 
 
 def _statistics(

@@ -84,7 +84,7 @@ class PlannedStack(NamedTuple, Generic[LeafKey]):
       pieces: where the matrices come from, in their order in the stack.
       deal: which owner has which of them.
       wave: stacks of one wave are under way together: none is worked on before all have come to their
-        owners, and none is finished before all are back. None for a stack by itself.
+        owners, and none goes back before all are done. None for a stack by itself.
     """
 
     key: StackKey

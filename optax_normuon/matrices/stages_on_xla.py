@@ -102,8 +102,10 @@ def step_stacks(
         if len(steps) > 1:
             there = jax.lax.optimization_barrier([step.values for step in steps])
             steps = [replace(step, values=x) for step, x in zip(steps, there, strict=True)]
-        made = [_finish(inner, step) for step in steps]
-        outputs += jax.lax.optimization_barrier(made) if len(steps) > 1 else made
+        made = [_updated(inner, step) for step in steps]
+        if len(steps) > 1:
+            made = jax.lax.optimization_barrier(made)
+        outputs += [_brought_back(step, own) for step, own in zip(steps, made, strict=True)]
         stepped += wave
     scattered = [_scatter(stepped, each) for each in zip(*outputs, strict=True)]
     new_leaves: dict[int, jax.Array] = {}
@@ -169,8 +171,8 @@ def _start(
     return _Started(whole, whole.values, structure.unflatten(moved), sides, owners)
 
 
-def _finish(inner: MatrixStage, step: _Started) -> list[jax.Array]:
-    """Runs `inner` and brings back what it makes: [values, *arrays of its state]."""
+def _updated(inner: MatrixStage, step: _Started) -> list[jax.Array]:
+    """What `inner` makes, where the values are: [values, *arrays of its state]."""
 
     def update(values: Matrices, state: Any) -> list[jax.Array]:
         output, state = inner.update(replace(step.stack, values=values), state)
@@ -178,7 +180,14 @@ def _finish(inner: MatrixStage, step: _Started) -> list[jax.Array]:
 
     if step.owners is None:
         return update(step.values, step.state)
-    values, *states = step.owners.on_own(update, step.values, step.state)
+    return step.owners.on_own(update, step.values, step.state)
+
+
+def _brought_back(step: _Started, made: list[jax.Array]) -> list[jax.Array]:
+    """The same arrays, where the leaves lie."""
+    if step.owners is None:
+        return made
+    values, *states = made
     sent = list(zip(states, step.sides, strict=True))
     return [step.owners.to_holders(values), *step.owners.statistics_to_holders(sent)]
 

@@ -2,7 +2,8 @@
 
 Under `jax.shard_map` all devices run one program. A device that lacks a matrix of a stack leaves it out
 by a branch, and gains from that only if nothing that it waits for comes between it and its own work. So
-the stacks of a wave all come to their owners first, are worked on, and are finished when all are back.
+the stacks of a wave all come to their owners before any is worked on, and none goes back before all are
+done.
 """
 
 from typing import TYPE_CHECKING, TypeVar

@@ -104,13 +104,13 @@ def _step_weights(
         steps = [_stack_step(stack, laid_out, engine, specs) for stack in wave]
         if steps[0].exchange is not None:
             _wait_for_the_last_but_one([step.pieces[0].block.leaf for step in steps], done)
-        for part in (StackStep.start, StackStep.orthogonalize, StackStep.finish):
+        for part in (StackStep.start, StackStep.orthogonalize):
             for step in steps:
                 part(step)
-            if len(steps) > 1 and part is not StackStep.finish:
-                together = jax.lax.optimization_barrier([step.x for step in steps])
-                for step, x in zip(steps, together, strict=True):
-                    step.x = x
+            _wait_for_each_other(steps)
+        for step in steps:
+            step.bring_back()
+            step.finish()
         done += [step.pieces[-1].block.leaf for step in steps]
     return [weight.stepped() for weight in laid_out]
 
@@ -159,6 +159,14 @@ def _wait_for_the_last_but_one(leaves: Sequence[Leaf], done: Sequence[Leaf]) -> 
         if leaf is not before:
             waiting = (leaf.gradient, before.result)
             leaf.gradient, before.result = jax.lax.optimization_barrier(waiting)
+
+
+def _wait_for_each_other(steps: Sequence[StackStep]) -> None:
+    """Holds the stacks of a wave to one stage: see `matrices.waves`."""
+    if len(steps) > 1:
+        together = jax.lax.optimization_barrier([step.x for step in steps])
+        for step, x in zip(steps, together, strict=True):
+            step.x = x
 
 
 def with_kernels(
