@@ -1,4 +1,4 @@
-"""How a stack of the kernels travels over a mesh: `normuon_core.fused_step.Exchange` in JAX."""
+"""How a stack of the kernels travels over a mesh: `normuon_core.exchange.Exchange` in JAX."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,15 +6,15 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from normuon_core.fused_step import Piece
 from normuon_core.kernels.geometry import Geometry, padded
+from normuon_core.kernels.pieces import Piece
 from optax_normuon.leaves.arrays import Matrices, Statistics
 from optax_normuon.mesh.owners import Owners, Sides
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """See `normuon_core.fused_step.Exchange`; within a `jax.shard_map`.
+    """See `normuon_core.exchange.Exchange`; within a `jax.shard_map`.
 
     Attributes:
       owners: of its matrices, whose rows are the short side.

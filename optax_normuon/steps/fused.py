@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from normuon_core.fused_step import Leaf, Piece, StackStep
+from normuon_core.fused_step import StackStep
+from normuon_core.kernels.pieces import Leaf, Piece
 from normuon_core.kernels.source import RATES
 from normuon_core.layout import MatrixView, Run
 from normuon_core.recipes import Recipe
