@@ -144,7 +144,8 @@ def plan_on_ranks(
     All matrices of a wave come to their owners before any is worked on, and go back when all are done,
     so that a rank without a matrix of one stack works on another's meanwhile. A matrix whose rows and
     columns some ranks hold whole is done by one of these; any other by the rank that has the least to
-    do so far in the wave. The longest matrices are given away first.
+    do so far in the wave, of those whose share of the stack is not full: a stack is cut to what its
+    shares take in memory. The longest matrices are given away first.
     """
     members = [
         (_Together(stages, weight.needs_norm), (index, block), weight.view.stack_shape[0])
@@ -207,7 +208,7 @@ def _stack(
         bounds = slice(here[0], here[-1] + 1) if here else slice(0, 0)
         numbers = tuple(first + batch[i] - start for i in here)
         slots.append(Slot(index, block, first, stop - start, bounds, numbers))
-    owners = [_owner(each, stages, load) for each in matrices]
+    owners = _owners(matrices, stages, load)
     neurons = stages.neurons
     norms: list[tuple[Tile, ...]] = [()] * len(matrices)
     if needs_norm:
@@ -232,11 +233,21 @@ def _stack(
     )
 
 
-def _owner(matrix: tuple[Tile, ...], stages: StackStages, load: list[int]) -> int:
-    candidates = matrix[0].holders if len(matrix) == 1 else range(len(load))
-    owner = min(candidates, key=load.__getitem__)
-    load[owner] += _work(stages)
-    return owner
+def _owners(
+    matrices: Sequence[tuple[Tile, ...]], stages: StackStages, load: list[int]
+) -> list[int]:
+    """The owner of each matrix of a stack; its work is added to the owner's load."""
+    ranks = range(len(load))
+    share = math.ceil(len(matrices) / len(load))
+    owned = [0] * len(load)
+    result = []
+    for matrix in matrices:
+        open_to = [rank for rank in ranks if owned[rank] < share]
+        owner = min(matrix[0].holders if len(matrix) == 1 else open_to, key=load.__getitem__)
+        owned[owner] += 1
+        load[owner] += _work(stages)
+        result.append(owner)
+    return result
 
 
 def _work(stages: StackStages) -> int:
