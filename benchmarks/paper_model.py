@@ -1,7 +1,8 @@
 """A sharded step on paper: more devices than were measured, at rates that were.
 
-Matrices are placed as the optimizer places them. A device's time is its own operations, memory traffic
-and collectives one after the other, as if none hid another.
+Matrices are placed as the optimizer places them, and those of several shapes are dealt to the devices
+as it deals them. A device's time is its own operations, memory traffic and collectives one after the
+other, as if none hid another.
 """
 
 import math
@@ -9,8 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from benchmarks.arithmetic import BYTES_A_PARAMETER
 from normuon_core.cost import Iteration
+from normuon_core.deal import Deal, Uneven, waves
+from normuon_core.kernels.geometry import bytes_a_matrix
 from normuon_core.placement import Placement, Spread, place
 from normuon_core.recipes import find_recipe
 
@@ -37,8 +42,8 @@ key and value heads of 128. Embeddings and head are AdamW's."""
 
 DEVICES = (64, 1024)
 
-STACK_BYTES, BYTES_AN_ENTRY = 2**30, 16
-"""A stack's ceiling by default, and its working memory for an entry of a float32 matrix."""
+STACK_BYTES, ENTRY_BYTES = 2**30, 2
+"""A stack's ceiling by default, and the bytes of an entry in the compute dtype."""
 
 ALL_TO_ALLS = 4
 """Of a stack: matrices and second moments, there and back."""
@@ -99,24 +104,33 @@ class StepOnPaper:
     """A step of a model.
 
     Attributes:
-      even: seconds of products if these were shared evenly. memory: seconds of its traffic.
+      even: seconds of products if these were shared evenly.
+      spared: seconds of products that the busiest device is spared by the deal: without it the first
+        owner has the most of every shape.
+      memory: seconds of its traffic.
     """
 
     model: str
     devices: int
     groups: list[GroupOnPaper]
     even: float
+    spared: float
     memory: float
 
     @property
     def parts(self) -> dict[str, float]:
         """Seconds by what takes them, on the device that has most to do."""
         return {
-            "products": sum(group.products for group in self.groups),
+            "products": self.undealt - self.spared,
             "memory": self.memory,
             "wire": sum(group.wire for group in self.groups),
             "messages": sum(group.messages for group in self.groups),
         }
+
+    @property
+    def undealt(self) -> float:
+        """Seconds of products on a device that has the most of every shape."""
+        return sum(group.products for group in self.groups)
 
     @property
     def seconds(self) -> float:
@@ -136,19 +150,15 @@ class StepOnPaper:
 
     @property
     def _products(self) -> str:
-        if all(group.placement.each == 1 for group in self.groups):
-            counts = sorted({group.spread.count for group in self.groups})
-            span = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+        over = f"{self.unevenness:.2f} times an even share"
+        matrices = sum(group.spread.count for group in self.groups)
+        if matrices < self.devices:
             return (
-                f"whole matrices, of which {span} have one shape: a device"
-                f" orthogonalizes one of each, {self.unevenness:.1f} times an even share of the"
-                " products, and more devices would not be faster"
+                f"whole matrices, {matrices} in all: the busiest device orthogonalizes the longest of"
+                f" them, {over} of the products, and more devices would not be faster"
             )
         if self.unevenness > 1.1:
-            return (
-                f"products, {self.unevenness:.2f} times an even share: the devices do not divide the"
-                " number of matrices, and some have one more than others"
-            )
+            return f"products, {over}: some devices have a matrix more than others"
         return "products, evenly shared: more devices would be faster"
 
     @property
@@ -166,6 +176,7 @@ class StepOnPaper:
             "devices": self.devices,
             "milliseconds": 1e3 * self.seconds,
             "milliseconds by part": {name: 1e3 * part for name, part in self.parts.items()},
+            "products without the deal, milliseconds": 1e3 * self.undealt,
             "unevenness": self.unevenness,
             "limit": self.limit,
             "groups": [group.as_dict() for group in self.groups],
@@ -181,7 +192,28 @@ def step_on_paper(
     alone = sum(_placed(Spread(*shape)).operations for shape in shapes)
     parameters = sum(count * rows * columns for count, rows, columns in shapes)
     memory = BYTES_A_PARAMETER * parameters / devices / (rates.copies * rates.share)
-    return StepOnPaper(model, devices, groups, alone / devices / rate, memory)
+    return StepOnPaper(
+        model, devices, groups, alone / devices / rate, _spared(groups, devices) / rate, memory
+    )
+
+
+def _spared(groups: Sequence[GroupOnPaper], devices: int) -> float:
+    """Operations of the busiest device that the deal of the groups' last stacks saves it."""
+    stacks = [_last_stack(group) for group in groups if group.placement.strategy == "owners"]
+    uneven = [stack for stack in stacks if not stack.deal.is_even]
+    return sum(
+        sum(uneven[i].longest for i in wave.members) - wave.busiest
+        for wave in waves(uneven, devices=devices, ceiling=STACK_BYTES)
+    )
+
+
+def _last_stack(group: GroupOnPaper) -> Uneven:
+    """The only stack of a group that its owners may not divide evenly; every device is an owner."""
+    placement, spread = group.placement, group.spread
+    each = placement.each // group.stacks
+    deal = Deal(spread.count - (placement.each - each) * placement.owners, placement.owners)
+    waiting = ENTRY_BYTES * deal.each * spread.rows * spread.columns
+    return Uneven(deal, placement.time_a_matrix, waiting, np.arange(placement.owners))
 
 
 def _placed(spread: Spread) -> Placement:
@@ -191,7 +223,8 @@ def _placed(spread: Spread) -> Placement:
 
 def _group(spread: Spread, devices: int, rates: PaperRates) -> GroupOnPaper:
     placement = _placed(spread)
-    matrix_bytes = BYTES_AN_ENTRY * spread.rows * spread.columns
+    assert placement.dtype is not None
+    matrix_bytes = bytes_a_matrix((spread.short, spread.long), placement.dtype)
     stacks = math.ceil(placement.each / max(1, STACK_BYTES // matrix_bytes))
     outside = max(0, devices - rates.devices_a_host)
     # To every other device as much: both ways at once, the slower one counts.

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.race import Pace, Prepared, Race, race
 from benchmarks.rows import Row
-from normuon_core.fused_step import KernelProducts
+from normuon_core.kernels.products import KernelProducts
 from torch_ref.kernels import launcher
 
 OURS = "kernel"

@@ -274,10 +274,10 @@ def paper_sections(
     lines = [
         [step.model, str(step.devices), f"{1e3 * step.seconds:.2f}"]
         + [f"{1e3 * step.parts[part]:.2f}" for part in parts]
-        + [f"{step.unevenness:.2f}"]
+        + [f"{1e3 * step.undealt:.2f}", f"{step.unevenness:.2f}"]
         for step in paper
     ]
-    head = ["model", "devices", "step", *parts, "products over an even share"]
+    head = ["model", "devices", "step", *parts, "products undealt", "products over an even share"]
     yield Section("On paper: ms of a step", head, lines, remarks)
     lines = [
         [

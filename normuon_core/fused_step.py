@@ -7,19 +7,18 @@ stands after the products, with neuron_squares and statistics of its own before 
 parts of a matrix go to its owner after `feed`, and come back before `finish`, by an `Exchange`.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import groupby
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from normuon_core.cost import Form
+from normuon_core.exchange import Exchange
 from normuon_core.kernels import launches
-from normuon_core.kernels.geometry import Geometry, Span
 from normuon_core.kernels.launches import Launcher, MomentumForm, NeuronNormForm, Output
-from normuon_core.kernels.tiles import has_gluon, product_configuration
-from normuon_core.polar_iteration import iterate, range_scales
-from normuon_core.polynomials import Coefficients
+from normuon_core.kernels.pieces import Array, Block, Piece, Together, launched_together
+from normuon_core.kernels.products import Device, check_products, iterate_stack
+from normuon_core.polar_iteration import range_scales
 from normuon_core.recipes import (
     Momentum,
     NeuronNorm,
@@ -29,228 +28,6 @@ from normuon_core.recipes import (
     RowEquilibration,
 )
 from normuon_core.shape_rules import RMS_FLOOR
-
-Array = Any
-"""A JAX array or a PyTorch tensor."""
-
-
-@dataclass(frozen=True)
-class Device:
-    """What launches need to know of a GPU.
-
-    Attributes:
-      interpreted: whether Triton's interpreter runs the kernels in its place.
-    """
-
-    architecture: str
-    multiprocessors: int
-    interpreted: bool = False
-
-    @property
-    def takes_hopper_kernels(self) -> bool:
-        """Whether kernels that are written for this architecture alone run here."""
-        return self.architecture == "sm90" and not self.interpreted and has_gluon()
-
-
-@dataclass
-class Leaf:
-    """One weight during one step; its arrays are replaced as the step goes on.
-
-    Attributes:
-      gradient, parameter, momentum: of the weight's shape.
-      adds: whether the step is added to the parameter, in its place.
-      result: the update, or where it `adds` the new parameter; None until the first matrix is done.
-      rates: (runs of the batch, `source.RATES`) float32.
-      momentum_output, parameter_output: their shapes and dtypes; the result has the parameter's.
-    """
-
-    gradient: Array
-    parameter: Array
-    momentum: Array
-    rates: Array
-    momentum_output: Output
-    parameter_output: Output
-    adds: bool = False
-    result: Array = None
-
-
-@dataclass
-class Block:
-    """One run of output blocks of a weight.
-
-    Attributes:
-      batch: how many matrices it has; the blocks of a batch entry follow each other.
-      second_moment: (batch, neurons) float32, replaced by the step; None without stage 3.
-      scales, decays: (batch,) float32.
-      new_moments: on a mesh, the second moments of the matrices done so far, in order.
-    """
-
-    leaf: Leaf
-    geometry: Geometry
-    batch: int
-    second_moment: Array
-    scales: Array
-    decays: Array
-    new_moments: list[Array] = field(default_factory=list)
-
-
-class Piece(NamedTuple):
-    """Consecutive matrices of one run of blocks."""
-
-    block: Block
-    start: int
-    count: int
-
-
-class Together(NamedTuple):
-    """Pieces that one launch covers: alike in all but the weight, and side by side in the stack.
-
-    Attributes:
-      span: of the first of them; `count` is each one's.
-    """
-
-    pieces: tuple[Piece, ...]
-    span: Span
-
-    @property
-    def first(self) -> Block:
-        return self.pieces[0].block
-
-    @property
-    def leaves(self) -> tuple[Leaf, ...]:
-        return tuple(piece.block.leaf for piece in self.pieces)
-
-    @property
-    def matrices(self) -> slice:
-        """Their places in the stack."""
-        start = self.span.stack_start
-        return slice(start, start + len(self.pieces) * self.span.count)
-
-
-def launched_together(pieces: Sequence[Piece]) -> list[Together]:
-    """A stack's pieces by launches, of `launches.MOST_LEAVES` at the most and as even as can be."""
-    result, start = [], 0
-    for _, run in groupby(pieces, key=_what_a_launch_shares):
-        alike = list(run)
-        rounds = math.ceil(len(alike) / launches.MOST_LEAVES)
-        size = math.ceil(len(alike) / rounds)
-        for first in range(0, len(alike), size):
-            own = tuple(alike[first : first + size])
-            result.append(Together(own, Span(own[0].start, start, own[0].count)))
-            start += len(own) * own[0].count
-    return result
-
-
-def _what_a_launch_shares(piece: Piece) -> tuple:
-    block, leaf = piece.block, piece.block.leaf
-    return (
-        block.geometry,
-        block.batch,
-        piece.start,
-        piece.count,
-        id(leaf.rates),
-        leaf.gradient.dtype,
-        leaf.momentum_output,
-        leaf.parameter_output,
-        leaf.adds,
-        leaf.result is None,
-    )
-
-
-class Exchange(Protocol):
-    """How one stack's matrices travel over a mesh; this device has parts of `count` of them."""
-
-    @property
-    def owned(self) -> int:
-        """How many matrices this device orthogonalizes."""
-        ...
-
-    def gather_partials(self, partials: Array) -> Array:
-        """All parts' sums, (count, sums of a whole matrix), from this device's (count, short, long)."""
-        ...
-
-    def to_owners(self, x: Array) -> Array:
-        """(count, short, padded long) of parts to (owned, short, padded long) of whole matrices."""
-        ...
-
-    def to_holders(self, v: Array) -> Array:
-        """The inverse of `to_owners`."""
-        ...
-
-    def statistics_to_owners(self, pieces: Sequence[tuple[Piece, Array]]) -> Array:
-        """All neurons of what is owned, from each piece's (matrices, neurons here)."""
-        ...
-
-    def statistics_to_holders(
-        self, statistics: Sequence[Array], sums: Array
-    ) -> tuple[list[Array], Array]:
-        """From (owned, neurons) each and (owned, ...) to (count, neurons here) and (count, ...)."""
-        ...
-
-    def rates_to_owners(self, pieces: Sequence[Piece]) -> tuple[Array, int]:
-        """(rows of rates, consecutive matrices of what is owned that share one)."""
-        ...
-
-
-@dataclass(frozen=True)
-class KernelProducts:
-    """`Products` from the product kernel, on a stack that is wide: (count, short, long)."""
-
-    launch: Launcher
-    device: Device
-    count: int
-    short: int
-    long: int
-    dtype: str
-
-    def gram(self, x, *, alpha):
-        return self._product(x, x, (self.short, self.short, self.long), alpha=alpha, turned=True)
-
-    def multiply(self, s, t, *, alpha, addends=(), diagonal=0.0):
-        sides = (self.short, self.short, self.short)
-        # t is symmetric: read by rows, as s is.
-        return self._product(
-            s, t, sides, alpha=alpha, addends=addends, diagonal=diagonal, turned=True
-        )
-
-    def apply(self, s, x, *, alpha, addend=0.0):
-        sides = (self.short, self.long, self.short)
-        addends = [(x, addend)] if addend else []
-        return self._product(s, x, sides, alpha=alpha, addends=addends, symmetric=False)
-
-    def _product(
-        self,
-        a,
-        b,
-        sides,
-        *,
-        alpha,
-        addends: Sequence[tuple[Array, float]] = (),
-        diagonal=0.0,
-        turned=False,
-        symmetric=True,
-    ):
-        launch = launches.product(
-            self.count,
-            *sides,
-            dtype=self.dtype,
-            configuration=product_configuration(
-                *sides,
-                dtype=self.dtype,
-                symmetric=symmetric,
-                architecture=self.device.architecture,
-                hopper=self.device.takes_hopper_kernels,
-            ),
-            multiprocessors=self.device.multiprocessors,
-            b_transposed=turned,
-            symmetric=symmetric,
-            addends=len(addends),
-            has_diagonal=diagonal != 0.0,
-        )
-        arrays = [array for array, _ in addends] + [a] * (2 - len(addends))
-        factors = [factor for _, factor in addends] + [0.0] * (2 - len(addends))
-        (result,) = self.launch(launch, [a, b, *arrays, alpha, *factors, diagonal, self.count])
-        return result
 
 
 def polar_factors_of_pieces(
@@ -262,15 +39,40 @@ def polar_factors_of_pieces(
     momentum: Momentum | None,
     form: Form,
     dtype: str,
-    equilibration: RowEquilibration | None = None,
-    exchange: Exchange | None = None,
 ) -> tuple[Array, list[Together]]:
     """Stages 1 and 2 of a stack: (the stack, where its pieces lie in it).
 
     The stack is (count, short, padded long) in the compute dtype; what is beyond `long` is not
-    written. With an `exchange` it is the owner's, and the places are those of the parts.
-    momentum=None takes the gradient itself. `equilibration` stands between the two stages, for whole
-    matrices alone.
+    written. momentum=None takes the gradient itself.
+    """
+    x, groups = _normalized(launch, device, pieces, polar, momentum=momentum, dtype=dtype)
+    v = iterate_stack(
+        launch,
+        device,
+        x,
+        polar.coefficients,
+        geometry=pieces[0].block.geometry,
+        count=sum(piece.count for piece in pieces),
+        form=form,
+        dtype=dtype,
+    )
+    return v, groups
+
+
+def _normalized(
+    launch: Launcher,
+    device: Device,
+    pieces: Sequence[Piece],
+    polar: Polar,
+    *,
+    momentum: Momentum | None,
+    dtype: str,
+    equilibration: RowEquilibration | None = None,
+    exchange: Exchange | None = None,
+) -> tuple[Array, list[Together]]:
+    """Stage 1 and the norms of a stack: as `polar_factors_of_pieces`, before the iteration.
+
+    `equilibration` stands between the two, for whole matrices alone.
     """
     assert equilibration is None or exchange is None
     geometry, rule = pieces[0].block.geometry, MomentumForm.of(momentum)
@@ -326,53 +128,7 @@ def polar_factors_of_pieces(
         )
         for leaf, new in zip(leaves, momenta, strict=True):
             leaf.momentum = new
-    if exchange is not None:
-        x, total = exchange.to_owners(x), exchange.owned
-    v = iterate_stack(
-        launch,
-        device,
-        x,
-        polar.coefficients,
-        geometry=geometry,
-        count=total,
-        form=form,
-        dtype=dtype,
-    )
-    return v, groups
-
-
-def iterate_stack(
-    launch: Launcher,
-    device: Device,
-    x,
-    coefficients: Coefficients,
-    *,
-    geometry: Geometry,
-    count: int,
-    form: Form,
-    dtype: str,
-):
-    """The iteration on a stack of whole matrices, (count, short, padded long), normalised and scaled."""
-    check_products(device, dtype, geometry.whole)
-    short, long = geometry.whole
-    return iterate(
-        x,
-        coefficients,
-        KernelProducts(launch, device, count, short, long, dtype),
-        algorithm=form,
-        short=short,
-        scales=range_scales(short, long, dtype),
-    )
-
-
-def check_products(device: Device, dtype: str, sides: tuple[int, int]) -> None:
-    """Raises a ValueError for bfloat16 under Triton's interpreter, which multiplies the bit patterns."""
-    if device.interpreted and dtype == "bfloat16":
-        raise ValueError(
-            f"matrices of {sides[0]} x {sides[1]} are multiplied in bfloat16 here, which Triton's"
-            " interpreter (TRITON_INTERPRET=1) computes wrongly; give compute_dtype float32 or float16,"
-            " or run the kernels on a CUDA device."
-        )
+    return x, groups
 
 
 def step_stack(
@@ -389,30 +145,104 @@ def step_stack(
 
     With an `exchange` all pieces are divided in the same way and have their neurons on the same side.
     """
-    v, groups = polar_factors_of_pieces(
-        launch,
-        device,
-        pieces,
-        recipe.polar,
-        momentum=recipe.momentum,
-        form=form,
-        dtype=dtype,
-        equilibration=recipe.row_equilibration,
-        exchange=exchange,
-    )
-    if recipe.norm_setting is not None:
-        count = sum(piece.count for piece in pieces) if exchange is None else exchange.owned
-        v = _set_norm(launch, v, pieces[0].block, count, recipe.norm_setting, dtype)
-    statistics: list[tuple[Array, Array]] = [(None, None)] * len(groups)
-    if recipe.neuron_norm is not None or recipe.shape_scale == "rms":
-        if exchange is None:
-            statistics = _statistics(launch, v, groups, recipe)
+    step = StackStep(launch, device, pieces, recipe, form=form, dtype=dtype, exchange=exchange)
+    step.start()
+    step.orthogonalize()
+    step.bring_back()
+    step.finish()
+
+
+class StackStep:
+    """`step_stack` in four parts, so that several stacks of a mesh can be under way together.
+
+    Attributes:
+      x: after `start` the normalised stack, with an `exchange` the owner's whole matrices; after
+        `orthogonalize` the orthogonalized one; after `bring_back`, with an `exchange`, this device's
+        parts of it.
+    """
+
+    def __init__(
+        self,
+        launch: Launcher,
+        device: Device,
+        pieces: Sequence[Piece],
+        recipe: Recipe,
+        *,
+        form: Form,
+        dtype: str,
+        exchange: Exchange | None = None,
+    ):
+        self.launch, self.device, self.pieces, self.recipe = launch, device, pieces, recipe
+        self.form: Form = form
+        self.dtype, self.exchange = dtype, exchange
+        self.x: Array = None
+        self.groups: list[Together] = []
+        self.statistics: list[tuple[Array, Array]] = []
+        self.moments: Array = None
+
+    def start(self) -> None:
+        """Momentum and norms; with an `exchange` all that an owner needs comes to it."""
+        recipe, exchange = self.recipe, self.exchange
+        self.x, self.groups = _normalized(
+            self.launch,
+            self.device,
+            self.pieces,
+            recipe.polar,
+            momentum=recipe.momentum,
+            dtype=self.dtype,
+            equilibration=recipe.row_equilibration,
+            exchange=exchange,
+        )
+        if exchange is not None:
+            self.x = exchange.to_owners(self.x)
+            if recipe.neuron_norm is not None:
+                pieces = [piece for group in self.groups for piece in group.pieces]
+                self.moments = exchange.statistics_to_owners(
+                    [(piece, piece.block.second_moment) for piece in pieces]
+                )
+
+    def orthogonalize(self) -> None:
+        """The iteration, and the norm if it is set, without any collective."""
+        norm, block = self.recipe.norm_setting, self.pieces[0].block
+
+        def iterated(x: Array, count: int) -> Array:
+            v = iterate_stack(
+                self.launch,
+                self.device,
+                x,
+                self.recipe.polar.coefficients,
+                geometry=block.geometry,
+                count=count,
+                form=self.form,
+                dtype=self.dtype,
+            )
+            if norm is not None:
+                v = _set_norm(self.launch, v, block, count, norm, self.dtype)
+            return v
+
+        if self.exchange is None:
+            self.x = iterated(self.x, sum(piece.count for piece in self.pieces))
         else:
-            statistics = _owners_statistics(launch, v, groups, recipe, exchange)
-    if exchange is not None:
-        v = exchange.to_holders(v)
-    for group, (factors, sums) in zip(groups, statistics, strict=True):
-        _finish(launch, v, group, recipe, factors, sums)
+            self.x = self.exchange.on_owned(iterated, self.x)
+
+    def bring_back(self) -> None:
+        """The statistics; with an `exchange` they and the stack return to the holders of its parts."""
+        recipe, exchange = self.recipe, self.exchange
+        self.statistics = [(None, None)] * len(self.groups)
+        if recipe.neuron_norm is not None or recipe.shape_scale == "rms":
+            if exchange is None:
+                self.statistics = _statistics(self.launch, self.x, self.groups, recipe)
+            else:
+                self.statistics = _owners_statistics(
+                    self.launch, self.x, self.groups, recipe, exchange, self.moments
+                )
+        if exchange is not None:
+            self.x = exchange.to_holders(self.x)
+
+    def finish(self) -> None:
+        """The elementwise rest of the step, where the weights lie."""
+        for group, (factors, sums) in zip(self.groups, self.statistics, strict=True):
+            _finish(self.launch, self.x, group, self.recipe, factors, sums)
 
 
 def _set_norm(
@@ -464,9 +294,18 @@ def _statistics(
 
 
 def _owners_statistics(
-    launch: Launcher, v, groups: Sequence[Together], recipe: Recipe, exchange: Exchange
+    launch: Launcher,
+    v,
+    groups: Sequence[Together],
+    recipe: Recipe,
+    exchange: Exchange,
+    moments: Array | None,
 ) -> list[tuple[Array, Array]]:
-    """As `_statistics`, made by the matrices' owners and sent back to the holders of the parts."""
+    """As `_statistics`, made by the matrices' owners and sent back to the holders of the parts.
+
+    Args:
+      moments: the owners' second moments; None without stage 3.
+    """
     pieces = [piece for group in groups for piece in group.pieces]
     rule, here = recipe.neuron_norm, pieces[0].block.geometry
     rates, matrices_a_rate = exchange.rates_to_owners(pieces)
@@ -474,8 +313,7 @@ def _owners_statistics(
     (partials,) = launch(launches.neuron_squares(geometry, exchange.owned), [v, 0])
     old, kept = rates, Output((1,), "float32")
     if rule is not None:
-        moments = [(piece, piece.block.second_moment) for piece in pieces]
-        old = exchange.statistics_to_owners(moments)
+        old = moments
         kept = Output((exchange.owned, geometry.neurons), "float32")
     (new,), factors, sums = launch(
         launches.statistics(geometry, exchange.owned, NeuronNormForm.of(rule), kept),

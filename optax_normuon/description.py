@@ -50,6 +50,8 @@ def describe(
     they lie whole, "owners" where each goes to one device, "shards" where they stay divided and take
     the Gram form. FLOPs are those of one device in the iteration, bytes are what it sends of matrices
     and Gram matrices, both in one step; padding counts matrices of zeros among those of all owners.
+    Stacks are stepped one after the other, but the last ones of groups that have the same wave together:
+    owners that lack a matrix of one work on another's meanwhile.
 
     A recipe that no kernel can run is left to XLA; a line says so and why.
 
@@ -118,11 +120,12 @@ def _groups(
     """One line for each group of matrices of every engine, from the plan that the step makes."""
     leaves = {path: leaf for path, _, leaf in named_leaves(params) if path in views}
     header = ["matrices x (rows, columns)", "divided over", "engine", "strategy", "owners"]
-    rows = [[*header, "a device's", "padding", "FLOPs a device", "bytes sent"]]
+    rows = [[*header, "a device's", "padding", "stacks", "wave", "FLOPs a device", "bytes sent"]]
     for engine, stacks in plans(execution, leaves, views, specs).items():
-        for _, group in groupby(stacks, key=lambda stack: stack.key):
-            first = next(group)
-            key, placement = first.key, first.placement
+        for key, group in groupby(stacks, key=lambda stack: stack.key):
+            alike = list(group)
+            first, wave = alike[0], alike[-1].wave
+            placement = first.placement
             rows.append(
                 [
                     f"{first.group_size} x ({key.rows}, {key.columns})",
@@ -132,6 +135,8 @@ def _groups(
                     str(placement.owners),
                     str(placement.each),
                     str(placement.padding),
+                    str(len(alike)),
+                    "-" if wave is None else str(wave + 1),
                     f"{placement.operations:.3g}",
                     f"{placement.bytes_sent:.3g}",
                 ]

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 import torch_ref.kernels.launcher
-from normuon_core.fused_step import Device
 from normuon_core.kernels.launches import Output
+from normuon_core.kernels.products import Device
 from optax_normuon.kernels import backend, launcher
 
 _ONE_AT_A_TIME = threading.Lock()

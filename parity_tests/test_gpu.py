@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from normuon_core import MatrixLayout
-from normuon_core.fused_step import KernelProducts
+from normuon_core.kernels.products import KernelProducts
 from optax_normuon import normuon, polar_factor
 from parity_tests.compare import frobenius_distance
 from torch_ref import NorMuon

@@ -12,8 +12,8 @@ import torch
 
 import torch_ref
 from normuon_core import RECIPES, MatrixLayout, NormSetting, Recipe, RowEquilibration
-from normuon_core.fused_step import KernelProducts
 from normuon_core.kernels import geometry
+from normuon_core.kernels.products import KernelProducts
 from parity_tests import oracle
 from parity_tests.compare import frobenius_distance, infinity_distance
 from parity_tests.half_precision import HARD_SPECTRA

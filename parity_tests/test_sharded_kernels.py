@@ -3,6 +3,7 @@
 Under Triton's interpreter, on virtual devices; `test_gpu.py` does it on two GPUs.
 """
 
+import collections
 import dataclasses
 import functools
 
@@ -15,8 +16,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from normuon_core import RECIPES, MatrixLayout, Polar
+from normuon_core.kernels import source
 from normuon_core.polynomials import POLAR_EXPRESS
 from optax_normuon import normuon
+from optax_normuon.kernels import launcher
 
 LAYOUT = {
     "a": MatrixLayout(0, 1),
@@ -129,3 +132,36 @@ def test_a_step_may_have_no_matrix_for_the_kernels(interpreted):
         placed = jax.device_put(params, lies)
         updates.append(jax.jit(tx.update)(placed, tx.init(placed), placed)[0]["c"])
     assert 0 < np.linalg.norm(updates[1] - updates[0]) < 1.2e-3 * np.linalg.norm(updates[0])
+
+
+def test_a_device_multiplies_only_the_matrices_that_it_is_dealt(interpreted, monkeypatch):
+    """Of three shapes two matrices each, on eight devices: six have one of them and two have none."""
+    sizes = {"a": (16, 40), "b": (16, 64), "c": (24, 40)}
+    rng = np.random.default_rng(0)
+    params = {
+        f"{name}{i}": rng.standard_normal(size).astype(np.float32)
+        for name, size in sizes.items()
+        for i in range(2)
+    }
+    multiplied = collections.Counter()
+
+    def note(count, device):
+        multiplied[int(device)] += count
+
+    def counted(launch, inputs, run=launcher.launch):
+        if launch.kernel is source.product:
+            *_, count = inputs
+            jax.debug.callback(functools.partial(note, count), jax.lax.axis_index("fsdp"))
+        return run(launch, inputs)
+
+    def update(placed):
+        tx = optimizer(layout=MatrixLayout(1, 0))
+        return jax.jit(tx.update)(placed, tx.init(placed), placed)[0]
+
+    expected = update(params)
+    monkeypatch.setattr(launcher, "launch", counted)
+    found = update(jax.device_put(params, NamedSharding(mesh_of(8, 1), P("fsdp"))))
+    jax.effects_barrier()
+    assert_equal(expected, found)
+    # A step of the standard form takes three products.
+    assert [multiplied[device] for device in range(8)] == [3] * 6 + [0] * 2

@@ -124,7 +124,7 @@ def _check_parameter(param: torch.Tensor, group: Group, name: str) -> None:
 
 def _check_kernels(param: torch.Tensor, group: Group, name: str) -> None:
     """Raises a ValueError that names the parameter if the kernels cannot multiply its matrices here."""
-    from normuon_core.fused_step import check_products
+    from normuon_core.kernels.products import check_products
 
     view = parameter_view(group, param, name)
     iteration = GroupSpec.of(group, group_recipe(group), ()).iteration

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import jax.numpy as jnp
 import numpy as np
 
 from normuon_core.cost import Iteration
@@ -65,14 +64,13 @@ class Kernels:
         return place(spread, self.iteration, may_stay=self.may_stay)
 
     def bytes_a_matrix(self, spread: Spread, placement: Placement) -> int:
-        """One matrix's share of the stack that is worked on and, with owners, of the stack that is sent
-        and received meanwhile."""
+        """What one matrix of the stack that is worked on takes, on a mesh as on one device.
+
+        What travels meanwhile is not counted: of the stack before and the stack behind it, the entries
+        that are sent and received.
+        """
         assert placement.dtype is not None
-        whole = bytes_a_matrix((spread.rows, spread.columns), placement.dtype)
-        if placement.strategy != "owners":
-            return whole
-        sent_and_received = 2 * spread.rows * spread.columns
-        return whole + sent_and_received * jnp.dtype(placement.dtype).itemsize
+        return bytes_a_matrix((spread.rows, spread.columns), placement.dtype)
 
 
 def left_to_xla(

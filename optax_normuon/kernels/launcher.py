@@ -8,13 +8,13 @@ import jax
 from optax_normuon.kernels.triton_call import triton_call
 
 if TYPE_CHECKING:
-    from normuon_core.fused_step import Device
     from normuon_core.kernels.launches import Launch
+    from normuon_core.kernels.products import Device
 
 
 def describe_device() -> "Device":
     """What launches need to know of the GPU."""
-    from normuon_core.fused_step import Device
+    from normuon_core.kernels.products import Device
 
     device: Any = jax.local_devices()[0]
     return Device(f"sm{device.compute_capability.replace('.', '')}", device.core_count)

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 
 from normuon_core.cost import Form
-from normuon_core.fused_step import Block, Leaf, Piece, polar_factors_of_pieces
-from normuon_core.fused_step import iterate_stack as iterate_with
+from normuon_core.fused_step import polar_factors_of_pieces
 from normuon_core.kernels.geometry import block_geometries
 from normuon_core.kernels.launches import Output
+from normuon_core.kernels.pieces import Block, Leaf, Piece
+from normuon_core.kernels.products import iterate_stack as iterate_with
 from normuon_core.kernels.source import RATES
 from normuon_core.layout import MatrixLayout
 from normuon_core.polynomials import Coefficients

@@ -11,8 +11,10 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from normuon_core.deal import Deal
 from normuon_core.placement import Placement, Spread
 from normuon_core.stacks import plan_stacks
+from optax_normuon.matrices.waves import in_waves
 from optax_normuon.mesh.leaf_on_mesh import LeafOnMesh
 from optax_normuon.mesh.matrix_sharding import MatrixSharding, spread_of
 from optax_normuon.mesh.specs import Specs
@@ -80,12 +82,17 @@ class PlannedStack(NamedTuple, Generic[LeafKey]):
       group_size: how many matrices a device has in all stacks of this key.
       placement: of all these stacks.
       pieces: where the matrices come from, in their order in the stack.
+      deal: which owner has which of them.
+      wave: stacks of one wave are under way together: none is worked on before all have come to their
+        owners, and none goes back before all are done. None for a stack by itself.
     """
 
     key: StackKey
     group_size: int
     placement: Placement
     pieces: tuple[PlannedPiece[LeafKey], ...]
+    deal: Deal
+    wave: int | None = None
 
     @property
     def count(self) -> int:
@@ -103,6 +110,9 @@ def plan(
 ) -> list[PlannedStack[LeafKey]]:
     """All matrices of the leaves in stacks; stacks of one key follow each other.
 
+    Stacks that their owners do not divide evenly are dealt together, in waves, where that gives the
+    busiest device noticeably less to do.
+
     Args:
       dtypes: the dtypes of the leaves.
       ceiling: bytes of a stack on one device, see `stack_ceiling`.
@@ -112,7 +122,8 @@ def plan(
         keys = engine.stack_keys(leaf, dtypes[name].name)
         for number, (run, key) in enumerate(zip(leaf.view.runs, keys, strict=True)):
             groups[key].append(PlannedPiece(name, number, 0, leaf.local.matrices(run)))
-    return [stack for group in groups.items() for stack in _stacks(*group, engine, specs, ceiling)]
+    stacks = [s for group in groups.items() for s in _stacks(*group, engine, specs, ceiling)]
+    return stacks if specs is None else in_waves(stacks, specs, ceiling=ceiling)
 
 
 def _stacks(
@@ -135,7 +146,8 @@ def _stacks(
     each = engine.bytes_a_matrix(spread, placement)
     for stretches in plan_stacks(sizes, each, ceiling, owners=placement.owners):
         own = tuple(pieces[i]._replace(start=start, stop=stop) for i, start, stop in stretches)
-        yield PlannedStack(key, spread.count, placement, own)
+        count = sum(stop - start for _, start, stop in stretches)
+        yield PlannedStack(key, spread.count, placement, own, Deal(count, placement.owners))
 
 
 def stack_ceiling(max_stack_bytes: int | None) -> int:

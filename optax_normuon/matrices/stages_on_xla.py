@@ -2,8 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from optax_normuon.matrices.views import (
     split_blocks,
     split_statistic,
 )
+from optax_normuon.matrices.waves import one_by_one_and_waves
 from optax_normuon.mesh.leaf_on_mesh import LeafOnMesh
 from optax_normuon.mesh.owners import Owners, Sides
 from optax_normuon.mesh.shards import Shards
@@ -87,15 +88,26 @@ def step_stacks(
     state_blocks = [
         {i: split_statistic(kept, on_mesh[i].local) for i, kept in each.items()} for each in states
     ]
+    stepped: list[PlannedStack[int]] = []
     outputs: list[list[jax.Array]] = []
-    for stack in stacks:
-        values = _gather(blocks, stack.pieces)
+    for wave in one_by_one_and_waves(stacks):
+        values = [_gather(blocks, stack.pieces) for stack in wave]
         if outputs and len(stacks) > 1:
             # Unordered, the compiler may hold the working memory of all stacks at once.
             values, outputs[-1] = jax.lax.optimization_barrier((values, outputs[-1]))
-        gathered = [_gather(each, stack.pieces) for each in state_blocks]
-        outputs.append(_step_stack(inner, stack.key, stack.placement, values, gathered, specs))
-    scattered = [_scatter(stacks, each) for each in zip(*outputs, strict=True)]
+        steps = []
+        for stack, own in zip(wave, values, strict=True):
+            gathered = [_gather(each, stack.pieces) for each in state_blocks]
+            steps.append(_start(inner, stack, own, gathered, specs))
+        if len(steps) > 1:
+            there = jax.lax.optimization_barrier([step.values for step in steps])
+            steps = [replace(step, values=x) for step, x in zip(steps, there, strict=True)]
+        made = [_updated(inner, step) for step in steps]
+        if len(steps) > 1:
+            made = jax.lax.optimization_barrier(made)
+        outputs += [_brought_back(step, own) for step, own in zip(steps, made, strict=True)]
+        stepped += wave
+    scattered = [_scatter(stepped, each) for each in zip(*outputs, strict=True)]
     new_leaves: dict[int, jax.Array] = {}
     new_states: list[dict[int, LeafStatistic]] = [{} for _ in states]
     for i, leaf in leaves.items():
@@ -109,44 +121,75 @@ def step_stacks(
     return new_leaves, new_states
 
 
-def _step_stack(
+@dataclass(frozen=True)
+class _Started:
+    """A stack that is ready to be worked on, where the plan places it.
+
+    Attributes:
+      stack: its values aside.
+      values: as they come, or prepared and with their owner.
+      state: the stage's, where the values are. sides: which its arrays have.
+      owners: how what is made comes back; None where nothing has moved.
+    """
+
+    stack: MatrixStack
+    values: Matrices
+    state: Any
+    sides: Sequence[Sides]
+    owners: Owners | None
+
+
+def _start(
     inner: MatrixStage,
-    key: StackKey,
-    placement: Placement,
+    planned: PlannedStack[int],
     values: Matrices,
     states: Sequence[Statistics],
     specs: Specs | None,
-) -> list[jax.Array]:
-    """Runs `inner` on one stack where the plan places it: [values, *arrays of its state], as given."""
-    rows, columns, sharding, dtype, output_axis = key
+) -> _Started:
+    """Brings a stack and its state to where it is worked on."""
+    rows, columns, sharding, dtype, output_axis = planned.key
     assert isinstance(output_axis, int)
     template = abstract_state(inner, (1, rows, columns), dtype, output_axis)
     structure = jax.tree.structure(template)
-    here = MatrixStack(values, output_axis, placement=placement)
-    if placement.strategy == "whole" or specs is None or sharding is None:
-        output, state = inner.update(here, structure.unflatten(states))
-        return [output.values, *jax.tree.leaves(state)]
-    stay = placement.strategy == "shards"
+    sides = [Sides(rows=s.shape[1] > 1, columns=s.shape[2] > 1) for s in jax.tree.leaves(template)]
+    here = MatrixStack(values, output_axis, placement=planned.placement)
+    if planned.placement.strategy == "whole" or specs is None or sharding is None:
+        return _Started(here, values, structure.unflatten(states), sides, None)
+    stay = planned.placement.strategy == "shards"
     here = replace(
         here, shards=Shards(rows, columns, sharding.row_axes, sharding.column_axes, stay)
     )
     if stay:
-        output, state = inner.update(inner.prepare(here), structure.unflatten(states))
-        return [output.values, *jax.tree.leaves(state)]
-    count = len(values)
-    owners = Owners.of(sharding, placement, specs, count=count)
+        here = inner.prepare(here)
+        return _Started(here, here.values, structure.unflatten(states), sides, None)
+    owners = Owners.of(sharding, specs, planned.deal)
     prepared = inner.prepare(replace(here, values=owners.replicas_share(values)))
-    sides = [Sides(rows=s.shape[1] > 1, columns=s.shape[2] > 1) for s in jax.tree.leaves(template)]
     moved = [
         owners.statistic_to_owners(state, which) for state, which in zip(states, sides, strict=True)
     ]
     whole = replace(prepared, values=owners.to_owners(prepared.values), shards=None)
-    output, state = inner.update(whole, structure.unflatten(moved))
-    new_states = list(zip(jax.tree.leaves(state), sides, strict=True))
-    return [
-        owners.to_holders(output.values, count),
-        *owners.statistics_to_holders(new_states, count),
-    ]
+    return _Started(whole, whole.values, structure.unflatten(moved), sides, owners)
+
+
+def _updated(inner: MatrixStage, step: _Started) -> list[jax.Array]:
+    """What `inner` makes, where the values are: [values, *arrays of its state]."""
+
+    def update(values: Matrices, state: Any) -> list[jax.Array]:
+        output, state = inner.update(replace(step.stack, values=values), state)
+        return [output.values, *jax.tree.leaves(state)]
+
+    if step.owners is None:
+        return update(step.values, step.state)
+    return step.owners.on_own(update, step.values, step.state)
+
+
+def _brought_back(step: _Started, made: list[jax.Array]) -> list[jax.Array]:
+    """The same arrays, where the leaves lie."""
+    if step.owners is None:
+        return made
+    values, *states = made
+    sent = list(zip(states, step.sides, strict=True))
+    return [step.owners.to_holders(values), *step.owners.statistics_to_holders(sent)]
 
 
 def _gather(

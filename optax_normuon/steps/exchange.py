@@ -1,46 +1,28 @@
-"""How a stack of the kernels travels over a mesh: `normuon_core.fused_step.Exchange` in JAX."""
+"""How a stack of the kernels travels over a mesh: `normuon_core.exchange.Exchange` in JAX."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-from normuon_core.fused_step import Piece
 from normuon_core.kernels.geometry import Geometry, padded
-from normuon_core.placement import Placement
+from normuon_core.kernels.pieces import Piece
 from optax_normuon.leaves.arrays import Matrices, Statistics
-from optax_normuon.mesh.matrix_sharding import MatrixSharding
 from optax_normuon.mesh.owners import Owners, Sides
-from optax_normuon.mesh.specs import Specs
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """See `normuon_core.fused_step.Exchange`; within a `jax.shard_map`.
+    """See `normuon_core.exchange.Exchange`; within a `jax.shard_map`.
 
     Attributes:
       owners: of its matrices, whose rows are the short side.
       geometry: of one device's parts.
-      count: matrices of the stack.
     """
 
     owners: Owners
     geometry: Geometry
-    count: int
-
-    @classmethod
-    def of(
-        cls,
-        sharding: MatrixSharding,
-        placement: Placement,
-        specs: Specs,
-        *,
-        geometry: Geometry,
-        count: int,
-    ) -> "Exchange":
-        """For a stack of `count` matrices."""
-        return cls(Owners.of(sharding, placement, specs, count=count), geometry, count)
 
     @property
     def owned(self) -> int:
@@ -55,9 +37,12 @@ class Exchange:
         whole = self.owners.to_owners(self.owners.replicas_share(x[..., : self.geometry.long]))
         return _widened(whole, padded(long))
 
+    def on_owned(self, function: Callable[[Matrices, int], Matrices], x: Matrices) -> Matrices:
+        return self.owners.on_own(lambda x: function(x, len(x)), x)
+
     def to_holders(self, v: Matrices) -> Matrices:
         _, long = self.geometry.whole
-        return _widened(self.owners.to_holders(v[..., :long], self.count), self.geometry.pitch)
+        return _widened(self.owners.to_holders(v[..., :long]), self.geometry.pitch)
 
     def statistics_to_owners(self, pieces: Sequence[tuple[Piece, jax.Array]]) -> jax.Array:
         own = [x[piece.start : piece.start + piece.count] for piece, x in pieces]
@@ -71,10 +56,10 @@ class Exchange:
         # No side of these numbers is divided: they are of whole matrices.
         flat = sums.reshape(self.owned, 1, -1)
         numbers = [(flat[..., i : i + 1], Sides(False, False)) for i in range(flat.shape[-1])]
-        back = self.owners.statistics_to_holders(sent + numbers, self.count)
-        known = [x.reshape(self.count, -1) for x in back[: len(sent)]]
+        back = self.owners.statistics_to_holders(sent + numbers)
+        known = [x.reshape(len(x), -1) for x in back[: len(sent)]]
         numbers = jnp.concatenate(back[len(sent) :], axis=-1)
-        return known, numbers.reshape(self.count, *sums.shape[1:])
+        return known, numbers.reshape(len(numbers), *sums.shape[1:])
 
     def rates_to_owners(self, pieces: Sequence[Piece]) -> tuple[jax.Array, int]:
         rates = pieces[0].block.leaf.rates

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from normuon_core.fused_step import Leaf, Piece, step_stack
+from normuon_core.fused_step import StackStep
+from normuon_core.kernels.pieces import Leaf, Piece
 from normuon_core.kernels.source import RATES
 from normuon_core.layout import MatrixView, Run
 from normuon_core.recipes import Recipe
@@ -27,8 +28,10 @@ from optax_normuon.leaves.paths import KeyPath, named_leaves
 from optax_normuon.leaves.precision import as_schedule
 from optax_normuon.matrices.plan import PlannedStack, plan
 from optax_normuon.matrices.views import LeafStatistic
+from optax_normuon.matrices.waves import one_by_one_and_waves
 from optax_normuon.mesh.collectives import run_on_mesh
 from optax_normuon.mesh.leaf_on_mesh import LeafOnMesh, leaf_on_mesh
+from optax_normuon.mesh.owners import Owners
 from optax_normuon.mesh.specs import MeshAxes, Specs
 from optax_normuon.stages.chain import ChainState
 from optax_normuon.stages.momentum import MomentumState
@@ -98,30 +101,44 @@ def _step_weights(
     dtypes = {i: weight.gradient.dtype for i, weight in enumerate(weights)}
     stacks = plan(dict(enumerate(leaves)), dtypes, engine, specs, ceiling=engine.ceiling)
     done: list[Leaf] = []
-    for stack in _in_order(stacks):
-        placement, sharding = stack.placement, stack.key.sharding
-        assert placement.form is not None
-        assert placement.dtype is not None
-        pieces = [
-            Piece(laid_out[each.leaf].blocks[each.run], each.start, each.stop - each.start)
-            for each in stack.pieces
-        ]
-        exchange = None
-        if specs is not None and sharding is not None and placement.strategy == "owners":
-            geometry = pieces[0].block.geometry
-            exchange = Exchange.of(sharding, placement, specs, geometry=geometry, count=stack.count)
-            _wait_for_the_last_but_one(pieces[0].block.leaf, done)
-        step_stack(
-            launcher.launch,
-            launcher.describe_device(),
-            pieces,
-            engine.recipe,
-            form=placement.form,
-            dtype=placement.dtype,
-            exchange=exchange,
-        )
-        done.append(pieces[-1].block.leaf)
+    for wave in one_by_one_and_waves(_in_order(stacks)):
+        steps = [_stack_step(stack, laid_out, engine, specs) for stack in wave]
+        if steps[0].exchange is not None:
+            _wait_for_the_last_but_one([step.pieces[0].block.leaf for step in steps], done)
+        for part in (StackStep.start, StackStep.orthogonalize):
+            for step in steps:
+                part(step)
+            _wait_for_each_other(steps)
+        for step in steps:
+            step.bring_back()
+            step.finish()
+        done += [step.pieces[-1].block.leaf for step in steps]
     return [weight.stepped() for weight in laid_out]
+
+
+def _stack_step(
+    stack: PlannedStack[int], weights: Sequence[LaidOut], engine: Kernels, specs: Specs | None
+) -> StackStep:
+    """The step of one stack, with its exchange where its matrices have owners."""
+    placement, sharding = stack.placement, stack.key.sharding
+    assert placement.form is not None
+    assert placement.dtype is not None
+    pieces = [
+        Piece(weights[each.leaf].blocks[each.run], each.start, each.stop - each.start)
+        for each in stack.pieces
+    ]
+    exchange = None
+    if specs is not None and sharding is not None and placement.strategy == "owners":
+        exchange = Exchange(Owners.of(sharding, specs, stack.deal), pieces[0].block.geometry)
+    return StackStep(
+        launcher.launch,
+        launcher.describe_device(),
+        pieces,
+        engine.recipe,
+        form=placement.form,
+        dtype=placement.dtype,
+        exchange=exchange,
+    )
 
 
 def _in_order(stacks: Sequence[PlannedStack[int]]) -> list[PlannedStack[int]]:
@@ -134,11 +151,23 @@ def _in_order(stacks: Sequence[PlannedStack[int]]) -> list[PlannedStack[int]]:
     return [stack for g in (*ascending[:1], *ascending[2:], *ascending[1:2]) for stack in g]
 
 
-def _wait_for_the_last_but_one(leaf: Leaf, done: Sequence[Leaf]) -> None:
+def _wait_for_the_last_but_one(leaves: Sequence[Leaf], done: Sequence[Leaf]) -> None:
     """Lets one stack travel while another is worked on, and keeps more of them out of memory."""
-    if len(done) > 1 and done[-2] is not leaf:
-        before = done[-2]
-        leaf.gradient, before.result = jax.lax.optimization_barrier((leaf.gradient, before.result))
+    if len(done) < 2:
+        return
+    before = done[-2]
+    for leaf in leaves:
+        if leaf is not before:
+            waiting = (leaf.gradient, before.result)
+            leaf.gradient, before.result = jax.lax.optimization_barrier(waiting)
+
+
+def _wait_for_each_other(steps: Sequence[StackStep]) -> None:
+    """Holds the stacks of a wave to one stage: see `matrices.waves`."""
+    if len(steps) > 1:
+        together = jax.lax.optimization_barrier([step.x for step in steps])
+        for step, x in zip(steps, together, strict=True):
+            step.x = x
 
 
 def with_kernels(

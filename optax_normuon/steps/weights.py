@@ -6,8 +6,8 @@ from typing import Generic, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from normuon_core.fused_step import Block, Leaf
 from normuon_core.kernels.geometry import block_geometries
+from normuon_core.kernels.pieces import Block, Leaf
 from normuon_core.layout import MatrixView
 from normuon_core.recipes import Recipe
 from optax_normuon.kernels.polar import output_of

@@ -8,8 +8,8 @@ import json
 
 import numpy as np
 
-from normuon_core.fused_step import Device, iterate_stack
 from normuon_core.kernels.geometry import block_geometries
+from normuon_core.kernels.products import Device, iterate_stack
 from normuon_core.layout import MatrixLayout
 from normuon_core.polynomials import POLYNOMIALS
 from optax_normuon.kernels.compiler import compile_ahead, type_of

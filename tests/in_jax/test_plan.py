@@ -8,8 +8,15 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from normuon_core.cost import Iteration
+from normuon_core.recipes import find_recipe
 from optax_normuon import MatrixLayout, describe, normuon
+from optax_normuon.kernels.engine import Kernels
+from optax_normuon.leaves.layout import resolve_layouts
 from optax_normuon.matrices import on_matrices
+from optax_normuon.matrices.plan import plan
+from optax_normuon.mesh.leaf_on_mesh import leaf_on_mesh
+from optax_normuon.mesh.specs import resolve_specs
 from tests.in_jax.meshes import mesh_of
 
 SHAPES = {
@@ -44,14 +51,16 @@ PARAMS = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in SHAP
 
 def lines(engine, stacks):
     """The cells of `describe` that a plan decides."""
-    for _, group in groupby(stacks, key=lambda stack: stack.key):
-        first = next(group)
-        key, placement = first.key, first.placement
+    for key, group in groupby(stacks, key=lambda stack: stack.key):
+        alike = list(group)
+        first, wave = alike[0], alike[-1].wave
+        placement = first.placement
         yield [
             f"{first.group_size} x ({key.rows}, {key.columns})",
             engine,
             placement.strategy,
-            *map(str, (placement.owners, placement.each, placement.padding)),
+            *map(str, (placement.owners, placement.each, placement.padding, len(alike))),
+            "-" if wave is None else str(wave + 1),
         ]
 
 
@@ -86,7 +95,7 @@ def test_the_table_is_the_plan_of_the_step(planned, request, engine, sizes):
         text = describe(PARAMS, mesh=mesh, **keywords)
     rows = [line.split("  ") for line in text.split("\n\n")[1].splitlines()[2:]]
     cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
-    printed = [[row[0], *row[2:7]] for row in cells]
+    printed = [[row[0], *row[2:9]] for row in cells]
     ran = [line for each in planned for line in lines(*each)]
     assert sorted(printed) == sorted(ran)
     engines = {row[1] for row in printed}
@@ -112,3 +121,28 @@ def test_divided_matrices_whose_rows_are_equilibrated_are_left_to_xla(interprete
         engines[recipe] = {row[0]: row[2] for row in cells}
     assert set(engines["normuon"].values()) == {"kernels"}
     assert engines["nanochat"] == {"1 x (64, 256)": "xla", "2 x (64, 256)": "kernels"}
+
+
+KERNELS = Kernels(find_recipe("normuon"), Iteration(5), ceiling=2**30)
+
+
+def planned_for(shapes, spec, mesh, engine=KERNELS):
+    """The stacks of leaves (..., out, in) that are all divided alike; without a mesh, of one device."""
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    views = resolve_layouts(MatrixLayout(-1, -2), params)
+    specs = None
+    if mesh is not None:
+        with jax.set_mesh(mesh):
+            specs = resolve_specs(spec, params)
+    leaves = {path: leaf_on_mesh(view, path, specs) for path, view in views.items()}
+    dtypes = dict.fromkeys(leaves, jnp.dtype("float32"))
+    return plan(leaves, dtypes, engine, specs, ceiling=engine.ceiling)
+
+
+@pytest.mark.parametrize("shape", [(2048, 2048), (8192, 2048), (2048, 8192)], ids=str)
+def test_an_owner_has_as_many_matrices_of_a_stack_as_one_device(shape):
+    """The ceiling bounds what a device works on, not what all devices hold."""
+    mesh = mesh_of(AxisType.Auto, fsdp=4)
+    stacked = planned_for({"layers": (64, *shape)}, P(None, "fsdp"), mesh)
+    alone = planned_for({"layers": (16, *shape)}, None, None)
+    assert [stack.count for stack in stacked] == [4 * stack.count for stack in alone]

@@ -203,21 +203,35 @@ def test_a_step_on_paper_is_what_is_reckoned_by_hand():
 
 
 def test_within_a_host_the_measured_rate_counts():
-    """Two devices and 32 matrices: 16 a device, which a gigabyte holds four at a time."""
+    """Two devices and 32 matrices: 16 a device, which a gigabyte holds eight at a time."""
     rates = PaperRates(products=1e15, copies=1e12, share=1.0, within=1e11, start=1e-3, between=1.0)
     step = step_on_paper("a model", [(32, 2048, 8192)], 2, rates)
-    assert step.groups[0].stacks == 4
+    assert step.groups[0].stacks == 2
     assert step.parts["wire"] == pytest.approx(16 * 2048 * 8192 * 2 / 1e11)
-    assert step.parts["messages"] == pytest.approx(4 * 4 * 1e-3)
+    assert step.parts["messages"] == pytest.approx(4 * 2 * 1e-3)
     assert step.unevenness == pytest.approx(1)
+
+
+def test_matrices_of_two_shapes_have_different_owners():
+    """Three of each on eight devices: the busiest has one of the longer ones, and no device has two."""
+    rates = PaperRates(products=1e15, copies=1e12, share=1.0, within=1e11, start=0.0)
+    shapes = [(3, 1024, 1024), (3, 2048, 2048)]
+    step = step_on_paper("a model", shapes, 8, rates)
+    short, long = (group.products for group in step.groups)
+    assert step.undealt == pytest.approx(short + long)
+    assert step.parts["products"] == pytest.approx(long)
+    # What divides evenly, and what has nothing to be dealt with, stays as it is.
+    for shapes in ([(8, 1024, 1024), (16, 2048, 2048)], [(3, 1024, 1024)]):
+        step = step_on_paper("a model", shapes, 8, rates)
+        assert step.parts["products"] == pytest.approx(step.undealt)
 
 
 @pytest.mark.parametrize(
     ("rates", "count", "devices", "reason"),
     [
         (dict(), 8, 2, "evenly shared: more devices would be faster"),
-        (dict(), 9, 8, "1.78 times an even share: the devices do not divide"),
-        (dict(), 3, 8, "whole matrices, of which 3 have one shape"),
+        (dict(), 9, 8, "1.78 times an even share: some devices have a matrix more"),
+        (dict(), 3, 8, "whole matrices, 3 in all"),
         (dict(copies=1.0), 8, 8, "traffic of each device's own memory"),
         (dict(within=1.0), 8, 8, "bytes on the wire"),
         (dict(start=1e9), 8, 8, "the number of messages, 262 kB the smallest"),

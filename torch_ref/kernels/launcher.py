@@ -12,13 +12,13 @@ from normuon_core.kernels.launches import Launch, Output
 from torch_ref.kernels.backend import is_interpreted
 
 if TYPE_CHECKING:
-    from normuon_core.fused_step import Device
+    from normuon_core.kernels.products import Device
 
 
 @functools.cache
 def describe_device(device: torch.device) -> "Device":
     """What launches need to know of a device."""
-    from normuon_core.fused_step import Device
+    from normuon_core.kernels.products import Device
 
     if device.type != "cuda":
         return Device("sm90", 4, interpreted=True)

@@ -4,9 +4,10 @@ import torch
 
 from normuon_core import MatrixLayout, Polar
 from normuon_core.cost import Form
-from normuon_core.fused_step import Block, Leaf, Piece, polar_factors_of_pieces
+from normuon_core.fused_step import polar_factors_of_pieces
 from normuon_core.kernels.geometry import block_geometries
 from normuon_core.kernels.launches import Output
+from normuon_core.kernels.pieces import Block, Leaf, Piece
 from normuon_core.kernels.source import RATES
 from torch_ref.kernels.launcher import describe_device, launch, on_device
 from torch_ref.leaves.dtypes import dtype_name

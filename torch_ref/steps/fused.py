@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from normuon_core.fused_step import Piece, step_stack
+from normuon_core.fused_step import step_stack
 from normuon_core.kernels.launches import Launcher
+from normuon_core.kernels.pieces import Piece
 from torch_ref.kernels.launcher import describe_device, launch, on_device
 from torch_ref.kernels.rehearsal import is_worthwhile, rehearsal
 from torch_ref.steps.laid_out import LaidOut, rates_of

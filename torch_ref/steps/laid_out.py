@@ -2,7 +2,7 @@
 
 import torch
 
-from normuon_core.fused_step import Block, Leaf
+from normuon_core.kernels.pieces import Block, Leaf
 from normuon_core.kernels.source import RATES
 from torch_ref.kernels.polar import output_of
 from torch_ref.leaves.dtypes import Scalar, rounded_product

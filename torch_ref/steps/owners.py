@@ -4,6 +4,7 @@ It is decided from shapes and placements alone, so that every rank makes the sam
 step to step.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 from normuon_core import MatrixView
 from torch_ref.leaves.part import Region, stack_indices
-from torch_ref.matrices.plan import plan
+from torch_ref.matrices.plan import PlannedStack, plan
 from torch_ref.mesh.exchange import Route, Tile, route, tiles, to_holders, to_owners
 from torch_ref.stages.stack import StackStages
 
@@ -142,23 +143,53 @@ class _Together(NamedTuple):
 @lru_cache(maxsize=16)
 def plan_on_ranks(
     weights: tuple[WeightOnRanks, ...], *, rank: int, ranks: int
-) -> tuple[StackOnRanks, ...]:
-    """The stacks of a step of these weights, seen by one of the ranks.
+) -> tuple[tuple[StackOnRanks, ...], ...]:
+    """The stacks of a step of these weights in waves, seen by one of the ranks.
 
-    A matrix whose rows and columns some ranks hold whole is done by one of these; any other by the rank
-    that has the least to do so far.
+    All matrices of a wave come to their owners before any is worked on, and go back when all are done,
+    so that a rank without a matrix of one stack works on another's meanwhile. A matrix whose rows and
+    columns some ranks hold whole is done by one of these; any other by the rank that has the least to
+    do so far in the wave, of those whose share of the stack is not full: a stack is cut to what its
+    shares take in memory. The longest matrices are given away first.
     """
     members = [
         (_Together(stages, weight.needs_norm), (index, block), weight.view.stack_shape[0])
         for index, weight in enumerate(weights)
         for block, stages in enumerate(weight.stages)
     ]
-    load = [0] * ranks
     result = []
-    for (stages, needs_norm), pieces in plan(members, ranks=ranks):
-        own = [(*block, start, stop) for block, start, stop in pieces]
-        result.append(_stack(weights, stages, needs_norm, own, load, rank))
+    for wave in _waves(plan(members, ranks=ranks), ranks):
+        load = [0] * ranks
+        own = []
+        for (stages, needs_norm), pieces in wave:
+            cut = [(*block, start, stop) for block, start, stop in pieces]
+            own.append(_stack(weights, stages, needs_norm, cut, load, rank))
+        result.append(tuple(own))
     return tuple(result)
+
+
+_Planned = PlannedStack[_Together, tuple[int, int]]
+
+
+def _waves(stacks: Sequence[_Planned], ranks: int) -> list[list[_Planned]]:
+    """The stacks, those of the longest matrices first, as many together as a rank has memory for."""
+    waves: list[list[_Planned]] = []
+    for stack in sorted(stacks, key=lambda stack: -_work(stack.engine.stages)):
+        wave = next((w for w in waves if _fits([*w, stack], ranks)), None)
+        if wave is None:
+            waves.append([stack])
+        else:
+            wave.append(stack)
+    return waves
+
+
+def _fits(stacks: Sequence[_Planned], ranks: int) -> bool:
+    taken = sum(
+        math.ceil(sum(stop - start for _, start, stop in stack.pieces) / ranks)
+        * stack.engine.bytes_a_matrix
+        for stack in stacks
+    )
+    return taken <= min(stack.engine.max_bytes for stack in stacks)
 
 
 def _stack(
@@ -185,7 +216,7 @@ def _stack(
         bounds = slice(here[0], here[-1] + 1) if here else slice(0, 0)
         numbers = tuple(first + batch[i] - start for i in here)
         slots.append(Slot(index, block, first, stop - start, bounds, numbers, outputs))
-    owners = [_owner(each, stages, load) for each in matrices]
+    owners = _owners(matrices, stages, load)
     neurons = stages.neurons
     norms: list[tuple[Tile, ...]] = [()] * len(matrices)
     if needs_norm:
@@ -210,8 +241,23 @@ def _stack(
     )
 
 
-def _owner(matrix: tuple[Tile, ...], stages: StackStages, load: list[int]) -> int:
-    candidates = matrix[0].holders if len(matrix) == 1 else range(len(load))
-    owner = min(candidates, key=load.__getitem__)
-    load[owner] += stages.rows * stages.columns * min(stages.sides)
-    return owner
+def _owners(
+    matrices: Sequence[tuple[Tile, ...]], stages: StackStages, load: list[int]
+) -> list[int]:
+    """The owner of each matrix of a stack; its work is added to the owner's load."""
+    ranks = range(len(load))
+    share = math.ceil(len(matrices) / len(load))
+    owned = [0] * len(load)
+    result = []
+    for matrix in matrices:
+        open_to = [rank for rank in ranks if owned[rank] < share]
+        owner = min(matrix[0].holders if len(matrix) == 1 else open_to, key=load.__getitem__)
+        owned[owner] += 1
+        load[owner] += _work(stages)
+        result.append(owner)
+    return result
+
+
+def _work(stages: StackStages) -> int:
+    """The work on one matrix, in no unit."""
+    return stages.rows * stages.columns * min(stages.sides)

@@ -86,24 +86,28 @@ def step_sharded_matrices(
         # The kernels take no DTensors: `backend="auto"` is PyTorch's own operations here.
         specs = tuple(spec._replace(backend="eager") for spec in group_specs(whole))
         step_matrices(planner(specs).eager, whole)
-        stacks = plan_on_ranks(
+        waves = plan_on_ranks(
             tuple(held for _, held in moving), rank=dist.get_rank(group), ranks=len(order)
         )
         shards = [shard for shard, _ in moving]
-        for stack in stacks:
-            _step_stack(stack, shards, group)
+        for wave in waves:
+            _step_wave(wave, shards, group)
 
 
-def _step_stack(
-    stack: StackOnRanks, shards: Sequence[MatrixWeight], group: dist.ProcessGroup
+def _step_wave(
+    wave: Sequence[StackOnRanks], shards: Sequence[MatrixWeight], group: dist.ProcessGroup
 ) -> None:
-    exchange = _Exchange(stack, shards, group)
-    prepared = exchange.prepare()
-    x = exchange.matrices_to_owners(prepared)
-    moments = exchange.moments_to_owners()
-    update, statistics = _own_stages(stack, x, moments, exchange.beta2())
-    updates = exchange.matrices_to_holders(update)
-    exchange.receive(updates, exchange.statistics_to_holders(statistics))
+    exchanges = [_Exchange(stack, shards, group) for stack in wave]
+    come = [
+        (each.matrices_to_owners(each.prepare()), each.moments_to_owners()) for each in exchanges
+    ]
+    done = [
+        _own_stages(exchange.stack, x, moments, exchange.beta2())
+        for exchange, (x, moments) in zip(exchanges, come, strict=True)
+    ]
+    for exchange, (update, statistics) in zip(exchanges, done, strict=True):
+        updates = exchange.matrices_to_holders(update)
+        exchange.receive(updates, exchange.statistics_to_holders(statistics))
 
 
 def _own_stages(
