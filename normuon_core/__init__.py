@@ -2,7 +2,16 @@
 
 from normuon_core.layout import MatrixLayout, MatrixView
 from normuon_core.polynomials import POLYNOMIALS, Coefficients, optimal_quintic, polar_express
-from normuon_core.recipes import RECIPES, Decay, Momentum, NeuronNorm, Polar, Recipe, find_recipe
+from normuon_core.recipes import (
+    RECIPES,
+    Decay,
+    Hyperball,
+    Momentum,
+    NeuronNorm,
+    Polar,
+    Recipe,
+    find_recipe,
+)
 from normuon_core.shape_rules import ShapeRule, shape_factor
 
 __all__ = [
@@ -10,6 +19,7 @@ __all__ = [
     "RECIPES",
     "Coefficients",
     "Decay",
+    "Hyperball",
     "MatrixLayout",
     "MatrixView",
     "Momentum",
