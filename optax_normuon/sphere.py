@@ -97,9 +97,7 @@ def to_sphere(
         resolve_multipliers(lr_mul, params, views, what="lr_mul")
         return SphereState(jnp.zeros([], jnp.int32), keep_radii(radius, params, groups))
 
-    def update(
-        updates: optax.Updates, state: SphereState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, SphereState]:
+    def update(updates, state, params=None):
         params = require_params(params)
         check_leaves(updates, params)
         groups, views = _find_slices(axis, layout, params)
@@ -145,9 +143,7 @@ def project_to_sphere(
         length = groups.norm(moved)
         return jnp.where(length == 0, u, moved * (r / jnp.where(length == 0, 1, length)) - p)
 
-    def update(
-        updates: optax.Updates, state: ProjectionState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, ProjectionState]:
+    def update(updates, state, params=None):
         params = require_params(params)
         check_leaves(updates, params)
         groups, _ = _find_slices(axis, layout, params)
@@ -179,9 +175,7 @@ def project_to_tangent(
     def project(_: KeyPath, u, p, groups: Groups, r: jax.Array) -> jax.Array:
         return tangent(u, unit(p, groups), groups)
 
-    def update(
-        updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.EmptyState]:
+    def update(updates, state, params=None):
         params = require_params(params)
         check_leaves(updates, params)
         groups, _ = _find_slices(axis, layout, params)
@@ -226,7 +220,9 @@ def sphere_step(
     t = tangent(u, w, groups)
     length = groups.norm(t)
     # A NaN is not left alone: the comparison is false for it.
-    still = (length <= _NO_TANGENT * jnp.finfo(u.dtype).eps * groups.norm(u)) | (groups.norm(p) == 0)
+    still = (length <= _NO_TANGENT * jnp.finfo(u.dtype).eps * groups.norm(u)) | (
+        groups.norm(p) == 0
+    )
     theta = rate * length if angle == "tangent" else rate
     if path == "geodesic":
         along, across = jnp.cos(theta), jnp.sin(theta)

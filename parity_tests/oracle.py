@@ -21,7 +21,7 @@ class State:
     step: int = 0
     momentum: np.ndarray | float = 0.0
     second_moment: np.ndarray | float = 0.0
-    radius: float | None = None
+    radius: Any = None
 
 
 def momentum(rule, m, g, mu, nesterov, step):
@@ -80,7 +80,7 @@ def shape_scale(rule: str, v: np.ndarray) -> float:
     }[rule]
 
 
-def hyperball(p: np.ndarray, u: np.ndarray, rate: float, radius: float) -> np.ndarray:
+def hyperball(p: np.ndarray, u: np.ndarray, rate, radius) -> np.ndarray:
     """In place of the step: R N(p - rate R N(u)); without an update, or at zero, p stays."""
     if not u.any() or not p.any():
         return p

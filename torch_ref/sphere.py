@@ -40,8 +40,8 @@ def to_sphere(
         geodesic:    w <- R (w^ cos theta - t^ sin theta)
         retraction:  w <- R N(w^ - theta t^)
 
-    theta is lr lr_mul (`angle="rate"`) or lr lr_mul |t| ("tangent"). A slice whose update has no tangent,
-    beyond rounding, is left alone, and so is one that is zero. Source: nGPT, arXiv 2410.01131.
+    theta is lr lr_mul (`angle="rate"`) or lr lr_mul |t| ("tangent"). A slice whose update has no
+    tangent, beyond rounding, is left alone, and so is one that is zero. Source: nGPT, arXiv 2410.01131.
 
     Args:
       update: u, the direction of ascent, of any shape.
@@ -68,7 +68,9 @@ def to_sphere(
     t = _tangent(u, w, axis)
     length = _norm(t, axis)
     # A NaN is not left alone: the comparison is false for it.
-    still = (length <= _NO_TANGENT * torch.finfo(dtype).eps * _norm(u, axis)) | (_norm(p, axis) == 0)
+    still = (length <= _NO_TANGENT * torch.finfo(dtype).eps * _norm(u, axis)) | (
+        _norm(p, axis) == 0
+    )
     theta = rounded(lr, dtype) * rounded_multiplier(lr_mul, p)
     theta = theta * length if angle == "tangent" else torch.full_like(length, 1.0) * theta
     if path == "geodesic":
@@ -77,7 +79,9 @@ def to_sphere(
         # w^ and t^ are orthogonal, so the norm of w^ - theta t^ is that of (1, theta).
         along = (1 + theta.square()).rsqrt()
         across = theta * along
-    new = rounded_multiplier(radius, p) * (w * along - t * (across / length.masked_fill(still, 1.0)))
+    new = rounded_multiplier(radius, p) * (
+        w * along - t * (across / length.masked_fill(still, 1.0))
+    )
     return (new - p).masked_fill(still, 0.0).to(param.dtype)
 
 

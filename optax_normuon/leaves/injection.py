@@ -110,7 +110,11 @@ class _Signature(inspect.Signature):
     def bind(self, *arguments: Any, **keywords: Any) -> inspect.BoundArguments:
         bound = super().bind(*arguments, **keywords)
         for name, value in bound.arguments.items():
-            if name in _NO_HYPERPARAMETERS and callable(value) and not isinstance(value, _NoSchedule):
+            if (
+                name in _NO_HYPERPARAMETERS
+                and callable(value)
+                and not isinstance(value, _NoSchedule)
+            ):
                 bound.arguments[name] = _NoSchedule(name, value)
         if bound.arguments.get("others") is None:
             return bound

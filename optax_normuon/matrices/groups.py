@@ -62,9 +62,7 @@ def slices_of(view: MatrixView) -> Groups:
         sums = sums.reshape(view.unfolded(sums.shape))
         inner = view.shape[first : first + count]
         sums = jnp.broadcast_to(sums, (*sums.shape[:first], *inner, *sums.shape[first + count :]))
-        return sums.reshape(
-            *sums.shape[:first], math.prod(inner), *sums.shape[first + count :]
-        )
+        return sums.reshape(*sums.shape[:first], math.prod(inner), *sums.shape[first + count :])
 
     return Groups(total, spread, view)
 

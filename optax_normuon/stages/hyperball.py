@@ -77,9 +77,7 @@ def to_hyperball(
         groups = {path: matrices_of(view) for path, view in views.items()}
         return SphereState(jnp.zeros([], jnp.int32), keep_radii(radius, params, groups))
 
-    def update(
-        updates: optax.Updates, state: SphereState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, SphereState]:
+    def update(updates, state, params=None):
         params = require_params(params)
         check_leaves(updates, params)
         views = resolve_layouts(layout, params)

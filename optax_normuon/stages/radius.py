@@ -77,10 +77,7 @@ def on_groups(
         return move(path, u, own[path], groups[path], r if kept is None else groups[path].spread(r))
 
     return unboxed.boxed(
-        [
-            moved(path, u, r)
-            for path, u, r in zip(unboxed.paths, unboxed.leaves, radii, strict=True)
-        ]
+        [moved(path, u, r) for path, u, r in zip(unboxed.paths, unboxed.leaves, radii, strict=True)]
     )
 
 
