@@ -206,6 +206,7 @@ _DION: dict[str, _Reader] = {
     "newton_schulz_func": _only(None, because="a trace does not have the function"),
 }
 
+
 def _emerging_coefficients(settings: Settings, value: str) -> Settings:
     """A set of Emerging-Optimizers, which divides by max(|u|, 1e-7) before it."""
     names = {"simple": "newton_schulz", "quintic": "you"}

@@ -82,11 +82,7 @@ def sums_of_matrices(x: jax.Array, view: MatrixView) -> list[Statistics]:
     Args:
       x: like the leaf.
     """
-    stored = {view.stored_axis(axis) for axis in view.input_axes}
-    if view.folded is not None:
-        # The axis where it is stored may hold other matrices beside the inputs.
-        stored.discard(view.folded[0])
-    sums = jnp.sum(x, axis=tuple(stored), keepdims=True)
+    sums = slices_of(view).total(x)
     lies = jax.typeof(sums).sharding
     if any(lies.spec):
         # A block may end within a device's part: let every device have all of these few numbers.
