@@ -11,6 +11,7 @@ from normuon_core.polynomials import (
 from normuon_core.recipes import (
     RECIPES,
     Decay,
+    Hyperball,
     Momentum,
     NeuronNorm,
     NormSetting,
@@ -26,6 +27,7 @@ __all__ = [
     "RECIPES",
     "Coefficients",
     "Decay",
+    "Hyperball",
     "MatrixLayout",
     "MatrixView",
     "Momentum",

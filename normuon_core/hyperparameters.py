@@ -22,6 +22,14 @@ def check_decay(name: str, value: object) -> None:
         raise ValueError(f"{name}={value}; use a number in [0, 1).")
 
 
+def check_radius(name: str, value: object) -> None:
+    """Raises a ValueError for a number that is no radius; None stands for the norm at the start."""
+    if isinstance(value, Real) and not 0 < float(value) < math.inf:
+        raise ValueError(
+            f"{name}={value}; use a finite number above 0, or None for the norm at the start."
+        )
+
+
 def check_number(name: str, value: object) -> None:
     """Raises a TypeError for an array or a tracer, where a program is compiled for one number."""
     if not isinstance(value, Real):

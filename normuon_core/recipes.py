@@ -14,6 +14,7 @@ from normuon_core.hyperparameters import (
     check_choice,
     check_decay,
     check_number,
+    check_radius,
     check_rate,
 )
 from normuon_core.neurons import NeuronAxis
@@ -141,8 +142,22 @@ class Decay:
 
 
 @dataclass(frozen=True)
+class Hyperball:
+    """In place of stage 6: w <- R N(w - eta lr_mul R N(u)) of every matrix, with N(x) = x / |x|, so that
+    its Frobenius norm stays `radius` (None: what it was at the start). u is what the other stages have
+    made; its size, and so the shape scale, does not matter."""
+
+    radius: float | None = None
+
+    def __post_init__(self):
+        check_radius("radius", self.radius)
+        object.__setattr__(self, "radius", as_plain(self.radius))
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """One dialect, stage by stage; `neuron_norm=None` is plain Muon.
+    """One dialect, stage by stage; `neuron_norm=None` is plain Muon, `hyperball=None` a step in flat
+    space.
 
     `row_equilibration` and `norm_setting` stand before and after the polar factor, where a recipe has
     them.
@@ -160,6 +175,7 @@ class Recipe:
     source: str
     row_equilibration: RowEquilibration | None = None
     norm_setting: NormSetting | None = None
+    hyperball: Hyperball | None = None
 
     def __post_init__(self):
         check_shape_rule(self.shape_scale)
@@ -243,6 +259,15 @@ _DION_NORMUON = Recipe(
     _PLAIN,
     "spectral",
     "microsoft/dion 0a059a4, dion/normuon.py",
+)
+_MUON_H = dataclasses.replace(
+    _NORMUON,
+    neuron_norm=None,
+    decay=_PLAIN,
+    shape_scale="none",
+    hyperball=Hyperball(),
+    source="MuonH, https://tinyurl.com/muonh (2025-12-15), with the polar factor of `muon`; NVIDIA"
+    " Emerging-Optimizers 0.3.0, muon_hyperball.py",
 )
 
 RECIPES: dict[str, Recipe] = {
@@ -346,6 +371,12 @@ RECIPES: dict[str, Recipe] = {
         _PLAIN,
         "none",
         "heavy ball and the classical cubic iteration, unscaled",
+    ),
+    "muon_h": _MUON_H,
+    "normuon_h": dataclasses.replace(
+        _MUON_H,
+        neuron_norm=NeuronNorm(),
+        source="optax_normuon: `muon_h` with the second moment of `normuon`",
     ),
 }
 

@@ -13,6 +13,8 @@ from optax_normuon.mesh.state_specs import state_specs
 from optax_normuon.older_states import older_state
 from optax_normuon.optimizer import normuon
 from optax_normuon.remainder import with_bf16_remainder
+from optax_normuon.sphere import project_to_sphere, project_to_tangent, to_sphere
+from optax_normuon.stages.hyperball import to_hyperball
 from optax_normuon.stages.momentum import (
     bias_corrected_momentum,
     heavy_ball_momentum,
@@ -53,9 +55,13 @@ __all__ = [
     "orthogonalize",
     "polar_express",
     "polar_factor",
+    "project_to_sphere",
+    "project_to_tangent",
     "scale_by_normuon",
     "scale_by_shape",
     "set_norm",
     "state_specs",
+    "to_hyperball",
+    "to_sphere",
     "with_bf16_remainder",
 ]

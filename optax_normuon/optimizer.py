@@ -23,6 +23,7 @@ from optax_normuon.mesh.specs import Specs, SpecTree, resolve_specs
 from optax_normuon.plans import Execution
 from optax_normuon.stages.adamw import scale_by_adam
 from optax_normuon.stages.chain import chain_of_stages
+from optax_normuon.stages.hyperball import to_hyperball
 from optax_normuon.stages.increment import decay_and_scale
 from optax_normuon.stages.orthogonalization import Orthogonalizer
 from optax_normuon.stages.shape_scaling import scale_by_shape
@@ -164,11 +165,17 @@ def normuon(
         lr_factors: Multipliers,
         wd_factors: Multipliers,
     ) -> optax.GradientTransformation:
+        # On a hyperball the size of an update is nothing, and lr_mul a factor of the rate.
+        scales = lr_factors if chosen.hyperball is None else Multipliers()
         chain = in_working_precision(
             chain_of_stages(
                 direction(views, specs),
-                decay_and_scale(chosen, decay_rate, views, lr_factors, wd_factors),
-                _scale_by_rate(learning_rate),
+                decay_and_scale(chosen, decay_rate, views, scales, wd_factors),
+                _scale_by_rate(learning_rate)
+                if chosen.hyperball is None
+                else to_hyperball(
+                    learning_rate, **vars(chosen.hyperball), lr_mul=lr_factors, layout=views
+                ),
             )
         )
         if not by_kernels:

@@ -74,7 +74,7 @@ def _recorded(settings: Settings, value: Any) -> Settings:
 
 
 def _elsewhere(settings: Settings, value: Any) -> Settings:
-    """A hyperparameter of the AdamW for the rest, which no trace has weights for."""
+    """A hyperparameter that no weight of a trace feels, as those of the AdamW for the rest."""
     return settings
 
 
@@ -213,6 +213,30 @@ _DION: dict[str, _Reader] = {
     "newton_schulz_func": _only(None, because="a trace does not have the function"),
 }
 
+
+def _emerging_coefficients(settings: Settings, value: str) -> Settings:
+    """A set of Emerging-Optimizers, which divides by max(|u|, 1e-7) before it."""
+    names = {"simple": "newton_schulz", "quintic": "you"}
+    if value not in names:
+        raise ValueError(f"the sets that are the same here are {', '.join(map(repr, names))}")
+    polynomial = POLYNOMIALS[names[value]]
+    return _with_stage(settings, "polar", coefficients=polynomial, norm_scale=1.0, eps=1e-7)
+
+
+def _radius(settings: Settings, value: float | None) -> Settings:
+    return _with_stage(settings, "hyperball", radius=value)
+
+
+_HYPERBALL: dict[str, _Reader] = {
+    "weight_decay": _only(0.0, because="the original decays the weight before its momentum"),
+    "coefficient_type": _emerging_coefficients,
+    "num_ns_steps": _only(5, because="the sets are written out for five"),
+    "hyperball_radius": _radius,
+    # The norm of the update, and so its scale, is divided out.
+    "scale_mode": _elsewhere,
+    "hyperball_eps": _elsewhere,
+}
+
 _OWN: dict[str, dict[str, _Reader]] = {
     "muon_2024_10": {
         "nesterov": _only(True, because="without Nesterov the original forgets its momentum"),
@@ -220,6 +244,7 @@ _OWN: dict[str, dict[str, _Reader]] = {
     },
     "moonlight": {"adamw_betas": _elsewhere, "adamw_eps": _elsewhere},
     "dion_muon": _DION,
+    "muon_h": _HYPERBALL,
     "dion_normuon": _DION,
     "torch_muon": {
         "adjust_lr_fn": _shape_rule(

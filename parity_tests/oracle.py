@@ -15,11 +15,13 @@ from normuon_core import MatrixLayout, NeuronNorm, NormSetting, Polar, Recipe, R
 
 @dataclass
 class State:
-    """What one matrix carries from step to step; all of it starts at zero."""
+    """What one matrix carries from step to step; all of it starts at zero, but the radius, which is the
+    norm that the matrix starts with, or the recipe's."""
 
     step: int = 0
     momentum: np.ndarray | float = 0.0
     second_moment: np.ndarray | float = 0.0
+    radius: Any = None
 
 
 def momentum(rule, m, g, mu, nesterov, step):
@@ -92,6 +94,38 @@ def shape_scale(rule: str, v: np.ndarray) -> float:
     }[rule]
 
 
+def hyperball(p: np.ndarray, u: np.ndarray, rate, radius) -> np.ndarray:
+    """In place of the step: R N(p - rate R N(u)); without an update, or at zero, p stays."""
+    if not u.any() or not p.any():
+        return p
+    target = p - rate * radius * u / np.linalg.norm(u)
+    return radius * target / np.linalg.norm(target)
+
+
+def sphere(p, u, theta, radius, axis, *, path="geodesic", by_tangent=False):
+    """A step of every slice along `axis`: `theta` is the angle, or with `by_tangent` its factor."""
+    slices = np.moveaxis(p, axis, -1)
+    result = slices.copy()
+    for index in np.ndindex(slices.shape[:-1]):
+        w, g = slices[index], np.moveaxis(u, axis, -1)[index]
+        norm = np.linalg.norm(w)
+        if norm == 0:
+            continue
+        w = w / norm
+        t = g - w * (w @ g)
+        length = np.linalg.norm(t)
+        if length <= 1e-15 * np.linalg.norm(g):
+            continue
+        angle = theta * length if by_tangent else theta
+        if path == "geodesic":
+            new = w * np.cos(angle) - t / length * np.sin(angle)
+        else:
+            new = w - angle * t / length
+            new = new / np.linalg.norm(new)
+        result[index] = radius * new
+    return np.moveaxis(result, -1, axis)
+
+
 def step(
     recipe: Recipe,
     p,
@@ -126,7 +160,13 @@ def step(
     decay = weight_decay * wd_mul * mask * p
     if recipe.decay.rate_power == 2:
         decay = lr * decay
-    scale = lr_mul * shape_scale(recipe.shape_scale, v)
+    k = shape_scale(recipe.shape_scale, v)
+    if recipe.hyperball is not None:
+        if state.radius is None:
+            state.radius = recipe.hyperball.radius or np.linalg.norm(p)
+        u = k * (v + decay) if recipe.decay.inside_scale else k * v + decay
+        return hyperball(p, u, lr * lr_mul, state.radius)
+    scale = lr_mul * k
     if recipe.decay.inside_scale:
         return p - lr * scale * (v + decay)
     return p - lr * (scale * v + decay)

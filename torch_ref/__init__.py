@@ -4,7 +4,9 @@ from normuon_core import MatrixLayout
 from torch_ref.description import describe
 from torch_ref.optimizer import NorMuon
 from torch_ref.parameter_groups import param_groups
+from torch_ref.sphere import project_to_sphere, project_to_tangent, to_sphere
 from torch_ref.stages.adamw import adamw
+from torch_ref.stages.hyperball import to_hyperball
 from torch_ref.stages.momentum import bias_corrected_momentum, heavy_ball_momentum, lerp_momentum
 from torch_ref.stages.neuron_norm import normalize_neurons
 from torch_ref.stages.norm_setting import set_norm
@@ -30,7 +32,11 @@ __all__ = [
     "param_groups",
     "polar_factor",
     "product",
+    "project_to_sphere",
+    "project_to_tangent",
     "scale_by_shape",
     "set_norm",
     "split_remainder",
+    "to_hyperball",
+    "to_sphere",
 ]

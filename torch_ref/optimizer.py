@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT, StateDict
 from normuon_core import (
     Coefficients,
     Decay,
+    Hyperball,
     MatrixLayout,
     Momentum,
     NeuronNorm,
@@ -43,7 +44,9 @@ Loss = TypeVar("Loss")
 
 # A group's layout and recipe are part of a state dict: let torch.load read them with
 # weights_only=True.
-torch.serialization.add_safe_globals([MatrixLayout, Recipe, Momentum, Polar, NeuronNorm, Decay])
+torch.serialization.add_safe_globals(
+    [MatrixLayout, Recipe, Momentum, Polar, NeuronNorm, Decay, Hyperball]
+)
 
 
 class NorMuon(torch.optim.Optimizer):

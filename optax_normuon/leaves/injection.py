@@ -42,7 +42,7 @@ STATIC_ARGS = (
 """The arguments of `normuon` and `muon` that are no schedules: for `optax.inject_hyperparams(normuon,
 static_args=STATIC_ARGS)`. `optax_normuon.inject_hyperparams` knows them by itself."""
 
-_NO_HYPERPARAMETERS = (*STATIC_ARGS, "norm_scale", "rescale")
+_NO_HYPERPARAMETERS = (*STATIC_ARGS, "norm_scale", "rescale", "axis")
 """The same of the stages, which have more of them."""
 
 _Arguments = ParamSpec("_Arguments")
@@ -110,7 +110,11 @@ class _Signature(inspect.Signature):
     def bind(self, *arguments: Any, **keywords: Any) -> inspect.BoundArguments:
         bound = super().bind(*arguments, **keywords)
         for name, value in bound.arguments.items():
-            if name in STATIC_ARGS and callable(value) and not isinstance(value, _NoSchedule):
+            if (
+                name in _NO_HYPERPARAMETERS
+                and callable(value)
+                and not isinstance(value, _NoSchedule)
+            ):
                 bound.arguments[name] = _NoSchedule(name, value)
         if bound.arguments.get("others") is None:
             return bound

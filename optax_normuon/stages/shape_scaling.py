@@ -3,17 +3,15 @@
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from normuon_core.layout import MatrixView
 from normuon_core.shape_rules import RMS_FLOOR, ShapeRule, check_shape_rule, shape_factor
-from optax_normuon.leaves.arrays import Statistics
 from optax_normuon.leaves.injection import refuse_injection_of_static_arguments
 from optax_normuon.leaves.layout import LayoutTree, resolve_layouts
 from optax_normuon.leaves.multipliers import Multiplier, MultiplierTree, resolve_multipliers
 from optax_normuon.leaves.paths import KeyPath
 from optax_normuon.leaves.precision import working_dtype
-from optax_normuon.matrices.views import join_blocks, split_blocks
+from optax_normuon.matrices.groups import over_leaf, sums_of_matrices
 
 
 @refuse_injection_of_static_arguments
@@ -88,34 +86,10 @@ def scale_factor(
     if isinstance(lr_factor, float):
         factors, lr_factor = [factor * lr_factor for factor in factors], 1.0
     if rule == "rms":
-        norms = _norms(v, view)
+        norms = map(jnp.sqrt, sums_of_matrices(jnp.square(v), view))
         factors = [
             factor / jnp.maximum(norm, RMS_FLOOR)
             for factor, norm in zip(factors, norms, strict=True)
         ]
-    # One number for each output neuron broadcasts over the inputs, unless the inputs are folded.
-    runs = []
-    for run, factor in zip(view.runs, factors, strict=True):
-        _, rows, columns = view.block_stack_shape(run.size)
-        if view.folded is None:
-            rows, columns = (rows, 1) if view.output_is_rows else (1, columns)
-        shape = (view.matrices(run), rows, columns)
-        runs.append(jnp.broadcast_to(jnp.asarray(factor, v.dtype), shape))
-    return jnp.asarray(lr_factor, v.dtype) * join_blocks(runs, view)
-
-
-def _norms(v: jax.Array, view: MatrixView) -> list[Statistics]:
-    """The norms of the matrices of each run of output blocks, (matrices, 1, 1)."""
-    stored = {view.stored_axis(axis) for axis in view.input_axes}
-    if view.folded is not None:
-        # The axis where it is stored may hold other matrices beside the inputs.
-        stored.discard(view.folded[0])
-    squares = jnp.sum(jnp.square(v), axis=tuple(stored), keepdims=True)
-    lies = jax.typeof(squares).sharding
-    if any(lies.spec):
-        # A block may end within a device's part: let every device have all of these few numbers.
-        squares = jax.reshard(squares, NamedSharding(lies.mesh, PartitionSpec()))
-    return [
-        jnp.sqrt(jnp.sum(block, axis=(-2, -1), keepdims=True))
-        for block in split_blocks(squares, view)
-    ]
+    runs = [jnp.asarray(factor, v.dtype) for factor in factors]
+    return jnp.asarray(lr_factor, v.dtype) * over_leaf(runs, view)

@@ -1,4 +1,4 @@
-"""The kernels can run all recipes that are here, and none with a rule that they do not know."""
+"""The kernels can run all recipes of flat space, and none with a rule that they do not know."""
 
 import dataclasses
 from typing import Literal
@@ -9,11 +9,18 @@ from normuon_core import RECIPES, recipes
 from normuon_core.kernels_support import kernels_support
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_the_kernels_can_run_every_recipe(name):
+@pytest.mark.parametrize("name", [name for name in RECIPES if RECIPES[name].hyperball is None])
+def test_the_kernels_can_run_every_recipe_of_flat_space(name):
     support = kernels_support(RECIPES[name])
     assert support
     assert support.lacking == ()
+
+
+@pytest.mark.parametrize("name", ["muon_h", "normuon_h"])
+def test_the_kernels_know_no_hyperball(name):
+    support = kernels_support(RECIPES[name])
+    assert not support
+    assert str(support) == "the kernels cannot run hyperball=Hyperball(radius=None)"
 
 
 @pytest.mark.parametrize(

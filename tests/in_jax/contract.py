@@ -45,6 +45,16 @@ STAGES = {
     "scale_by_shape": optax_normuon.scale_by_shape,
 }
 
+SPHERES = {
+    "to_sphere": lambda **keywords: optax_normuon.to_sphere(0.1, **keywords),
+    "to_sphere by the first norms": lambda **keywords: optax_normuon.to_sphere(
+        0.1, path="retraction", angle="tangent", radius=None, **keywords
+    ),
+    "to_hyperball": lambda **keywords: optax_normuon.to_hyperball(0.1, **keywords),
+    "project_to_sphere": optax_normuon.project_to_sphere,
+    "project_to_tangent": optax_normuon.project_to_tangent,
+}
+
 
 def remainder(**keywords):
     return with_bf16_remainder(optax_normuon.normuon(0.1, **keywords))
@@ -58,7 +68,13 @@ BY_KERNELS = {
         "with_bf16_remainder": remainder,
     }.items()
 }
-TRANSFORMATIONS = {**OPTIMIZERS, **STAGES, "with_bf16_remainder": remainder, **BY_KERNELS}
+TRANSFORMATIONS = {
+    **OPTIMIZERS,
+    **STAGES,
+    **SPHERES,
+    "with_bf16_remainder": remainder,
+    **BY_KERNELS,
+}
 
 
 def draw(seed, dtype=jnp.float32) -> Any:

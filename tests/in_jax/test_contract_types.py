@@ -11,6 +11,7 @@ import pytest
 import optax_normuon
 from optax_normuon import RECIPES
 from tests.in_jax.contract import LAYOUT, OPTIMIZERS, SPLIT, STAGES, TRANSFORMATIONS, draw
+from tests.in_jax.engines import engine_of
 from tests.in_jax.trees import at
 
 
@@ -71,7 +72,7 @@ def test_state_types_never_change(name, dtype):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_state_types_never_change_in_any_recipe(normuon, recipe):
     params, gradients = draw(0, jnp.bfloat16), draw(1, jnp.bfloat16)
-    tx = normuon(0.1, weight_decay=0.1, recipe=recipe, layout=SPLIT)
+    tx = normuon(0.1, weight_decay=0.1, recipe=recipe, layout=SPLIT, **engine_of(recipe))
     state = jax.eval_shape(tx.init, params)
     updates, after = jax.eval_shape(tx.update, gradients, state, params)
     assert types(after) == types(state)

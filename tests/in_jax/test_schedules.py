@@ -15,6 +15,7 @@ from optax_normuon import (
     lerp_momentum,
 )
 from tests.in_jax.contract import LEAVES, draw, leaves_that_differ, one_step
+from tests.in_jax.engines import engine_of
 from tests.in_jax.schedules import MATRIX, STACK, VECTOR, run
 from tests.in_jax.trees import at
 
@@ -66,7 +67,7 @@ def test_a_traced_value_makes_the_steps_of_a_constant(normuon, name):
 @pytest.mark.parametrize("name", ["learning_rate", "momentum", "weight_decay"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_constants_and_schedules_share_one_state_structure(normuon, recipe, name):
-    base = {"learning_rate": 0.1, "recipe": recipe}
+    base = {"learning_rate": 0.1, "recipe": recipe, **engine_of(recipe)}
     params = draw(0)
     with_number = jax.eval_shape(normuon(**{**base, name: 0.5}).init, params)
     with_schedule = jax.eval_shape(normuon(**{**base, name: falling(0.5)}).init, params)

@@ -14,7 +14,14 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-RUN = ["README.md", "docs/layouts.md", "docs/meshes.md", "docs/numerics.md", "docs/performance.md"]
+RUN = [
+    "README.md",
+    "docs/layouts.md",
+    "docs/meshes.md",
+    "docs/numerics.md",
+    "docs/performance.md",
+    "docs/sphere.md",
+]
 """Pages whose Python blocks run from top to bottom, as one program."""
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

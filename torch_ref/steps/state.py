@@ -13,6 +13,7 @@ from torch_ref.leaves.group_keys import Group
 from torch_ref.leaves.groups import parameter_view
 from torch_ref.leaves.part import Part
 from torch_ref.matrices.state import create_matrix_state
+from torch_ref.stages.hyperball import starting_radii
 from torch_ref.steps.weight import MatrixWeight
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ class KeptState:
         create_matrix_state(state, view, group, param.dtype, recipe.neuron_norm, zeros=zeros)
         if has_remainder(param, group) and "remainder" not in state:
             state["remainder"] = zeros(view.stored_shape, torch.uint16)
+        if keeps_radius(recipe) and "radius" not in state:
+            state["radius"] = starting_radii(param, view)
 
     def weight(
         self,
@@ -93,6 +96,11 @@ class KeptState:
             recipe=recipe,
             step=state["step"],
         )
+
+
+def keeps_radius(recipe: Recipe) -> bool:
+    """Whether the norms that the matrices had at the start are kept."""
+    return recipe.hyperball is not None and recipe.hyperball.radius is None
 
 
 def has_remainder(param: torch.Tensor, group: Group) -> bool:

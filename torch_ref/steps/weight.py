@@ -21,6 +21,7 @@ from torch_ref.leaves.part import Part
 from torch_ref.matrices.plan import PlannedStack
 from torch_ref.matrices.state import second_moments
 from torch_ref.matrices.views import from_blocks, from_stack, to_blocks, to_stack
+from torch_ref.stages.hyperball import to_hyperball
 from torch_ref.stages.momentum import bias_corrected_momentum, heavy_ball_momentum, lerp_momentum
 from torch_ref.stages.remainder import add_to_weight, read_weight
 from torch_ref.stages.shape_scaling import scale_by_shape
@@ -36,7 +37,7 @@ class MatrixWeight:
       param: the part, updated in place.
       gradient: of the part's shape, not modified.
       remainder: the lower half of the weight that a bfloat16 parameter stands for, or None.
-      state: the part's "momentum" and second moments, see `matrix_state`; updated in place.
+      state: the part's "momentum", second moments and radii, see `KeptState.create`; updated in place.
       part: which part of the weight it is.
       group: the parameter's group. recipe: the group's, with the group's keywords put in.
       step: counted from 1, an integer tensor without axes.
@@ -186,7 +187,8 @@ class MatrixWeight:
     def _increment(self, block: int, v: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Stages 4 to 6 on a run of blocks, (matrices, rows, columns) in the working dtype."""
         rule = self.recipe.decay
-        lr = rounded(self.group["lr"], self.dtype)
+        lr, hyperball = rounded(self.group["lr"], self.dtype), self.recipe.hyperball
+        lr_mul = self._over_stack(self.lr_mul, block)
         weight_decay = rounded(self.group["weight_decay"], self.dtype)
         if rule.rate_power == 2:
             weight_decay = rounded_product(lr, weight_decay, self.dtype)
@@ -202,12 +204,21 @@ class MatrixWeight:
             scale_by_shape,
             rule=self.recipe.shape_scale,
             output_is_rows=self.view.output_is_rows,
-            lr_mul=self._over_stack(self.lr_mul, block),
+            # On a hyperball the size of an update is nothing, and lr_mul a factor of the rate.
+            lr_mul=lr_mul if hyperball is None else 1.0,
             direction=v,
             sides=self.sides(block),
             norm=torch.cat(self.norms[block]) if self.norms[block] else None,
         )
-        return (scale(decay(v)) if rule.inside_scale else decay(scale(v))) * -lr
+        update = scale(decay(v)) if rule.inside_scale else decay(scale(v))
+        if hyperball is None:
+            return update * -lr
+        radius = self._radius(block) if hyperball.radius is None else hyperball.radius
+        return to_hyperball(update, weight, lr=lr, radius=radius, lr_mul=lr_mul)
+
+    def _radius(self, block: int) -> torch.Tensor:
+        """The norms that a run's matrices had at the start, (matrices, 1, 1)."""
+        return to_blocks(self.state["radius"], self.view, [1] * len(self.runs))[block]
 
     def _over_stack(self, value: float | torch.Tensor, block: int) -> float | torch.Tensor:
         """A multiplier over the batch axes as (matrices, 1, 1) of a run of blocks."""
