@@ -18,6 +18,9 @@ from benchmarks.workloads import DECAY, OUT_IN, Stack, matrix_sizes
 SPEC = PartitionSpec("fsdp", None)
 """Every matrix is divided along its first axis."""
 
+STACKED = PartitionSpec(None, "fsdp", None)
+"""The same, of leaves (layers, out, in)."""
+
 
 @dataclass
 class Prepared:
@@ -41,6 +44,10 @@ def normuon() -> optax.GradientTransformation:
     return optax_normuon.normuon(0.02, layout=OUT_IN, weight_decay=DECAY, param_specs=SPEC)
 
 
+def normuon_of_stacks() -> optax.GradientTransformation:
+    return optax_normuon.normuon(0.02, layout=OUT_IN, weight_decay=DECAY, param_specs=STACKED)
+
+
 def optax_muon() -> optax.GradientTransformation:
     """Knows nothing of meshes: XLA's partitioner decides."""
     return optax.contrib.muon(0.02, weight_decay=DECAY)
@@ -52,14 +59,23 @@ def share_of(shapes: Sequence[Stack], devices: int) -> list[Stack]:
 
 
 def step(
-    make: Callable[[], optax.GradientTransformation], shapes: Sequence[Stack], mesh: Mesh
+    make: Callable[[], optax.GradientTransformation],
+    shapes: Sequence[Stack],
+    mesh: Mesh,
+    *,
+    stacked: bool = False,
+    in_place: bool = False,
 ) -> Prepared:
-    """update and apply_updates on float32 matrices, each a leaf; parameters and state are donated.
+    """update and apply_updates on float32 matrices; parameters and state are donated.
 
     On a mesh of one device the same code runs on whole matrices.
+
+    Args:
+      stacked: whether all matrices of one shape are a leaf; else each is one.
+      in_place: by `optax_normuon.apply` in place of the two calls.
     """
-    tx, lies = make(), NamedSharding(mesh, SPEC)
-    sizes = list(matrix_sizes(shapes))
+    tx, lies = make(), NamedSharding(mesh, STACKED if stacked else SPEC)
+    sizes = list(shapes if stacked else matrix_sizes(shapes))
     params, grads = (
         {
             f"{i:03}": jax.device_put(
@@ -75,6 +91,8 @@ def step(
 
     # Parameters before state, as in the result: XLA pairs donated buffers in this order.
     def one(grads, params, state):
+        if in_place:
+            return optax_normuon.apply(tx, grads, state, params)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 

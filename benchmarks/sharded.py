@@ -24,6 +24,8 @@ from benchmarks.timing import interleaved_milliseconds
 from benchmarks.workloads import Stack
 
 OURS = "NorMuon, mesh"
+APPLY = "NorMuon, mesh, apply"
+STACKS = "NorMuon, mesh, stacked leaves, apply"
 ALONE = "NorMuon, one device"
 PEER = "optax.contrib.muon, mesh"
 WORK = "NorMuon, one device's share"
@@ -149,12 +151,16 @@ def time_steps(
     ours, peer = mesh_steps.normuon, mesh_steps.optax_muon
     makers: dict[str, Callable[[], Prepared]] = {
         OURS: lambda: mesh_steps.step(ours, shapes, mesh),
+        APPLY: lambda: mesh_steps.step(ours, shapes, mesh, in_place=True),
+        STACKS: lambda: mesh_steps.step(
+            mesh_steps.normuon_of_stacks, shapes, mesh, stacked=True, in_place=True
+        ),
         ALONE: lambda: mesh_steps.step(ours, shapes, first),
         PEER: lambda: mesh_steps.step(peer, shapes, mesh),
         WORK: lambda: mesh_steps.step(ours, share, first),
         WIRE: lambda: mesh_steps.replay(prepared[OURS].collectives, mesh),
     }
-    parts = {OURS: mesh.size, PEER: mesh.size}
+    parts: dict[str, int] = dict.fromkeys((OURS, APPLY, STACKS, PEER), mesh.size)
     rows, prepared = [], {}
     for who, make in makers.items():
         row = Row(model, who)

@@ -270,7 +270,8 @@ def test_a_quick_run_on_two_devices_writes_its_files(tmp_path, monkeypatch):
     assert min(row["milliseconds"] for row in rows.values()) > 0
     # The same matrices, all on one device or half of them.
     assert rows[sharded.ALONE]["operations"] == 2 * rows[sharded.WORK]["operations"]
-    assert set(found["collectives"]) == {sharded.OURS, sharded.PEER, sharded.WIRE}
+    steps = {sharded.OURS, sharded.APPLY, sharded.STACKS, sharded.PEER}
+    assert set(found["collectives"]) == {*steps, sharded.WIRE}
     assert set(found["collectives"][sharded.OURS]) == {"all-reduce", "all-to-all"}
     # For each of two shapes matrices and second moments, there and back.
     assert found["collectives"][sharded.OURS]["all-to-all"]["runs"] == 8
