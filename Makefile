@@ -43,8 +43,8 @@ test-ordinary: test  ## run a few of the tests with XLA's ordinary flags
 parity: $(INSTALLED)  ## print the largest differences between JAX and PyTorch, stage by stage
 	$(VENV)/bin/python -m parity_tests $(ARGS)
 
-demo: $(WITH_EXAMPLES)  ## train the example GPT
-	$(VENV)/bin/python -m examples.train_gpt $(ARGS)
+demo: $(WITH_EXAMPLES)  ## compare AdamW, Muon and NorMuon on a small GPT
+	$(VENV)/bin/python -m examples compare $(ARGS)
 
 ruff: $(INSTALLED)  ## check style
 	$(VENV)/bin/ruff check

@@ -3,6 +3,12 @@
 from normuon_core import POLYNOMIALS, RECIPES, MatrixLayout, Recipe, polar_express
 from optax_normuon.alias import muon
 from optax_normuon.description import describe
+from optax_normuon.diagnostics import (
+    MatrixDiagnostics,
+    orthogonality_error,
+    orthogonality_errors,
+    update_diagnostics,
+)
 from optax_normuon.direction import scale_by_normuon
 from optax_normuon.leaves.injection import STATIC_ARGS, inject_hyperparams
 from optax_normuon.leaves.layout_by_path import layout_by_path
@@ -30,6 +36,7 @@ __all__ = [
     "POLYNOMIALS",
     "RECIPES",
     "STATIC_ARGS",
+    "MatrixDiagnostics",
     "MatrixLayout",
     "MatrixStack",
     "MatrixStage",
@@ -50,6 +57,8 @@ __all__ = [
     "normuon",
     "older_state",
     "on_matrices",
+    "orthogonality_error",
+    "orthogonality_errors",
     "orthogonalize",
     "polar_express",
     "polar_factor",
@@ -57,5 +66,6 @@ __all__ = [
     "scale_by_shape",
     "set_norm",
     "state_specs",
+    "update_diagnostics",
     "with_bf16_remainder",
 ]
