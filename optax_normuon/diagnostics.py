@@ -178,7 +178,10 @@ def _of_blocks(step, weight, output_axis: int) -> MatrixDiagnostics:
 
 def _over(above, below):
     """The ratio; 0 where both are."""
-    return above / jnp.where(below == 0, jnp.where(above == 0, 1, 0), below).astype(above.dtype)
+    both = (above == 0) & (below == 0)
+    return jnp.where(
+        both, jnp.zeros_like(above), above / jnp.where(both, jnp.ones_like(below), below)
+    )
 
 
 def _momentum_in(state) -> tuple[jax.Array, dict]:
