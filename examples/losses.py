@@ -55,7 +55,7 @@ def preference(beta: float) -> Loss:
         return {
             "loss": (weights * jax.nn.softplus(-margins)).sum(),
             "margin": (weights * margins).sum(),
-            "preferred": (weights * (margins > 0)).sum(),
+            "preferred": jnp.where(margins > 0, weights, 0.0).sum(),
             "weight": weights.sum(),
         }
 
