@@ -17,7 +17,7 @@ export PIP_NO_INPUT := 1
 export PIP_RETRIES ?= 10
 export PIP_DEFAULT_TIMEOUT ?= 60
 
-.PHONY: help venv test test-ordinary parity demo ruff lint lock clean
+.PHONY: help venv test test-ordinary parity demo phases ruff lint lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -45,6 +45,9 @@ parity: $(INSTALLED)  ## print the largest differences between JAX and PyTorch, 
 
 demo: $(WITH_EXAMPLES)  ## compare AdamW, Muon and NorMuon on a small GPT
 	$(VENV)/bin/python -m examples compare $(ARGS)
+
+phases: $(WITH_EXAMPLES)  ## pretrain, fine-tune and preference-tune a small GPT that answers
+	$(VENV)/bin/python -m examples.phases $(ARGS)
 
 ruff: $(INSTALLED)  ## check style
 	$(VENV)/bin/ruff check

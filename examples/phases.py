@@ -1,7 +1,7 @@
 """From nothing to a model that answers: pretraining, fine-tuning, preference tuning, in ten minutes.
 
-`python -m examples.phases` makes word problems, trains the three phases on two CPU cores, and asks the model
-of each phase what none was trained on.
+`python -m examples.phases` makes word problems, trains the three phases on two CPU cores, and asks the
+model of each phase what none was trained on.
 """
 
 import dataclasses
@@ -45,7 +45,8 @@ class Score:
     """Of the answers to the held-out questions.
 
     Attributes:
-      formatted: the share whose last line is `#### number`. right: the share where the number is right too.
+      formatted: the share whose last line is `#### number`.
+      right: the share where the number is right too.
     """
 
     formatted: float

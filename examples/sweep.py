@@ -1,0 +1,79 @@
+"""Where the presets of fine-tuning come from: a phase again and again, with multiples of its rates.
+
+`python -m examples.sweep sft RUN --data FILE --steps 200` takes what `python -m examples sft` takes. Both
+rates are multiplied together: the AdamW beside the matrices keeps its share.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from examples.dpo import Dpo
+from examples.launch import launch
+from examples.presets import DPO, SFT, Presets, with_preset
+from examples.runs import read_run
+from examples.sft import Sft
+
+OPTIMIZERS = ("adamw", "muon", "normuon")
+FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+
+
+def sweep(
+    config: Sft | Dpo,
+    *,
+    optimizers: Sequence[str] = OPTIMIZERS,
+    factors: Sequence[float] = FACTORS,
+    console: Console | None = None,
+) -> dict[str, list[float]]:
+    """The final validation loss of each optimizer at each multiple of its preset's rates.
+
+    Args:
+      config: the phase; its folder and optimizer are set here, and no run is kept.
+    """
+    presets: Presets = SFT if isinstance(config, Sft) else DPO
+    found: dict[str, list[float]] = {}
+    for name in optimizers:
+        told = dataclasses.replace(config.optimizer, optimizer=name)
+        preset = with_preset(told, presets, width=config.model.width)
+        for factor in factors:
+            beside = preset.adam_learning_rate
+            optimizer = dataclasses.replace(
+                preset,
+                learning_rate=factor * (preset.learning_rate or 0.0),
+                adam_learning_rate=None if beside is None else factor * beside,
+            )
+            loss = _final_loss(dataclasses.replace(config, optimizer=optimizer))
+            found.setdefault(name, []).append(loss)
+            (console or Console()).print(f"{name} x {factor:g}: {loss:.4f}", highlight=False)
+    return found
+
+
+def _final_loss(config: Sft | Dpo) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        training = dataclasses.replace(config.training, samples=0)
+        told = dataclasses.replace(config, training=training, output=Path(folder))
+        return read_run(launch(told, console=Console(quiet=True))).final_loss
+
+
+def _table(found: dict[str, list[float]]) -> Table:
+    table = Table(title="Validation loss at multiples of the preset's rates")
+    table.add_column("optimizer")
+    for factor in FACTORS:
+        table.add_column(f"x {factor:g}", justify="right")
+    for name, losses in found.items():
+        table.add_row(name, *(f"{loss:.4f}" for loss in losses))
+    return table
+
+
+if __name__ == "__main__":
+    commands = (
+        Annotated[Sft, tyro.conf.subcommand("sft")] | Annotated[Dpo, tyro.conf.subcommand("dpo")]
+    )
+    flat = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
+    Console().print(_table(sweep(tyro.cli(commands, config=flat))))
