@@ -58,23 +58,23 @@ def train_phases(config: Phases, console: Console) -> dict[str, Score]:
     folder = new_folder(config.output, "phases")
     data = folder / "problems"
     write_problems(data)
-    settings = dict(log_every=20, evaluate_every=100, evaluation_batches=8, samples=0)
+    shared = Training(batch=16, log_every=20, evaluate_every=100, evaluation_batches=8, samples=0)
     base = Pretrain(
         data=data / "text",
         model=GPTConfig(context=CONTEXT),
-        training=Training(steps=config.pretrain_steps, batch=16, **settings),
+        training=dataclasses.replace(shared, steps=config.pretrain_steps),
         output=folder / "pretrain",
     )
     sft = Sft(
         base.output or folder,
         data / "sft.jsonl",
-        training=Training(steps=config.sft_steps, batch=16, **settings),
+        training=dataclasses.replace(shared, steps=config.sft_steps),
         output=folder / "sft",
     )
     dpo = Dpo(
         sft.output or folder,
         data / "pairs.jsonl",
-        training=Training(steps=config.dpo_steps, batch=16, **settings),
+        training=dataclasses.replace(shared, steps=config.dpo_steps),
         output=folder / "dpo",
     )
     scores = {}
@@ -91,11 +91,10 @@ def ask(run: Path, questions: Path, console: Console) -> Score:
     tokens = trained.tokens
     rows = [json.loads(line) for line in questions.read_text().splitlines()]
     prompts = [prompt_ids([("user", row["question"])], tokens) for row in rows]
-    settings = dict(count=40, end=tokens.end, seed=0)
-    answers = [
-        tokens.decode(ids)
-        for ids in generate(trained.model, trained.params, prompts, temperature=0.0, **settings)
-    ]
+    written = generate(
+        trained.model, trained.params, prompts, count=40, end=tokens.end, temperature=0.0, seed=0
+    )
+    answers = [tokens.decode(ids) for ids in written]
     for row, answer in list(zip(rows, answers, strict=True))[:SHOWN]:
         text = f"\n{row['question']}\n  {trained.phase}: {answer}"
         console.print(text, markup=False, highlight=False)

@@ -1,7 +1,7 @@
 """Where the presets of fine-tuning come from: a phase again and again, with multiples of its rates.
 
-`python -m examples.sweep sft RUN --data FILE --steps 200` takes what `python -m examples sft` takes. Both
-rates are multiplied together: the AdamW beside the matrices keeps its share.
+`python -m examples.sweep sft RUN --data FILE --steps 200` takes what `python -m examples sft` takes.
+Both rates are multiplied together: the AdamW beside the matrices keeps its share.
 """
 
 import dataclasses
