@@ -56,8 +56,8 @@ def launch(config: Phase, *, console: Console | None = None) -> Path:
     Raises:
       BadInput: settings or data that cannot be trained with; nothing is then left behind.
     """
-    console = console or Console(quiet=not is_first())
     mesh = open_mesh(config.devices, batch=config.training.batch)
+    console = console or Console(quiet=not is_first())
     prepared = config.prepare(mesh)
     folder = _shared_folder(prepared.config)
     if is_first():

@@ -14,7 +14,7 @@ def test_the_loop_in_linen_trains():
     names: dict = {}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         exec(linen, names)
-    assert names["loss"] < 2.0  # from log 64 = 4.2
+    assert names["loss"] < 2.5  # from log 64 = 4.2
 
 
 def test_every_command_of_the_page_is_there():

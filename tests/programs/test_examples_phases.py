@@ -3,13 +3,18 @@
 import json
 import re
 import tomllib
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+import examples
 from examples.__main__ import main
+from examples.configuration import read_config
+from examples.gpt import parameter_count
 from examples.metrics import read_lines
+from examples.pretrain import Pretrain
 from examples.runs import read_run
 from examples.trained import load_trained
 from examples.word_problems import write_problems
@@ -174,3 +179,9 @@ def test_problems_are_right_and_held_out_ones_are_in_no_other_file(problems):
     told = "".join(path.read_text() for path in (problems / "text").iterdir())
     assert not held_out & others
     assert not any(question in told for question in held_out)
+
+
+def test_the_preset_of_minimind_s_size_is_a_configuration():
+    config = read_config(Path(examples.__file__).parent / "configs" / "minimind.toml", Pretrain())
+    assert (config.model.width, config.model.kv_heads, config.model.scan) == (512, 2, True)
+    assert 20e6 < parameter_count(config.model) < 35e6
