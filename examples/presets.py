@@ -33,13 +33,13 @@ PRETRAIN: Presets = {
     OPTAX_MUON: Rates(0.02, 8e-3),
 }
 
-# An eighth to a quarter of the pretraining rates: far enough to learn a new format from a thousand
-# conversations, near enough to keep what was learnt.
+# Half of pretraining's for the matrices and the AdamW beside them, all of it for AdamW alone: a small
+# model has a new format to learn from its head on, and little to forget.
 SFT: Presets = {
-    "adamw": Rates(1e-3),
-    "muon": Rates(5e-3, 2e-3),
-    "normuon": Rates(0.01, 2e-3),
-    OPTAX_MUON: Rates(5e-3, 2e-3),
+    "adamw": Rates(4e-3),
+    "muon": Rates(0.01, 4e-3),
+    "normuon": Rates(0.02, 4e-3),
+    OPTAX_MUON: Rates(0.01, 4e-3),
 }
 
 # The loss compares sums over whole answers, so that a small change of every token's log-probability

@@ -84,7 +84,7 @@ def test_the_log_has_rates_momentum_and_the_diagnostics_of_every_matrix(runs):
 def test_a_run_says_all_that_it_was_told_and_does_it_again(runs, problems, tmp_path):
     told = tomllib.loads((runs / "sft" / "config.toml").read_text())
     assert told["phase"] == "sft"
-    assert told["optimizer"]["learning_rate"] == 0.01  # the preset
+    assert told["optimizer"]["learning_rate"] == 0.02  # the preset
     assert told["model"]["kv_heads"] == 2
     config = runs / "sft" / "config.toml"
     again = tmp_path / "again"
