@@ -16,6 +16,7 @@ from examples.errors import BadInput
 from examples.launch import PHASES, Resume, launch, resume
 from examples.pretrain import Pretrain
 from examples.sampling import Sample, sample
+from examples.settings import OPTIONS
 from examples.sft import Sft
 
 
@@ -51,7 +52,7 @@ def _parsed(arguments: list[str]) -> Any:
         prog="python -m examples",
         description="Train a small GPT. A phase also takes --config FILE, as each run's folder has it.",
         args=arguments,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+        config=OPTIONS,
     )
 
 

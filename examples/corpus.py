@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from examples.errors import BadInput
-from examples.shards import is_shard, read_shards
+from examples.shards import read_shards
 from examples.stream import Stream
 from examples.tokens import Bytes, Tokens
 
@@ -65,7 +65,7 @@ def load_corpus(
     if not path.exists():
         raise BadInput(f"{path}: there is no such file or folder to train on.")
     files = [path] if path.is_file() else sorted(path.rglob("*"))
-    if shards := [file for file in files if is_shard(file)]:
+    if shards := [file for file in files if file.suffix == ".bin" and file.is_file()]:
         train, validation = read_shards(shards, vocabulary or tokens.vocabulary)
         return Corpus(path.name, train, validation)
     if tables := [file for file in files if file.suffix == ".parquet"]:

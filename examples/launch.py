@@ -56,7 +56,7 @@ def launch(config: Phase, *, console: Console | None = None) -> Path:
     Raises:
       BadInput: settings or data that cannot be trained with; nothing is then left behind.
     """
-    mesh = open_mesh(config.devices, batch=config.training.batch)
+    mesh = open_mesh(config)
     console = console or Console(quiet=not is_first())
     prepared = config.prepare(mesh)
     folder = _shared_folder(prepared.config)
@@ -77,28 +77,29 @@ def resume(config: Resume, *, console: Console | None = None) -> Path:
         raise BadInput(f"{config.run} is no run's folder: it has no config.toml.")
     phase = tomllib.loads(path.read_text())["phase"]
     told = dataclasses.replace(read_config(path, PHASES[phase]), devices=config.devices)
-    mesh = open_mesh(told.devices, batch=told.training.batch)
+    mesh = open_mesh(told)
     console = console or Console(quiet=not is_first())
     _run(told.prepare(mesh), config.run, mesh, console)
     return config.run
 
 
-def open_mesh(devices: Devices, *, batch: int) -> Mesh | None:
+def open_mesh(config: Phase) -> Mesh | None:
     """Joins the other processes, if there are any, and makes the mesh.
 
     Raises:
-      BadInput: the devices do not fit the mesh, or the mesh the batch.
+      BadInput: the devices do not fit the mesh, or the batch does not divide over it.
     """
+    devices, batch, parts = config.devices, config.training.batch, config.optimizer.accumulation
     join(devices.coordinator, devices.processes, devices.process)
-    if devices.mesh is None:
-        if jax.process_count() > 1:
-            raise BadInput("--mesh is missing: many processes need one to share the work.")
-        return None
-    mesh = read_mesh(devices.mesh)
-    if batch % batch_parts(mesh):
+    if devices.mesh is None and jax.process_count() > 1:
+        raise BadInput("--mesh is missing: many processes need one to share the work.")
+    mesh = None if devices.mesh is None else read_mesh(devices.mesh)
+    divisor = parts if mesh is None else parts * batch_parts(mesh)
+    if batch % divisor:
+        places = [f"{parts} parts"] * (parts > 1) + [devices.mesh or ""] * (mesh is not None)
         raise BadInput(
-            f"--batch: {batch} rows cannot be divided over {devices.mesh}: give a multiple of"
-            f" {batch_parts(mesh)}."
+            f"--batch: {batch} rows cannot be divided over {' and '.join(places)}: give a multiple of"
+            f" {divisor}."
         )
     return mesh
 

@@ -121,6 +121,11 @@ def _momentum(config: OptimizerConfig, steps: int) -> optax.Schedule:
         high = RECIPES[config.optimizer].momentum.momentum
     if not (config.momentum_warmup or config.momentum_cooldown):
         return optax.constant_schedule(high)
+    if config.momentum_warmup + config.momentum_cooldown > steps:
+        raise BadInput(
+            f"momentum_warmup={config.momentum_warmup} and momentum_cooldown={config.momentum_cooldown}"
+            f" take more than the run's {steps} steps."
+        )
     ends = dict(warmup=config.momentum_warmup, cooldown=config.momentum_cooldown)
     return momentum_ramp(config.momentum_low, high, steps, **ends)
 

@@ -4,7 +4,6 @@ Repeats the compiled step alone on one batch, then trains, without and with diag
 """
 
 import dataclasses
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -14,17 +13,18 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from examples.errors import BadInput
+from examples.errors import one_line
 from examples.launch import launch, open_mesh
 from examples.mesh import place_batch
 from examples.pretrain import Pretrain
 from examples.runs import read_run
+from examples.settings import OPTIONS
 from examples.step import Setup, compiled_step, first_state, shapes_of
 
 
 def measure(config: Pretrain) -> dict[str, float]:
     """Seconds a step: of the bare step, of a run, of a run with diagnostics."""
-    mesh = open_mesh(config.devices, batch=config.training.batch)
+    mesh = open_mesh(config)
     return {
         "the compiled step alone": _bare(config, mesh),
         "training": _trained(config, diagnostics=False),
@@ -64,8 +64,5 @@ def _table(seconds: dict[str, float]) -> Table:
 
 
 if __name__ == "__main__":
-    try:
-        told = tyro.cli(Pretrain, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff))
-        Console().print(_table(measure(told)))
-    except BadInput as error:
-        sys.exit(f"error: {error}")
+    with one_line():
+        Console().print(_table(measure(tyro.cli(Pretrain, config=OPTIONS))))

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Protocol
 
 from jax.sharding import Mesh
 
+from examples.optimizers import OptimizerConfig
 from examples.settings import Devices, Training
 from examples.tokens import Tokens
 from examples.training import Task
@@ -35,6 +36,9 @@ class Phase(Protocol):
 
     @property
     def training(self) -> Training: ...
+
+    @property
+    def optimizer(self) -> OptimizerConfig: ...
 
     @property
     def devices(self) -> Devices: ...

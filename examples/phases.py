@@ -15,6 +15,7 @@ from rich.table import Table
 
 from examples.conversations import prompt_ids
 from examples.dpo import Dpo
+from examples.errors import one_line
 from examples.gpt import GPTConfig
 from examples.launch import launch
 from examples.pretrain import Pretrain
@@ -114,4 +115,5 @@ def _table(scores: dict[str, Score]) -> Table:
 
 
 if __name__ == "__main__":
-    train_phases(tyro.cli(Phases), Console())
+    with one_line():
+        train_phases(tyro.cli(Phases), Console())

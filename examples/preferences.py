@@ -37,9 +37,11 @@ def read_pairs(path: Path, tokens: Tokens, *, context: int) -> tuple[list[Pair],
     """
     pairs, omissions = [], Omissions()
     for number, row in read_rows(path):
+        sides = [_messages(row, side, path, number) for side in SIDES]
+        if sides[0][:-1] != sides[1][:-1]:
+            raise BadRow(path, number, "two questions", "one, with `chosen` and `rejected` answers")
         chosen, rejected = (
-            fitted(tokenized(_messages(row, side, path, number), tokens), context + 1, omissions)
-            for side in SIDES
+            fitted(tokenized(messages, tokens), context + 1, omissions) for messages in sides
         )
         if chosen is None or rejected is None:
             continue

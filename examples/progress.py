@@ -16,11 +16,16 @@ from examples.gpt import GPTConfig, parameter_count
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 
 
-def training_flops(model: GPTConfig) -> float:
+def training_flops(model: GPTConfig, *, frozen: bool = False) -> float:
     """FLOPs a token of the forward and the backward pass: 6 a parameter in products, and attention's
-    12 depth width context (PaLM, arXiv 2204.02311, appendix B)."""
+    12 depth width context (PaLM, arXiv 2204.02311, appendix B).
+
+    Args:
+      frozen: whether the batch goes forward through frozen parameters too, a third more.
+    """
     products = parameter_count(model) - model.vocabulary * model.width  # the embedding is looked up
-    return 6 * products + 12 * model.depth * model.width * model.context
+    passes = 4 / 3 if frozen else 1
+    return passes * (6 * products + 12 * model.depth * model.width * model.context)
 
 
 def peak_flops() -> float | None:
@@ -34,11 +39,21 @@ class Bar:
     """One run's progress; off a terminal only the lines of `say` are printed.
 
     Args:
-      tokens: of a step.
+      tokens: of a step. frozen: see `training_flops`.
     """
 
-    def __init__(self, title: str, model: GPTConfig, *, steps: int, tokens: int, console: Console):
-        self._tokens, self._flops, self._peak = tokens, training_flops(model), peak_flops()
+    def __init__(
+        self,
+        title: str,
+        model: GPTConfig,
+        *,
+        steps: int,
+        tokens: int,
+        frozen: bool,
+        console: Console,
+    ):
+        self._tokens, self._peak = tokens, peak_flops()
+        self._flops = training_flops(model, frozen=frozen)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import statistics
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,6 @@ def read_run(folder: Path) -> Run:
     Raises:
       BadInput: the folder has no run, or one without an evaluation.
     """
-    import tomllib
-
     try:
         settings = tomllib.loads((folder / "config.toml").read_text())
         lines = read_lines(folder / "metrics.jsonl")

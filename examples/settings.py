@@ -3,7 +3,12 @@
 import dataclasses
 import os
 
+import tyro
+
 from examples.errors import BadInput
+
+OPTIONS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
+"""How every command reads its options: `--steps` is `training.steps`, and a switch is `--scan True`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +39,10 @@ class Training:
     """Also write the log for TensorBoard."""
 
     def __post_init__(self):
-        for name in ("steps", "batch", "log_every", "evaluate_every", "checkpoint_every", "keep"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"{name}={getattr(self, name)} is below 1.")
+        for name, value in vars(self).items():
+            least = 0 if name in ("seed", "samples") else 1
+            if type(value) is int and value < least:
+                raise BadInput(f"{name}={value} is below {least}.")
 
 
 OF_THE_PROCESS = {"kept": False}

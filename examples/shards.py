@@ -16,14 +16,6 @@ HEADER = 256 * 4  # bytes
 LAST = 0.1  # of the ids, held out where no shard is named for validation
 
 
-def is_shard(path: Path) -> bool:
-    """Whether a file is named `.bin` and begins as a shard does; others are text like any file."""
-    if path.suffix != ".bin" or not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(4) == np.array(MAGIC, "<i4").tobytes()
-
-
 def write_shard(path: Path, ids: Sequence[int] | np.ndarray) -> None:
     """One shard of ids below 65536."""
     header = np.zeros(256, "<i4")
@@ -35,8 +27,8 @@ def read_shards(paths: Sequence[Path], vocabulary: int) -> tuple[Stream, Stream]
     """To train on and to hold out: shards with `val` in their names, or else the last tenth of the ids.
 
     Raises:
-      BadInput: a header that is cut or of another version, another number of ids than it says, or an
-        id that is not in the vocabulary.
+      BadInput: a header that is cut, no shard's or of another version, another number of ids than it
+        says, or an id that is not in the vocabulary.
     """
     shards = {path: _read(path, vocabulary) for path in paths}
     validation = [ids for path, ids in shards.items() if "val" in path.name]
@@ -54,7 +46,9 @@ def _read(path: Path, vocabulary: int) -> np.ndarray:
     size = path.stat().st_size
     if size < HEADER:
         raise BadInput(f"{path}: found {size} bytes, expected a header of {HEADER}.")
-    version, count = np.fromfile(path, "<i4", 3)[1:].tolist()
+    magic, version, count = np.fromfile(path, "<i4", 3).tolist()
+    if magic != MAGIC:
+        raise BadInput(f"{path}: found {magic} at the beginning, expected a shard's {MAGIC}.")
     if version != VERSION:
         raise BadInput(f"{path}: found version {version} in the header, expected {VERSION}.")
     found = (size - HEADER) / 2

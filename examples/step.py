@@ -167,7 +167,8 @@ def _gradients(setup: Setup, params, frozen, batch: Batch):
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), abstract)
         (total, sums), _ = jax.lax.scan(add, zeros, split)
     weight = jnp.maximum(sums["weight"], 1.0)
-    return jax.tree.map(lambda g: g / weight.astype(g.dtype), total), sums
+    # Divided in float32: a bfloat16 weight would be another number of tokens.
+    return jax.tree.map(lambda g: (g.astype(jnp.float32) / weight).astype(g.dtype), total), sums
 
 
 def _diagnostics(setup: Setup, state: State, gradients, updates):

@@ -1,8 +1,8 @@
 """Where the presets of fine-tuning come from: a phase again and again, with multiples of its rates.
 
 `python -m examples.sweep sft RUN --data FILE --steps 200` takes what `python -m examples sft` takes.
-Both rates are multiplied together: the AdamW beside the matrices keeps its share. Beside the loss stands the
-share of right answers to the questions of `held_out.jsonl` in the data's folder, if it is there.
+Both rates are multiplied together: the AdamW beside the matrices keeps its share. Beside the loss stands
+the share of right answers to the questions of `held_out.jsonl` in the data's folder, if it is there.
 """
 
 import dataclasses
@@ -16,10 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.dpo import Dpo
+from examples.errors import one_line
 from examples.launch import launch
 from examples.phases import ask
 from examples.presets import DPO, SFT, Presets, with_preset
 from examples.runs import read_run
+from examples.settings import OPTIONS
 from examples.sft import Sft
 
 OPTIMIZERS = ("adamw", "muon", "normuon")
@@ -91,5 +93,5 @@ if __name__ == "__main__":
     commands = (
         Annotated[Sft, tyro.conf.subcommand("sft")] | Annotated[Dpo, tyro.conf.subcommand("dpo")]
     )
-    flat = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
-    Console().print(_table(sweep(tyro.cli(commands, config=flat))))
+    with one_line():
+        Console().print(_table(sweep(tyro.cli(commands, config=OPTIONS))))

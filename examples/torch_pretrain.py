@@ -9,7 +9,6 @@ Under `torchrun` each process takes its rows of every batch, and one of them ort
 """
 
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -21,13 +20,13 @@ from torch.nn import functional
 
 import torch_ref
 from examples.configuration import write_config
-from examples.errors import BadInput
+from examples.errors import BadInput, one_line
 from examples.gpt import first_parameters
 from examples.metrics import Metrics
 from examples.optimizers import OptimizerConfig, make_optimizer
 from examples.pretrain import Pretrain
 from examples.runs import new_folder
-from examples.settings import Devices
+from examples.settings import OPTIONS, Devices
 from examples.torch_gpt import GPT, state_dict_of
 from normuon_core import RECIPES
 
@@ -158,7 +157,7 @@ def _check(config: Pretrain) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        pretrain(tyro.cli(Pretrain, config=(tyro.conf.OmitArgPrefixes,)))
-    except BadInput as error:
-        sys.exit(f"error: {error}")
+    with one_line():
+        pretrain(tyro.cli(Pretrain, config=OPTIONS))
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

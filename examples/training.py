@@ -80,9 +80,15 @@ def train(
     else:
         state = first_state(setup, training.seed, task.params)
     metrics = Metrics(folder, step=step, tensorboard=training.tensorboard, written=is_first())
-    tokens = training.batch * task.model.context
-    console = console or Console(quiet=True)
-    bar = Bar(task.name, task.model, steps=training.steps, tokens=tokens, console=console)
+    rows = task.validation[0]["tokens"]
+    bar = Bar(
+        task.name,
+        task.model,
+        steps=training.steps,
+        tokens=rows.size // rows.shape[-1] * task.model.context,
+        frozen=task.frozen is not None,
+        console=console or Console(quiet=True),
+    )
     try:
         with bar:
             loop = _Loop(setup, task, training, metrics, checkpoints, bar)

@@ -1,4 +1,4 @@
-"""Word problems of school arithmetic, made here: `python -m examples.word_problems FOLDER`.
+"""Word problems of school arithmetic, made here: `python -m examples.word_problems --folder FOLDER`.
 
 They stand in for GSM8K where nothing can be downloaded, in its format: a worked answer ends in a line
 `#### 42`. The folder gets `text/` to pretrain on (problems told as prose), `sft.jsonl` to fine-tune on,
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tyro
 
-from examples.errors import BadInput
+from examples.errors import BadInput, one_line
 
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Ida", "Kim", "Leo", "Mia", "Noa")
 THINGS = ("apples", "books", "coins", "eggs", "pens", "shells", "stamps", "cards")
@@ -124,4 +124,5 @@ def _packed(generator: random.Random) -> Problem:
 
 
 if __name__ == "__main__":
-    tyro.cli(write_problems)
+    with one_line():
+        tyro.cli(write_problems)

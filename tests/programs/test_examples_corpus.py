@@ -158,6 +158,10 @@ def test_without_a_shard_to_validate_on_the_last_tenth_is_held_out(shards):
         (lambda content: content[:-2], "found 499 ids, expected the 500"),
         (lambda content: content[: HEADER // 2], "found 512 bytes, expected a header of 1024"),
         (lambda content: content[:4] + b"\2" + content[5:], "found version 2"),
+        (
+            lambda content: b"\0" * 4 + content[4:],
+            "found 0 at the beginning, expected a shard's 202",
+        ),
     ],
 )
 def test_a_malformed_shard_is_named_with_what_was_found(shards, spoil, said):

@@ -150,14 +150,21 @@ def test_a_mesh_is_read_in_the_order_of_its_text():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        (None, "6 rows cannot be divided over 4 parts: give a multiple of 4"),
         ("fsdp", "'fsdp' is no name=size"),
         ("fsdp=0", "'fsdp=0' is no name=size"),
         ("fsdp=2,", "'' is no name=size"),
         ("fsdp=2,fsdp=2", "'fsdp' is there twice"),
         ("fsdp=8,tensor=2", "JAX_NUM_CPU_DEVICES=16"),
-        ("fsdp=2,data=2", "a multiple of 4"),
+        ("fsdp=2,data=2", "over 4 parts and fsdp=2,data=2: give a multiple of 16"),
     ],
 )
 def test_a_mesh_that_does_not_fit_names_the_remedy(text, said):
     with pytest.raises(BadInput, match=said):
-        open_mesh(Devices(text, None, None, None), batch=6)
+        open_mesh(
+            Pretrain(
+                optimizer=OptimizerConfig(accumulation=4),
+                training=Training(batch=6),
+                devices=Devices(text, None, None, None),
+            )
+        )

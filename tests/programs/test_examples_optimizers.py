@@ -152,6 +152,10 @@ def test_momentum_s_schedule_reaches_the_optimizer(params, gradients):
     constant = last(config)
     ramped = last(dataclasses.replace(config, momentum_warmup=50))
     assert float(jnp.abs(constant - ramped).max()) > 1e-4
+    with pytest.raises(
+        BadInput, match="momentum_warmup=60 and momentum_cooldown=50 take more than"
+    ):
+        last(dataclasses.replace(config, momentum_warmup=60, momentum_cooldown=50))
     with pytest.raises(BadInput, match="takes no schedule of its momentum"):
         last(dataclasses.replace(config, optimizer="adamw", momentum_warmup=50))
 

@@ -151,6 +151,7 @@ def test_a_bad_row_ends_it_with_one_line_and_leaves_nothing(runs, problems, tmp_
         ("[training]\nsteps = 1.5", "training.steps is 1.5, expected int"),
         ("training = 3", r"training is a table, \[training\], and not 3"),
         ("[training]\nsteps = 0", "training.steps=0 is below 1"),
+        ("[training]\nevaluation_batches = 0", "training.evaluation_batches=0 is below 1"),
         ("[[", "no TOML"),
     ],
 )

@@ -134,6 +134,13 @@ def test_pairs_are_read_in_both_forms_and_equal_ones_are_counted(tmp_path):
         ({"chosen": "a"}, "line 1: found no rejected, expected `chosen` and `rejected`"),
         ({"chosen": "a", "rejected": "b"}, "line 1: found prompt: null, expected text"),
         ({"chosen": 1, "rejected": 2}, "line 1: found chosen: 1, expected a list of messages"),
+        (
+            {
+                "chosen": minimind("one?", "a")["conversations"],
+                "rejected": minimind("another?", "b")["conversations"],
+            },
+            "line 1: found two questions, expected one",
+        ),
     ],
 )
 def test_a_bad_pair_is_named(tmp_path, row, said):
