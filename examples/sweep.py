@@ -1,13 +1,12 @@
 """Where the presets of fine-tuning come from: a phase again and again, with multiples of its rates.
 
-`python -m examples.sweep sft RUN --data FILE --steps 200` takes what `python -m examples sft` takes.
+`python -m examples.sweep --factors 0.5 1 2 sft RUN --data FILE`: behind `sft` as `python -m examples sft`.
 Both rates are multiplied together: the AdamW beside the matrices keeps its share. Beside the loss stands
 the share of right answers to the questions of `held_out.jsonl` in the data's folder, if it is there.
 """
 
 import dataclasses
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -23,9 +22,18 @@ from examples.presets import DPO, SFT, Presets, with_preset
 from examples.runs import read_run
 from examples.settings import OPTIONS
 from examples.sft import Sft
+from examples.trained import load_description
 
-OPTIMIZERS = ("adamw", "muon", "normuon")
-FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Train a phase with multiples of its preset's rates."""
+
+    phase: Annotated[Sft, tyro.conf.subcommand("sft")] | Annotated[Dpo, tyro.conf.subcommand("dpo")]
+    optimizers: tuple[str, ...] = ("adamw", "muon", "normuon")
+    """Names, as for `--optimizer`."""
+    factors: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
+    """What the preset's rates are multiplied by."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,33 +47,24 @@ class Found:
         return f"{self.loss:.4f}" + ("" if self.right is None else f", {self.right:.0%}")
 
 
-def sweep(
-    config: Sft | Dpo,
-    *,
-    optimizers: Sequence[str] = OPTIMIZERS,
-    factors: Sequence[float] = FACTORS,
-    console: Console | None = None,
-) -> dict[str, list[Found]]:
-    """What each optimizer comes to at each multiple of its preset's rates.
-
-    Args:
-      config: the phase; its folder and optimizer are set here, and no run is kept.
-    """
-    presets: Presets = SFT if isinstance(config, Sft) else DPO
-    found: dict[str, list[Found]] = {}
-    for name in optimizers:
-        told = dataclasses.replace(config.optimizer, optimizer=name)
-        preset = with_preset(told, presets, width=config.model.width)
-        for factor in factors:
+def sweep(config: Sweep, console: Console) -> dict[str, list[Found]]:
+    """What each optimizer comes to at each multiple of its preset's rates; no run is kept."""
+    phase, found = config.phase, {}
+    presets: Presets = SFT if isinstance(phase, Sft) else DPO
+    _, model, _ = load_description(phase.start)
+    for name in config.optimizers:
+        told = dataclasses.replace(phase.optimizer, optimizer=name)
+        preset = with_preset(told, presets, width=model.width)
+        for factor in config.factors:
             beside = preset.adam_learning_rate
             optimizer = dataclasses.replace(
                 preset,
                 learning_rate=factor * (preset.learning_rate or 0.0),
                 adam_learning_rate=None if beside is None else factor * beside,
             )
-            ended = _trained(dataclasses.replace(config, optimizer=optimizer))
+            ended = _trained(dataclasses.replace(phase, optimizer=optimizer))
             found.setdefault(name, []).append(ended)
-            (console or Console()).print(f"{name} x {factor:g}: {ended}", highlight=False)
+            console.print(f"{name} x {factor:g}: {ended}", highlight=False)
     return found
 
 
@@ -79,10 +78,10 @@ def _trained(config: Sft | Dpo) -> Found:
         return Found(read_run(run).final_loss, right)
 
 
-def _table(found: dict[str, list[Found]]) -> Table:
+def _table(config: Sweep, found: dict[str, list[Found]]) -> Table:
     table = Table(title="Validation loss and right answers at multiples of the preset's rates")
     table.add_column("optimizer")
-    for factor in FACTORS:
+    for factor in config.factors:
         table.add_column(f"x {factor:g}", justify="right")
     for name, ended in found.items():
         table.add_row(name, *map(str, ended))
@@ -90,8 +89,7 @@ def _table(found: dict[str, list[Found]]) -> Table:
 
 
 if __name__ == "__main__":
-    commands = (
-        Annotated[Sft, tyro.conf.subcommand("sft")] | Annotated[Dpo, tyro.conf.subcommand("dpo")]
-    )
     with one_line():
-        Console().print(_table(sweep(tyro.cli(commands, config=OPTIONS))))
+        told = tyro.cli(Sweep, config=(*OPTIONS, tyro.conf.OmitSubcommandPrefixes))
+        console = Console()
+        console.print(_table(told, sweep(told, console)))

@@ -4,12 +4,13 @@ from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from normuon_core.layout import MatrixView
 from normuon_core.recipes import Recipe, find_recipe
 from optax_normuon.leaves.layout import LayoutTree, resolve_layouts
-from optax_normuon.leaves.paths import named_leaves
+from optax_normuon.leaves.paths import KeyPath, named_leaves
 from optax_normuon.leaves.precision import working_dtype
 from optax_normuon.matrices.views import split_blocks
 from optax_normuon.stages.momentum import MomentumState, momentum_stage
@@ -35,7 +36,7 @@ class MatrixDiagnostics(NamedTuple):
 
 
 def update_diagnostics(
-    updates, params, *, layout: LayoutTree = None
+    updates: optax.Updates, params: optax.Params, *, layout: LayoutTree = None
 ) -> dict[str, MatrixDiagnostics]:
     """What a step does to every matrix, from the updates that are about to be applied.
 
@@ -67,9 +68,9 @@ def update_diagnostics(
 
 
 def orthogonality_errors(
-    gradients,
-    state,
-    params,
+    grads: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params,
     *,
     recipe: str | Recipe = "normuon",
     momentum: ArrayLike | None = None,
@@ -82,7 +83,7 @@ def orthogonality_errors(
     as the step: ask for it every tenth or hundredth. See `orthogonality_error` for the number.
 
     Args:
-      gradients: as `normuon` is given them (clipped, say).
+      grads: as `normuon` is given them (clipped, say).
       state: the optimizer's, before the step: `normuon`'s within any others'.
       params: arrays or abstract arrays.
       recipe: as given to `normuon`. momentum: its value at this step, where it is not the recipe's.
@@ -96,7 +97,7 @@ def orthogonality_errors(
     """
     chosen = find_recipe(recipe).override(momentum=momentum)
     views = resolve_layouts(layout, params)
-    given = {path: leaf for path, _, leaf in named_leaves(gradients)}
+    given = {path: leaf for path, _, leaf in named_leaves(grads)}
     count, kept = _momentum_in(state)
     missing = [name for path, name, _ in named_leaves(params) if path in views and path not in kept]
     if missing:
@@ -149,7 +150,7 @@ def orthogonality_error(x: ArrayLike) -> jax.Array:
     return jnp.sqrt(jnp.square(off).sum((-2, -1)) / size)
 
 
-def _of_leaf(update, param, view: MatrixView) -> MatrixDiagnostics:
+def _of_leaf(update: jax.Array, param: jax.Array, view: MatrixView) -> MatrixDiagnostics:
     dtype = working_dtype(update.dtype)
     pairs = zip(
         split_blocks(update.astype(dtype), view),
@@ -160,7 +161,7 @@ def _of_leaf(update, param, view: MatrixView) -> MatrixDiagnostics:
     return MatrixDiagnostics(*(jnp.concatenate(numbers) for numbers in zip(*runs, strict=True)))
 
 
-def _of_blocks(step, weight, output_axis: int) -> MatrixDiagnostics:
+def _of_blocks(step: jax.Array, weight: jax.Array, output_axis: int) -> MatrixDiagnostics:
     """Of (matrices, rows, columns)."""
     matrix, inputs = (-2, -1), -1 if output_axis == -2 else -2
     squares = jnp.square(step)
@@ -176,7 +177,7 @@ def _of_blocks(step, weight, output_axis: int) -> MatrixDiagnostics:
     )
 
 
-def _over(above, below):
+def _over(above: jax.Array, below: jax.Array) -> jax.Array:
     """The ratio; 0 where both are."""
     both = (above == 0) & (below == 0)
     return jnp.where(
@@ -184,7 +185,7 @@ def _over(above, below):
     )
 
 
-def _momentum_in(state) -> tuple[jax.Array, dict]:
+def _momentum_in(state: optax.OptState) -> tuple[jax.Array, dict[KeyPath, jax.Array]]:
     """The step count and, by path, the momentum of every leaf in a state that has one."""
     leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, MomentumState))
     found = [leaf for leaf in leaves if isinstance(leaf, MomentumState)]

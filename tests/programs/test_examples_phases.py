@@ -1,5 +1,6 @@
 """Pretraining, fine-tuning and preference tuning from the command line, one after the other."""
 
+import dataclasses
 import json
 import re
 import tomllib
@@ -8,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 import examples
 from examples.__main__ import main
@@ -16,6 +18,9 @@ from examples.gpt import parameter_count
 from examples.metrics import read_lines
 from examples.pretrain import Pretrain
 from examples.runs import read_run
+from examples.settings import Training
+from examples.sft import Sft
+from examples.sweep import Sweep, sweep
 from examples.trained import load_trained
 from examples.word_problems import write_problems
 from optax_normuon import update_diagnostics
@@ -128,6 +133,17 @@ def test_a_tuned_model_is_asked_and_a_pretrained_one_goes_on(runs, capsys):
         assert run("sample", runs / name, "--prompt=Ada has 3 eggs", "--tokens=5", "--count=2") == 0
         assert capsys.readouterr().out.strip("\n")
     assert "→" in (runs / "dpo" / "samples.txt").read_text()
+
+
+def test_a_sweep_has_a_loss_and_right_answers_at_each_multiple_of_the_rates(runs, problems):
+    training = Training(steps=2, batch=4, evaluation_batches=1)
+    phase = Sft(runs / "base", problems / "sft.jsonl", training=training)
+    with jax.numpy_dtype_promotion("standard"):
+        (found,) = sweep(Sweep(phase, ("adamw",), (0.01, 1.0)), Console(quiet=True)).values()
+    assert found[1].loss < found[0].loss - 0.1
+    assert all(
+        right is not None and 0 <= right <= 1 for _, right in map(dataclasses.astuple, found)
+    )
 
 
 def test_a_bad_row_ends_it_with_one_line_and_leaves_nothing(runs, problems, tmp_path, capsys):
