@@ -1,8 +1,9 @@
 """Peak learning rates for each phase and optimizer: where to begin, for the small default model.
 
-Each is the best of a grid that `docs/training.md` shows with the command that searched it. What makes
-rates comparable is the size of the update, not the rate: an AdamW update has a root mean square of 0.2
-to 0.4 of its rate, a Muon update (`original` scaling) of rate / sqrt(inputs).
+Pretraining's are the best of a recorded grid. `python -m examples.sweep` measures those of the other
+phases, see `docs/training.md`. What makes rates comparable is the size of the update, not the rate: an
+AdamW update has a root mean square of 0.2 to 0.4 of its rate, a Muon update (`original` scaling) of
+rate / sqrt(inputs).
 """
 
 import dataclasses

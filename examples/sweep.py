@@ -1,6 +1,6 @@
 """Where the presets of fine-tuning come from: a phase again and again, with multiples of its rates.
 
-`python -m examples.sweep --factors 0.5 1 2 sft RUN --data FILE`: behind `sft` as `python -m examples sft`.
+`python -m examples.sweep --factors 0.5 1 2 sft RUN --data FILE`: after `sft` as `python -m examples`.
 Both rates are multiplied together: the AdamW beside the matrices keeps its share. Beside the loss stands
 the share of right answers to the questions of `held_out.jsonl` in the data's folder, if it is there.
 """
