@@ -15,6 +15,7 @@ from optax_normuon.leaves.precision import working_dtype
 from optax_normuon.matrices.views import split_blocks
 from optax_normuon.stages.momentum import MomentumState, momentum_stage
 from optax_normuon.stages.orthogonalization import polar_factor
+from optax_normuon.stages.row_equilibration import equilibrate_rows
 
 
 class MatrixDiagnostics(NamedTuple):
@@ -111,18 +112,14 @@ def orthogonality_errors(
     before = MomentumState(count, {name: kept[path] for path, name in names.items()})
     updates, _ = stage.update(own, before)
     directions = cast(dict[str, jax.Array], updates)
-    polar = chosen.polar
+    if chosen.row_equilibration is not None:
+        directions = _equilibrated(
+            directions, grads, params, layout, **vars(chosen.row_equilibration)
+        )
     errors = {}
     for path, name in names.items():
         factors = [
-            polar_factor(
-                block,
-                coefficients=polar.coefficients,
-                norm_scale=polar.norm_scale,
-                eps=polar.eps,
-                eps_rule=polar.eps_rule,
-                compute_dtype=compute_dtype,
-            )
+            polar_factor(block, **vars(chosen.polar), compute_dtype=compute_dtype)
             for block in split_blocks(directions[name], views[path])
         ]
         errors[name] = jnp.concatenate([orthogonality_error(factor) for factor in factors])
@@ -148,6 +145,23 @@ def orthogonality_error(x: ArrayLike) -> jax.Array:
     size = short.shape[-2]
     off = gram - jnp.broadcast_to(jnp.eye(size, dtype=x.dtype), gram.shape)
     return jnp.sqrt(jnp.square(off).sum((-2, -1)) / size)
+
+
+def _equilibrated(
+    directions: dict[str, jax.Array],
+    grads: optax.Updates,
+    params: optax.Params,
+    layout: LayoutTree,
+    eps: float,
+) -> dict[str, jax.Array]:
+    """The directions, by name, with the rows of each matrix equilibrated."""
+    names = [name for _, name, _ in named_leaves(grads)]
+    leaves, tree = jax.tree.flatten(grads)
+    both = zip(names, leaves, strict=True)
+    whole = jax.tree.unflatten(tree, [directions.get(name, leaf) for name, leaf in both])
+    tx = equilibrate_rows(eps=eps, layout=layout)
+    updates, _ = tx.update(whole, tx.init(params), params)
+    return {name: leaf for _, name, leaf in named_leaves(updates) if name in directions}
 
 
 def _of_leaf(update: jax.Array, param: jax.Array, view: MatrixView) -> MatrixDiagnostics:

@@ -13,6 +13,7 @@ from torch_ref.matrices.views import to_blocks
 from torch_ref.optimizer import NorMuon
 from torch_ref.stages.momentum import bias_corrected_momentum, heavy_ball_momentum, lerp_momentum
 from torch_ref.stages.orthogonalization import polar_factor
+from torch_ref.stages.row_equilibration import equilibrate_rows
 
 
 class MatrixDiagnostics(NamedTuple):
@@ -82,20 +83,23 @@ def orthogonality_errors(optimizer: NorMuon) -> dict[str, torch.Tensor]:
         if param.grad is None:
             continue
         recipe = group_recipe(group)
-        polar = recipe.polar
-        direction = _direction(optimizer, group, param)
+        view = parameter_view(group, param)
+        blocks = to_blocks(_direction(optimizer, group, param), view)
+        if recipe.row_equilibration is not None:
+            rows = {
+                **vars(recipe.row_equilibration),
+                "output_is_rows": view.output_stack_axis == -2,
+            }
+            blocks = [equilibrate_rows(block, **rows) for block in blocks]
         factors = [
             polar_factor(
                 block,
-                coefficients=polar.coefficients,
-                norm_scale=polar.norm_scale,
-                eps=polar.eps,
-                eps_rule=polar.eps_rule,
+                **vars(recipe.polar),
                 compute_dtype=group["compute_dtype"],
                 algorithm=group["algorithm"],
                 backend=group["backend"],
             )
-            for block in to_blocks(direction, parameter_view(group, param))
+            for block in blocks
         ]
         errors[name] = torch.cat([orthogonality_error(factor) for factor in factors])
     return errors

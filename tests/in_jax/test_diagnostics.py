@@ -109,7 +109,9 @@ def test_orthogonality_error_is_the_deviation_of_the_squared_singular_values():
     assert optax_normuon.orthogonality_error(jnp.zeros((2, 3, 5))).tolist() == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("recipe", ["normuon", "muon_2024_10", "optax_muon", "normuon_paper"])
+@pytest.mark.parametrize(
+    "recipe", ["normuon", "muon_2024_10", "optax_muon", "normuon_paper", "nanochat"]
+)
 @pytest.mark.parametrize("steps", [0, 3])
 def test_errors_are_of_the_polar_factor_that_the_step_makes(params, recipe, steps):
     seen = []

@@ -22,7 +22,7 @@ def arrays(seed):
     return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
 
 
-@pytest.mark.parametrize("recipe", ["normuon", "muon_2024_10", "optax_muon"])
+@pytest.mark.parametrize("recipe", ["normuon", "muon_2024_10", "optax_muon", "nanochat"])
 def test_two_steps_have_the_numbers_of_jax(recipe):
     values = arrays(0)
     params = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in values.items()}
