@@ -17,7 +17,7 @@ export PIP_NO_INPUT := 1
 export PIP_RETRIES ?= 10
 export PIP_DEFAULT_TIMEOUT ?= 60
 
-.PHONY: help venv test test-ordinary parity demo ruff lint lock clean
+.PHONY: help venv test test-ordinary parity demo phases ruff lint lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -43,8 +43,11 @@ test-ordinary: test  ## run a few of the tests with XLA's ordinary flags
 parity: $(INSTALLED)  ## print the largest differences between JAX and PyTorch, stage by stage
 	$(VENV)/bin/python -m parity_tests $(ARGS)
 
-demo: $(WITH_EXAMPLES)  ## train the example GPT
-	$(VENV)/bin/python -m examples.train_gpt $(ARGS)
+demo: $(WITH_EXAMPLES)  ## compare AdamW, Muon and NorMuon on a small GPT
+	$(VENV)/bin/python -m examples compare $(ARGS)
+
+phases: $(WITH_EXAMPLES)  ## pretrain, fine-tune and preference-tune a small GPT that answers
+	$(VENV)/bin/python -m examples.phases $(ARGS)
 
 ruff: $(INSTALLED)  ## check style
 	$(VENV)/bin/ruff check

@@ -1,1 +1,1 @@
-"""A small GPT trained with AdamW, Muon and NorMuon: `python -m examples.train_gpt --help`."""
+"""A small, complete trainer, to read and to copy from: `python -m examples --help`."""

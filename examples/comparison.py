@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from examples.optimizers import Rates
-from examples.training import Run
+from examples.curves import grouped
+from examples.presets import Rates
+from examples.runs import Run
 from examples.tuning import Grid
 
 MISSING = "–"
@@ -32,7 +33,7 @@ def result_table(runs: Sequence[Run]) -> Table:
     """A row for each optimizer: mean and spread over its seeds."""
     table = Table(
         title="Validation loss in nats a byte, at the end of the decay",
-        caption="A run's seconds include compilation and evaluation, a step's milliseconds do not.",
+        caption="Times are of training alone, without compilation and evaluation.",
     )
     for heading in (
         "optimizer",
@@ -45,17 +46,18 @@ def result_table(runs: Sequence[Run]) -> Table:
         "seconds a run",
     ):
         table.add_column(heading, justify="left" if heading == "optimizer" else "right")
-    by_name = group(runs)
+    by_name = grouped(runs)
     for name, own in by_name.items():
         final = [run.final_loss for run in own]
+        rates = own[0].settings["optimizer"]
         table.add_row(
             name,
-            *rate_cells(own[0].rates),
+            *rate_cells(Rates(rates["learning_rate"], rates.get("adam_learning_rate"))),
             f"{statistics.fmean(final):.4f}",
             spread(final),
             _steps_cell(own, by_name.get("adamw", [])),
             f"{1e3 * statistics.median(run.step_seconds for run in own):.0f}",
-            f"{statistics.fmean(run.seconds for run in own):.0f}",
+            f"{statistics.fmean(run.evaluations[-1].seconds for run in own):.0f}",
         )
     return table
 
@@ -65,7 +67,7 @@ def difference_table(runs: Sequence[Run]) -> Table:
     table = Table(title="Difference of final losses, paired by seed")
     for heading in ("pair", "mean", "spread", "lower in"):
         table.add_column(heading, justify="left" if heading == "pair" else "right")
-    for (first, ones), (second, others) in itertools.combinations(group(runs).items(), 2):
+    for (first, ones), (second, others) in itertools.combinations(grouped(runs).items(), 2):
         differences = [b.final_loss - a.final_loss for a, b in zip(ones, others, strict=True)]
         lower = sum(difference < 0 for difference in differences)
         table.add_row(
@@ -90,15 +92,6 @@ def grid_table(grid: Grid) -> Table:
             "best" if point.rates == grid.best(point.optimizer) else "",
         )
     return table
-
-
-def group(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs by optimizer, in order of first appearance; each list in order of seeds."""
-    names = dict.fromkeys(run.optimizer for run in runs)
-    return {
-        name: sorted((run for run in runs if run.optimizer == name), key=lambda run: run.seed)
-        for name in names
-    }
 
 
 def rate_cells(rates: Rates) -> tuple[str, str]:

@@ -1,7 +1,7 @@
-"""Bytes to train on: by default the source files of the running Python's standard library.
+"""Text to pretrain on: by default the source files of the running Python's standard library.
 
-Which files are held out follows from a hash of each one's name, so the choice never changes, and a
-file is never in both halves.
+Which documents are held out follows from a hash of each one's name, so the choice never changes, and a
+document is never in both halves.
 """
 
 import dataclasses
@@ -13,69 +13,106 @@ from pathlib import Path
 
 import numpy as np
 
-END_OF_FILE = b"\0"  # no source file contains it
+from examples.errors import BadInput
+from examples.shards import read_shards
+from examples.stream import Stream
+from examples.tokens import Bytes, Tokens
+
 HELD_OUT = 0.1  # fraction of the names
 BLOCK = 1 << 16  # a corpus of one file is split into blocks of this many bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Two byte streams, uint8, each a run of whole files with END_OF_FILE after each."""
+    """Two streams of token ids, each a run of whole documents with an end after each."""
 
     description: str
-    train: np.ndarray
-    validation: np.ndarray
+    train: Stream
+    validation: Stream
 
-    def train_batches(
-        self, *, seed: int, steps: int, batch: int, context: int
-    ) -> Iterator[np.ndarray]:
-        """`steps` arrays (batch, context + 1) uint8 at random places, the same ones for a seed."""
-        generator = np.random.default_rng(seed)
-        for _ in range(steps):
-            starts = generator.integers(0, len(self.train) - context, size=batch)
-            yield _windows(self.train, starts, context)
+    def batch(self, step: int, *, seed: int, batch: int, context: int) -> np.ndarray:
+        """(batch, context + 1) at random places, which depend on seed and step alone.
+
+        So a run that is resumed needs nothing but its step to go on with the same data.
+        """
+        generator = np.random.default_rng([seed, step])
+        return self.train.random_windows(generator, batch, context + 1)
 
     def validation_windows(self, *, count: int, context: int) -> np.ndarray:
-        """(count, context + 1) uint8, evenly spread over the held-out files."""
-        starts = np.linspace(0, len(self.validation) - context - 1, count).astype(np.int64)
-        return _windows(self.validation, starts, context)
+        """(count, context + 1), evenly spread over the held-out documents."""
+        return self.validation.spread_windows(count, context + 1)
 
 
-def load_corpus(path: Path | None = None) -> Corpus:
-    """The files under a folder, or one file in blocks; None is Python's standard library.
+def load_corpus(
+    path: Path | None = None, tokens: Tokens | None = None, *, vocabulary: int | None = None
+) -> Corpus:
+    """The text under `path` as token ids.
+
+    Args:
+      path: a folder of text files, one text file (split in blocks), one Parquet file or a folder of them
+        (column `text`, a document a row), or FineWeb's shards of ids (`.bin`); None is Python's standard
+        library.
+      tokens: None is bytes. Shards are ids already.
+      vocabulary: the model's, which every id of a shard must be below; None is that of `tokens`.
 
     Raises:
-      ValueError: nothing to train on, or nothing to hold out.
+      BadInput: nothing to read, nothing to train on or nothing to hold out, or a malformed file.
     """
+    tokens = tokens or Bytes()
     if path is None:
         description = f"standard library of Python {platform.python_version()}"
-        pieces = _standard_library()
-    else:
-        description = path.name
-        pieces = _blocks(path) if path.is_file() else _files(path, "*")
-    train, validation = [], []
-    for name, content in pieces:
-        (validation if is_held_out(name) else train).append(content + END_OF_FILE)
-    if not train or not validation:
-        raise ValueError(
-            f"the corpus {path or description} has {len(train)} files to train on and"
-            f" {len(validation)} to hold out: give a folder of many files, or a file well above"
-            f" {BLOCK // 1024} KiB."
-        )
-    return Corpus(description, _stream(train), _stream(validation))
+        return _corpus(description, _standard_library(), tokens)
+    if not path.exists():
+        raise BadInput(f"{path}: there is no such file or folder to train on.")
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    if shards := [file for file in files if file.suffix == ".bin" and file.is_file()]:
+        train, validation = read_shards(shards, vocabulary or tokens.vocabulary)
+        return Corpus(path.name, train, validation)
+    if tables := [file for file in files if file.suffix == ".parquet"]:
+        return _corpus(path.name, _rows(tables), tokens)
+    return _corpus(path.name, _blocks(path) if path.is_file() else _files(path, "*"), tokens)
 
 
 def is_held_out(name: str) -> bool:
-    """Whether the file of that name, relative to the corpus, with forward slashes, is held out."""
+    """Whether the document of that name, relative to the corpus, with forward slashes, is held out."""
     digest = hashlib.sha256(name.encode()).digest()
     return int.from_bytes(digest[:4], "big") < HELD_OUT * 2**32
 
 
-def unigram_entropy(stream: np.ndarray) -> float:
-    """Nats a byte of the best model that ignores context: what any use of context must beat."""
-    frequency = np.bincount(stream, minlength=256) / len(stream)
-    frequency = frequency[frequency > 0]
+def unigram_entropy(stream: Stream) -> float:
+    """Nats a token of the best model that ignores context: what any use of context must beat."""
+    size = 1 + max(int(part.max()) for part in stream.parts)
+    count = np.sum([np.bincount(part, minlength=size) for part in stream.parts], axis=0)
+    frequency = count[count > 0] / len(stream)
     return float(-(frequency * np.log(frequency)).sum())
+
+
+def _corpus(description: str, documents: Iterator[tuple[str, bytes]], tokens: Tokens) -> Corpus:
+    dtype = np.min_scalar_type(tokens.vocabulary - 1)
+    train, validation = [], []
+    for name, content in documents:
+        half = validation if is_held_out(name) else train
+        half.append(np.append(_ids(content, tokens, name), tokens.end).astype(dtype))
+    if not train or not validation:
+        raise BadInput(
+            f"the corpus {description} has {len(train)} documents to train on and {len(validation)} to"
+            f" hold out: give a folder of many files, or a file well above {BLOCK // 1024} KiB."
+        )
+    return Corpus(
+        description, Stream([np.concatenate(train)]), Stream([np.concatenate(validation)])
+    )
+
+
+def _ids(content: bytes, tokens: Tokens, name: str):
+    if isinstance(tokens, Bytes):
+        return np.frombuffer(content, np.uint8)
+    try:
+        return tokens.encode(content.decode())
+    except UnicodeDecodeError as error:
+        raise BadInput(
+            f"{name}: byte {error.start} is no UTF-8, which a tokenizer needs; leave the file out or"
+            " train on bytes."
+        ) from error
 
 
 def _standard_library() -> Iterator[tuple[str, bytes]]:
@@ -100,9 +137,23 @@ def _blocks(path: Path) -> Iterator[tuple[str, bytes]]:
         yield f"{path.name}:{start}", content[start : start + BLOCK]
 
 
-def _stream(pieces: list[bytes]) -> np.ndarray:
-    return np.frombuffer(b"".join(pieces), dtype=np.uint8)
+def _rows(tables: list[Path]) -> Iterator[tuple[str, bytes]]:
+    """Each row of a column `text`."""
+    import pyarrow
+    import pyarrow.parquet
 
-
-def _windows(stream: np.ndarray, starts: np.ndarray, context: int) -> np.ndarray:
-    return stream[starts[:, None] + np.arange(context + 1)]
+    for table in tables:
+        try:
+            file = pyarrow.parquet.ParquetFile(table)
+        except (OSError, pyarrow.ArrowInvalid) as error:
+            raise BadInput(f"{table}: no Parquet file: {error}") from error
+        if "text" not in file.schema_arrow.names:
+            raise BadInput(
+                f"{table}: found the columns {', '.join(file.schema_arrow.names)}, expected `text`."
+            )
+        rows = (row for batch in file.iter_batches(columns=["text"]) for row in batch.column(0))
+        for number, row in enumerate(rows):
+            text = row.as_py()
+            if not isinstance(text, str):
+                raise BadInput(f"{table}: row {number}: found {text!r} in `text`, expected text.")
+            yield f"{table.name}:{number}", text.encode()

@@ -1,34 +1,63 @@
-"""A byte-level GPT in Flax NNX, small enough to read and to train on a laptop.
+"""A GPT in Flax NNX, small enough to read and to train on a laptop.
 
-Pre-norm blocks, rotary positions, RMS-normalised queries and keys, a squared-ReLU MLP, no biases,
-and an output head of its own (`lm_head`, not tied to `embed`).
+Pre-norm blocks, rotary positions, RMS-normalised queries and keys (as in Qwen3), grouped-query
+attention, a squared-ReLU MLP, no biases, and an output head of its own (`lm_head`, not tied to `embed`).
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-VOCABULARY = 256  # every byte is a token
+from examples.errors import BadInput
+
+Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True)
 class GPTConfig:
-    """Sizes of the model. `dtype` is that of the activations; parameters stay float32."""
+    """The model."""
 
     width: int = 128
+    """Channels of the residual stream."""
     depth: int = 2
+    """Blocks, each of attention and an MLP."""
     heads: int = 4
+    """Heads of the queries."""
+    kv_heads: int | None = None
+    """Heads of keys and values, each shared by a group of queries; None is one for each."""
     context: int = 128
-    dtype: str = "float32"
+    """Tokens that the model sees at most."""
+    vocabulary: int = 256
+    """Token ids. A tokenizer file sets it."""
+    dtype: Dtype = "float32"
+    """Of activations."""
+    param_dtype: Dtype = "float32"
+    """Of parameters. In bfloat16 the optimizer keeps the lower half of a float32 weight beside each."""
+    scan: bool = False
+    """Keep the blocks as one stack, which a loop goes through: many compile as fast as one."""
 
     def __post_init__(self):
         if self.width % (2 * self.heads):
-            raise ValueError(
+            raise BadInput(
                 f"width={self.width} does not split into heads={self.heads} heads of an even size,"
                 " which rotary positions need: choose a width divisible by 2 * heads."
             )
+        if self.heads % self.key_heads:
+            raise BadInput(
+                f"heads={self.heads} queries cannot share kv_heads={self.kv_heads} keys evenly: choose"
+                " kv_heads that divide heads."
+            )
+
+    @property
+    def key_heads(self) -> int:
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.width // self.heads
 
 
 def rotate(x: jax.Array, base: float = 10_000.0) -> jax.Array:
@@ -50,20 +79,21 @@ class Attention(nnx.Module):
     """Causal self-attention, (batch, time, width) to the same."""
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
-        self.head_size = config.width // config.heads
+        self.head_size = config.head_size
+        keys = config.key_heads * config.head_size
         self.query = _linear(config.width, config.width, config, rngs)
-        self.key = _linear(config.width, config.width, config, rngs)
-        self.value = _linear(config.width, config.width, config, rngs)
+        self.key = _linear(config.width, keys, config, rngs)
+        self.value = _linear(config.width, keys, config, rngs)
         self.query_norm = _norm(self.head_size, config, rngs)
         self.key_norm = _norm(self.head_size, config, rngs)
         self.out = _residual_output(config.width, config.width, config, rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         by_head = (*x.shape[:2], -1, self.head_size)
         query = rotate(self.query_norm(self.query(x).reshape(by_head)))
         key = rotate(self.key_norm(self.key(x).reshape(by_head)))
         value = self.value(x).reshape(by_head)
-        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        mixed = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=True)
         return self.out(mixed.reshape(x.shape))
 
 
@@ -87,41 +117,89 @@ class Block(nnx.Module):
         self.mlp_norm = _norm(config.width, config, rngs)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + self.attention(self.attention_norm(x))
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        x = x + self.attention(self.attention_norm(x), mask)
         return x + self.mlp(self.mlp_norm(x))
 
 
 class GPT(nnx.Module):
-    """Bytes (batch, time) uint8 to logits (batch, time, 256) float32 of each next byte."""
+    """Token ids (batch, time) to logits (batch, time, vocabulary) float32 of each next token."""
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
-        dtype = jnp.dtype(config.dtype)
-        self.embed = nnx.Embed(VOCABULARY, config.width, dtype=dtype, rngs=rngs)
+        self.embed = nnx.Embed(config.vocabulary, config.width, **_dtypes(config), rngs=rngs)
         self.embed_norm = _norm(config.width, config, rngs)
-        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
+        self.blocks = _stacked(config, rngs) if config.scan else _listed(config, rngs)
         self.head_norm = _norm(config.width, config, rngs)
-        self.lm_head = _linear(config.width, VOCABULARY, config, rngs)
+        self.lm_head = _linear(config.width, config.vocabulary, config, rngs)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, tokens: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+        """Logits.
+
+        Args:
+          tokens: (batch, time), an integer dtype.
+          segments: (batch, time) integers: a token attends to earlier tokens of its own number, so that
+            texts packed into one window do not see each other. None is one text a window.
+        """
+        mask = None
+        if segments is not None:
+            mask = segments[:, None, :, None] == segments[:, None, None, :]
         x = self.embed_norm(self.embed(tokens.astype(jnp.int32)))
-        for block in self.blocks:
-            x = block(x)
+        if isinstance(self.blocks, Block):
+            x = _through(self.blocks, x, mask)
+        else:
+            for block in self.blocks:
+                x = block(x, mask)
         return self.lm_head(self.head_norm(x)).astype(jnp.float32)
+
+
+def first_parameters(config: GPTConfig, seed: int | jax.Array):
+    """Random weights: a dictionary of dictionaries of arrays, named as the modules are."""
+    model = GPT(config, rngs=nnx.Rngs(seed))
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def apply_model(config: GPTConfig, params, tokens: jax.Array, segments: jax.Array | None = None):
+    """The model's logits as a function of its parameters, as `first_parameters` makes them."""
+    graph, _ = nnx.split(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0))), nnx.Param)
+    return nnx.merge(graph, params)(tokens, segments)
 
 
 def parameter_count(config: GPTConfig) -> int:
     """Numbers in the model's parameters; nothing is allocated to count them."""
-    model = nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0)))
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    params = jax.eval_shape(lambda: first_parameters(config, 0))
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _listed(config: GPTConfig, rngs: nnx.Rngs) -> nnx.List:
+    return nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
+
+
+def _stacked(config: GPTConfig, rngs: nnx.Rngs) -> Block:
+    """One `Block` whose parameters have the layers as their first axis."""
+
+    @nnx.split_rngs(splits=config.depth)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stack(rngs: nnx.Rngs) -> Block:
+        return Block(config, rngs=rngs)
+
+    return stack(rngs)
+
+
+@nnx.scan(in_axes=(0, nnx.Carry, None), out_axes=nnx.Carry)
+def _through(block: Block, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    return block(x, mask)
+
+
+def _dtypes(config: GPTConfig) -> dict:
+    return dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype))
 
 
 def _norm(size: int, config: GPTConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(size, dtype=jnp.dtype(config.dtype), rngs=rngs)
+    return nnx.RMSNorm(size, **_dtypes(config), rngs=rngs)
 
 
 def _linear(inputs: int, outputs: int, config: GPTConfig, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(inputs, outputs, use_bias=False, dtype=jnp.dtype(config.dtype), rngs=rngs)
+    return nnx.Linear(inputs, outputs, use_bias=False, **_dtypes(config), rngs=rngs)
 
 
 def _residual_output(inputs: int, outputs: int, config: GPTConfig, rngs: nnx.Rngs) -> nnx.Linear:
@@ -130,7 +208,7 @@ def _residual_output(inputs: int, outputs: int, config: GPTConfig, rngs: nnx.Rng
         inputs,
         outputs,
         use_bias=False,
-        dtype=jnp.dtype(config.dtype),
+        **_dtypes(config),
         kernel_init=nnx.initializers.variance_scaling(0.5 / config.depth, "fan_in", "normal"),
         rngs=rngs,
     )

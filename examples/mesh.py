@@ -10,12 +10,9 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from examples.gpt import GPT
-from optax_normuon import state_specs
+from examples.errors import BadInput
 
 BATCH_AXES = ("data", "fsdp")
 # Kernels are (in, out), the embedding is (bytes, width). A layer divided by columns hands its divided
@@ -30,21 +27,21 @@ def read_mesh(text: str) -> Mesh:
     Alone, a process takes as many of its devices as there have to be; several share all of theirs.
 
     Raises:
-      ValueError: the text is not of that form, or the sizes do not fit the devices.
+      BadInput: the text is not of that form, or the sizes do not fit the devices.
     """
     sizes: dict[str, int] = {}
     for entry in text.split(","):
         match = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*=\s*([1-9]\d*)\s*", entry)
         if match is None:
-            raise ValueError(f"{entry.strip()!r} is no name=size, as in fsdp=2,tensor=2.")
+            raise BadInput(f"{entry.strip()!r} is no name=size, as in fsdp=2,tensor=2.")
         name, size = match[1], int(match[2])
         if name in sizes:
-            raise ValueError(f"the axis {name!r} is there twice: give each axis once.")
+            raise BadInput(f"the axis {name!r} is there twice: give each axis once.")
         sizes[name] = size
     needed, found, processes = math.prod(sizes.values()), jax.device_count(), jax.process_count()
     if needed > found or (processes > 1 and needed < found):
         own = math.ceil(needed / processes)
-        raise ValueError(
+        raise BadInput(
             f"{text} is a mesh of {needed} devices, but JAX has {found}: give sizes whose product is"
             f" the number of devices, or set JAX_NUM_CPU_DEVICES={own}"
             f"{' in every process' if processes > 1 else ''} for virtual devices on the CPU."
@@ -60,7 +57,8 @@ def read_mesh(text: str) -> Mesh:
 def parameter_spec(layer: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """Over which axes a layer's parameter is divided: FSDP on one side, tensor parallelism on the other.
 
-    Sides that an axis does not divide are whole, and so is whatever is no matrix.
+    Sides that an axis does not divide are whole, and so are whatever is no matrix and the axis of a
+    stack of layers.
     """
     if layer in BY_COLUMNS:
         axes = ("fsdp", "tensor")
@@ -70,9 +68,9 @@ def parameter_spec(layer: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionS
         return PartitionSpec()
     fitting = (
         axis if size % mesh.shape.get(axis, size + 1) == 0 else None
-        for axis, size in zip(axes, shape, strict=True)
+        for axis, size in zip(axes, shape[-2:], strict=True)
     )
-    return PartitionSpec(*fitting)
+    return PartitionSpec(*[None] * (len(shape) - 2), *fitting)
 
 
 def parameter_shardings(params, mesh: Mesh):
@@ -85,47 +83,36 @@ def parameter_shardings(params, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(sharding, params)
 
 
-def place_parameters(model: GPT, mesh: Mesh) -> None:
-    """Within `jax.jit`, so that no device ever has the whole model."""
-    params = nnx.state(model, nnx.Param)
-    shardings = parameter_shardings(params, mesh)
-    nnx.update(model, jax.tree.map(jax.lax.with_sharding_constraint, params, shardings))
-
-
-def on_mesh(tx: optax.GradientTransformation, mesh: Mesh) -> optax.GradientTransformation:
-    """The optimizer, whose state lies as its parameters do, from the first step to the last."""
-
-    def placed(state, params):
-        shardings = state_specs(tx, params, parameter_shardings(params, mesh))
-        return jax.tree.map(jax.lax.with_sharding_constraint, state, shardings)
-
-    def init(params):
-        return placed(tx.init(params), params)
-
-    def update(updates, state, params=None):
-        updates, state = tx.update(updates, state, params)
-        return updates, placed(state, params)
-
-    return optax.GradientTransformation(init, update)
-
-
 def batch_parts(mesh: Mesh) -> int:
     """Among how many devices, or groups of them, a batch is divided."""
     return math.prod(mesh.shape[axis] for axis in _batch_axes(mesh))
 
 
-def place_batch(windows: np.ndarray, mesh: Mesh | None) -> jax.Array:
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over `BATCH_AXES`."""
+    return NamedSharding(mesh, PartitionSpec(_batch_axes(mesh)))
+
+
+def place_batch(batch: dict[str, np.ndarray], mesh: Mesh | None) -> dict[str, jax.Array]:
     """A batch on the devices, divided over `BATCH_AXES`; every process gives its own rows of it.
 
     Args:
-      windows: (batch, context + 1) uint8, of a size that `batch_parts` divides.
+      batch: arrays whose first axis has a size that `batch_parts` divides.
     """
     if mesh is None:
-        return jnp.asarray(windows)
-    sharding = NamedSharding(mesh, PartitionSpec(_batch_axes(mesh)))
-    places = sharding.devices_indices_map(windows.shape)
-    own = [np.arange(len(windows))[places[device][0]] for device in mesh.local_devices]
-    return jax.make_array_from_process_local_data(sharding, windows[np.unique(own)], windows.shape)
+        return {name: jnp.asarray(value) for name, value in batch.items()}
+    sharding = batch_sharding(mesh)
+    return {name: _placed(value, sharding) for name, value in batch.items()}
+
+
+def _placed(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    places = sharding.devices_indices_map(value.shape)
+    own = [
+        np.arange(len(value))[place[0]]
+        for device, place in places.items()
+        if device.process_index == jax.process_index() and place
+    ]
+    return jax.make_array_from_process_local_data(sharding, value[np.unique(own)], value.shape)
 
 
 def _batch_axes(mesh: Mesh) -> tuple[str, ...]:

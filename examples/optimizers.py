@@ -1,6 +1,7 @@
-"""The optimizers under comparison, with the same clipping and the same learning-rate shape."""
+"""Optimizers by name, with one clipping and one shape of the learning rate for all."""
 
 import dataclasses
+import difflib
 import functools
 from collections.abc import Callable
 
@@ -10,78 +11,160 @@ import optax
 from jax.sharding import Mesh
 
 import optax_normuon
-from examples.mesh import on_mesh, parameter_shardings
+from examples.errors import BadInput
+from examples.mesh import parameter_shardings
+from examples.schedules import momentum_ramp, warm_stay_decay
+from optax_normuon import RECIPES
 
-WARMUP = 0.05  # fractions of the steps
-DECAY = 0.6
+OPTAX_MUON = "optax.contrib.muon"
+NAMES = ("adamw", OPTAX_MUON, *RECIPES)
 
 
 @dataclasses.dataclass(frozen=True)
-class Rates:
-    """Peak learning rates. `adam_learning_rate` is that of the AdamW beside Muon or NorMuon, for
-    embedding, head and norms; AdamW alone has one rate for everything and leaves it None."""
+class OptimizerConfig:
+    """The optimizer, and its rates over the run."""
 
-    learning_rate: float
+    optimizer: str = "normuon"
+    """adamw, optax.contrib.muon, or a recipe of optax_normuon: normuon, muon, moonlight, ..."""
+    learning_rate: float | None = None
+    """Peak rate: of the matrices, or of everything with adamw. None: the preset of this phase."""
     adam_learning_rate: float | None = None
+    """Peak rate of the AdamW beside the matrices, for embedding, head and norms. None as above."""
+    weight_decay: float = 0.0
+    """Of the matrices, or of everything with adamw, as the recipe has it."""
+    momentum: float | None = None
+    """Of the matrices. None is the recipe's own."""
+    momentum_low: float = 0.85
+    """Where momentum starts before its warmup and ends after its cooldown."""
+    momentum_warmup: int = 0
+    """Steps over which momentum rises."""
+    momentum_cooldown: int = 0
+    """Last steps over which momentum falls."""
+    warmup: float = 0.05
+    """Fraction of the steps over which the rates rise."""
+    decay: float = 0.6
+    """Fraction of the steps over which the rates fall to zero."""
+    clip: float = 1.0
+    """Global norm that gradients are clipped to."""
+    accumulation: int = 1
+    """Parts in which a batch is taken, one after the other; the update is the same."""
+
+    def __post_init__(self):
+        if self.optimizer not in NAMES:
+            near = difflib.get_close_matches(self.optimizer, NAMES, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(NAMES)}."
+            raise BadInput(f"optimizer={self.optimizer!r} is unknown: {hint}")
+        if self.accumulation < 1:
+            raise BadInput(f"accumulation={self.accumulation}: a batch has one part at least.")
+        if not (self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1):
+            raise BadInput(
+                f"warmup={self.warmup} and decay={self.decay} are fractions of the steps that add up to"
+                " 1 at most."
+            )
 
 
-def decay_to_zero(peak: float, steps: int) -> optax.Schedule:
-    """Linear warmup, constant, then linear to zero at the last step."""
-    warmup, decay = max(1, round(WARMUP * steps)), round(DECAY * steps)
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(peak / warmup, peak, warmup - 1),
-            optax.constant_schedule(peak),
-            optax.linear_schedule(peak, 0.0, decay),
-        ],
-        [warmup - 1, steps - decay],
-    )
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """A transformation, and what it follows.
 
+    Attributes:
+      tx: behind a clipped gradient.
+      followed: schedules by the name under which a run logs them.
+    """
 
-def adamw(rates: Rates, steps: int, mesh: Mesh | None) -> optax.GradientTransformation:
-    """AdamW on every parameter, with the betas and epsilon that it has beside Muon too."""
-    del mesh  # elementwise: every part of a parameter has all that it needs
-    rate = decay_to_zero(rates.learning_rate, steps)
-    return optax.adamw(rate, b1=0.9, b2=0.95, eps=1e-10, weight_decay=0.0)
-
-
-def muon(rates: Rates, steps: int, mesh: Mesh | None) -> optax.GradientTransformation:
-    """Muon on the matrices of the blocks, AdamW on the rest."""
-    return optax_normuon.muon(**_matrix_optimizer_keywords(rates, steps, mesh))
-
-
-def normuon(rates: Rates, steps: int, mesh: Mesh | None) -> optax.GradientTransformation:
-    """NorMuon on the matrices of the blocks, AdamW on the rest."""
-    return optax_normuon.normuon(**_matrix_optimizer_keywords(rates, steps, mesh))
-
-
-OPTIMIZERS: dict[str, Callable[[Rates, int, Mesh | None], optax.GradientTransformation]] = {
-    "adamw": adamw,
-    "muon": muon,
-    "normuon": normuon,
-}
+    tx: optax.GradientTransformation
+    followed: dict[str, optax.Schedule]
 
 
 @functools.cache
-def clipped(
-    name: str, rates: Rates, steps: int, mesh: Mesh | None = None
-) -> optax.GradientTransformation:
-    """The optimizer of that name behind a clipped gradient.
+def make_optimizer(config: OptimizerConfig, steps: int, mesh: Mesh | None = None) -> Optimizer:
+    """The optimizer of a run of so many steps.
 
-    Asked for again it is the same object, so that runs of other seeds find their step compiled.
+    Raises:
+      BadInput: the rates are not given, or momentum is to change where it cannot.
     """
-    chain = optax.chain(optax.clip_by_global_norm(1.0), OPTIMIZERS[name](rates, steps, mesh))
-    return chain if mesh is None else on_mesh(chain, mesh)
+    if config.learning_rate is None:
+        raise BadInput("learning_rate is missing: give it, or take a phase's preset.")
+    peaks = {"lr_muon": config.learning_rate, "lr_adamw": config.adam_learning_rate}
+    if config.optimizer == "adamw":
+        peaks = {"lr_adamw": config.learning_rate}
+    elif config.adam_learning_rate is None:
+        raise BadInput(f"{config.optimizer} lacks adam_learning_rate, of the AdamW beside it.")
+    followed = {
+        name: warm_stay_decay(peak, steps, warmup=config.warmup, decay=config.decay)
+        for name, peak in peaks.items()
+        if peak is not None
+    }
+    if config.optimizer in RECIPES:
+        followed["momentum"] = _momentum(config, steps)
+    elif config.momentum_warmup or config.momentum_cooldown:
+        raise BadInput(f"{config.optimizer} takes no schedule of its momentum.")
+    make: Callable = {"adamw": _adamw, OPTAX_MUON: _optax_muon}.get(config.optimizer, _recipe)
+    inner = make(config, followed, mesh)
+    return Optimizer(optax.chain(optax.clip_by_global_norm(config.clip), inner), followed)
 
 
-def _matrix_optimizer_keywords(rates: Rates, steps: int, mesh: Mesh | None) -> dict:
-    if rates.adam_learning_rate is None:
-        raise ValueError(f"{rates} lacks the rate of the AdamW beside Muon or NorMuon.")
-    # On CPUs the update takes longer in bfloat16 than in float32: no faster products, more casts.
-    on_cpu = jax.default_backend() == "cpu"
-    return dict(
-        learning_rate=decay_to_zero(rates.learning_rate, steps),
-        adam_learning_rate=decay_to_zero(rates.adam_learning_rate, steps),
-        compute_dtype=jnp.float32 if on_cpu else None,
+def compute_dtype():
+    """Of the polar factor. On CPUs bfloat16 takes longer than float32: casts, and no faster products."""
+    return jnp.float32 if jax.default_backend() == "cpu" else None
+
+
+def is_matrix(path) -> bool:
+    """Whether a parameter of `examples.gpt` is one of the blocks' matrices."""
+    names = [str(getattr(key, "key", key)) for key in path]
+    return names[0] == "blocks" and names[-1] == "kernel"
+
+
+def _momentum(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    high = config.momentum
+    if high is None:
+        high = RECIPES[config.optimizer].momentum.momentum
+    if not (config.momentum_warmup or config.momentum_cooldown):
+        return optax.constant_schedule(high)
+    if config.momentum_warmup + config.momentum_cooldown > steps:
+        raise BadInput(
+            f"momentum_warmup={config.momentum_warmup} and momentum_cooldown={config.momentum_cooldown}"
+            f" take more than the run's {steps} steps."
+        )
+    ends = dict(warmup=config.momentum_warmup, cooldown=config.momentum_cooldown)
+    return momentum_ramp(config.momentum_low, high, steps, **ends)
+
+
+def _adamw(config, followed, mesh):
+    """AdamW on every parameter, with the betas and epsilon that it has beside the matrices too."""
+    del mesh  # elementwise: every part of a parameter has all that it needs
+    decay = config.weight_decay
+    return optax.adamw(followed["lr_adamw"], b1=0.9, b2=0.95, eps=1e-10, weight_decay=decay)
+
+
+def _recipe(config, followed, mesh):
+    """A recipe's optimizer on the matrices of the blocks, AdamW on the rest."""
+    return optax_normuon.normuon(
+        followed["lr_muon"],
+        recipe=config.optimizer,
+        momentum=followed["momentum"],
+        weight_decay=config.weight_decay,
+        adam_learning_rate=followed["lr_adamw"],
+        compute_dtype=compute_dtype(),
         param_specs=None if mesh is None else functools.partial(parameter_shardings, mesh=mesh),
+    )
+
+
+def _optax_muon(config, followed, mesh):
+    """Optax's own Muon on the same matrices."""
+    del mesh  # left to XLA's partitioner
+
+    def dimensions(params):
+        sides = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: sides if is_matrix(path) else None, params
+        )
+
+    return optax.contrib.muon(
+        followed["lr_muon"],
+        beta=0.95 if config.momentum is None else config.momentum,
+        weight_decay=config.weight_decay,
+        adam_b2=0.95,
+        adam_learning_rate=followed["lr_adamw"],
+        muon_weight_dimension_numbers=dimensions,
     )

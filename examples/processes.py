@@ -2,6 +2,8 @@
 
 import jax
 
+from examples.errors import BadInput
+
 
 def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
     """Makes this process one of several, before JAX is asked for a device; else it stays alone.
@@ -14,18 +16,18 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
       process: which of them this one is, from 0.
 
     Raises:
-      ValueError: some of the three are missing, or there is no such process.
+      BadInput: some of the three are missing, or there is no such process.
     """
     given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == len(given):
         return
     if coordinator is None or processes is None or process is None:
-        raise ValueError(
+        raise BadInput(
             f"{' and '.join(missing)} missing: a run of many processes takes all of {', '.join(given)}."
         )
     if not 0 <= process < processes:
-        raise ValueError(f"--process {process} is none of 0 to {processes - 1}.")
+        raise BadInput(f"--process {process} is none of 0 to {processes - 1}.")
     jax.distributed.initialize(coordinator, processes, process)
 
 

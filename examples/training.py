@@ -1,138 +1,189 @@
-"""One training run: a model, an optimizer and batches in, losses on the way out."""
+"""The loop that all phases share: batches in, losses on the way out, checkpoints beside."""
 
 import dataclasses
-import itertools
-import statistics
+import math
 import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
 from jax.sharding import Mesh
-from tqdm import tqdm
+from rich.console import Console
 
-from examples.corpus import Corpus
-from examples.gpt import GPT, GPTConfig
-from examples.mesh import place_batch, place_parameters
-from examples.optimizers import Rates, clipped
+from examples.checkpoints import Checkpoints
+from examples.gpt import GPTConfig
+from examples.losses import Loss
+from examples.mesh import place_batch
+from examples.metrics import Line, Metrics
+from examples.optimizers import OptimizerConfig
 from examples.processes import is_first
-
-EVALUATIONS = 12  # a run, besides the one before the first step
-VALIDATION_BATCHES = 24  # the same ones for every run
+from examples.progress import Bar
+from examples.runs import read_run
+from examples.settings import Training
+from examples.step import (
+    Setup,
+    State,
+    abstract_state,
+    compiled_evaluation,
+    compiled_step,
+    first_state,
+    shapes_of,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """What all runs of a comparison share."""
+class Task:
+    """What a phase trains, and on what.
 
+    Attributes:
+      name: for the progress bar.
+      batch: a step's batch, arrays with rows first, the same on every process.
+      validation: batches of the same shapes.
+      params: first weights; None are random ones of the run's seed.
+      frozen: parameters that the loss compares with, or None.
+    """
+
+    name: str
     model: GPTConfig
-    batch: int
-    steps: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """Losses after `step` updates, in nats a byte; `train_loss` is the mean since the evaluation
-    before, and None at step 0."""
-
-    step: int
-    train_loss: float | None
-    validation_loss: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A finished run. `seconds` includes compilation and evaluation, `step_seconds` neither."""
-
-    optimizer: str
-    rates: Rates
-    seed: int
-    evaluations: tuple[Evaluation, ...]
-    seconds: float
-    step_seconds: float
-
-    @property
-    def final_loss(self) -> float:
-        """The validation loss at the end of the decay, the only place to judge an optimizer at."""
-        return self.evaluations[-1].validation_loss
-
-
-def next_byte_loss(model: GPT, windows: jax.Array) -> jax.Array:
-    """Mean cross-entropy, a float32 scalar, over windows (batch, context + 1) uint8."""
-    inputs, targets = windows[:, :-1], windows[:, 1:].astype(jnp.int32)
-    return optax.softmax_cross_entropy_with_integer_labels(model(inputs), targets).mean()
-
-
-@nnx.jit
-def _train_step(model: GPT, optimizer: nnx.Optimizer, windows: jax.Array) -> jax.Array:
-    loss, gradients = nnx.value_and_grad(next_byte_loss)(model, windows)
-    optimizer.update(model, gradients)
-    return loss
-
-
-_validation_step = nnx.jit(next_byte_loss)
-
-
-def begin(
-    settings: Settings, optimizer: str, rates: Rates, seed: int, mesh: Mesh | None
-) -> tuple[GPT, nnx.Optimizer]:
-    """The model and its optimizer before the first step."""
-    tx = clipped(optimizer, rates, settings.steps, mesh)
-
-    def both() -> tuple[GPT, nnx.Optimizer]:
-        model = GPT(settings.model, rngs=nnx.Rngs(seed))
-        if mesh is not None:
-            place_parameters(model, mesh)
-        return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
-
-    return both() if mesh is None else nnx.jit(both)()
+    loss: Loss
+    batch: Callable[[int], dict[str, np.ndarray]]
+    validation: Sequence[dict[str, np.ndarray]]
+    params: Any = None
+    frozen: Any = None
 
 
 def train(
-    corpus: Corpus,
-    settings: Settings,
+    task: Task,
+    training: Training,
+    optimizer: OptimizerConfig,
+    folder: Path,
     *,
-    optimizer: str,
-    rates: Rates,
-    seed: int,
     mesh: Mesh | None = None,
-) -> Run:
-    """Trains one model; the seed alone, not the optimizer, decides its first weights and batches.
+    console: Console | None = None,
+) -> State:
+    """Trains to the last step, from the folder's last checkpoint if it has one.
 
     Args:
+      folder: of the run; the log and the checkpoints are written there.
       mesh: where; None is JAX's default device.
+
+    Returns:
+      The last state.
     """
-    start = time.perf_counter()
-    batch, steps, context = settings.batch, settings.steps, settings.model.context
-    model, update = begin(settings, optimizer, rates, seed, mesh)
-    batches = corpus.train_batches(seed=seed, steps=steps, batch=batch, context=context)
-    held_out = corpus.validation_windows(count=VALIDATION_BATCHES * batch, context=context)
-    held_out = [place_batch(windows, mesh) for windows in np.split(held_out, VALIDATION_BATCHES)]
-
-    def validation_loss() -> float:
-        return statistics.fmean(float(_validation_step(model, windows)) for windows in held_out)
-
-    evaluations, step_seconds = [Evaluation(0, None, validation_loss())], []
-    stops = sorted({round(steps * part / EVALUATIONS) for part in range(EVALUATIONS + 1)})
-    with tqdm(
-        total=steps, desc=f"{optimizer}, seed {seed}", unit="step", disable=not is_first()
-    ) as bar:
-        for stop, next_stop in itertools.pairwise(stops):
-            begun, losses = time.perf_counter(), []
-            for windows in itertools.islice(batches, next_stop - stop):
-                losses.append(_train_step(model, update, place_batch(windows, mesh)))
-                bar.update()
-            train_loss = float(jnp.stack(losses).mean())  # waits for the steps
-            step_seconds.append((time.perf_counter() - begun) / len(losses))
-            evaluations.append(Evaluation(next_stop, train_loss, validation_loss()))
-            bar.set_postfix(validation=f"{evaluations[-1].validation_loss:.3f}")
-    return Run(
-        optimizer,
-        rates,
-        seed,
-        tuple(evaluations),
-        seconds=time.perf_counter() - start,
-        step_seconds=statistics.median(step_seconds),  # so that the first, which compiles, is out
+    setup = Setup(task.model, optimizer, training.steps, task.loss, mesh)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=training.keep)
+    step = checkpoints.latest() or 0
+    if step:
+        state = checkpoints.restore(abstract_state(setup))
+    else:
+        state = first_state(setup, training.seed, task.params)
+    metrics = Metrics(folder, step=step, tensorboard=training.tensorboard, written=is_first())
+    rows = task.validation[0]["tokens"]
+    bar = Bar(
+        task.name,
+        task.model,
+        steps=training.steps,
+        tokens=rows.size // rows.shape[-1] * task.model.context,
+        frozen=task.frozen is not None,
+        console=console or Console(quiet=True),
     )
+    try:
+        with bar:
+            loop = _Loop(setup, task, training, metrics, checkpoints, bar)
+            return loop.run(state, step, _seconds_until(folder, step))
+    finally:
+        checkpoints.close()
+        metrics.close()
+
+
+class _Loop:
+    """One run while it goes on. `seconds` is its clock, which stands while no step is made."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        task: Task,
+        training: Training,
+        metrics: Metrics,
+        checkpoints: Checkpoints,
+        bar: Bar,
+    ):
+        self.setup, self.task, self.training = setup, task, training
+        self.metrics, self.checkpoints, self.bar = metrics, checkpoints, bar
+        self.held_out = [place_batch(batch, setup.mesh) for batch in task.validation]
+        self.shapes = shapes_of(self.held_out[0])
+        self.pending: list[tuple[int, Any]] = []
+        self.loss, self.seconds, self.shown = math.nan, 0.0, (0, 0.0)
+
+    def run(self, state: State, step: int, seconds: float) -> State:
+        self.seconds, self.shown = seconds, (step, seconds)
+        frozen, training = self.task.frozen, self.training
+        programs = {wanted: self._program(wanted) for wanted in {False, training.diagnostics}}
+        if step == 0:
+            self._evaluate(state, step)
+        begun = time.perf_counter()
+        while step < training.steps:
+            batch = place_batch(self.task.batch(step), self.setup.mesh)
+            step += 1
+            looked = step % training.log_every == 0
+            state, logged = programs[training.diagnostics and looked](state, frozen, batch)
+            self.pending.append((step, logged))
+            evaluated = step % training.evaluate_every == 0 or step == training.steps
+            saved = step % training.checkpoint_every == 0 or step == training.steps
+            if not (looked or evaluated or saved):
+                continue
+            # The newest step may still be running: waiting for it would leave the device idle after.
+            self._write(0 if evaluated or saved else 1)
+            self.seconds += time.perf_counter() - begun
+            self._show(step)
+            if evaluated:
+                self._evaluate(state, step)
+            if saved:
+                self.metrics.flush()
+                self.checkpoints.save(state, step)
+            begun = time.perf_counter()
+        return state
+
+    def _program(self, diagnostics: bool):
+        frozen = self.task.frozen is not None
+        return compiled_step(self.setup, self.shapes, frozen=frozen, diagnostics=diagnostics)
+
+    def _write(self, left: int) -> None:
+        """What was logged, but for the last so many steps."""
+        count = len(self.pending) - left
+        for step, logged in jax.device_get(self.pending[:count]):
+            self.metrics.write({"step": step, **_numbers(logged)})
+            self.loss = float(logged["loss"])
+        del self.pending[:count]
+
+    def _show(self, step: int) -> None:
+        before, then = self.shown
+        self.shown = step, self.seconds
+        self.bar.show(step, self.loss, max(1e-9, (self.seconds - then) / (step - before)))
+
+    def _evaluate(self, state: State, step: int) -> None:
+        frozen = self.task.frozen
+        evaluate = compiled_evaluation(self.setup, self.shapes, frozen=frozen is not None)
+        sums = jax.device_get([evaluate(state.params, frozen, batch) for batch in self.held_out])
+        weight = sum(float(each["weight"]) for each in sums)
+        found: Line = {
+            f"validation_{name}": sum(float(each[name]) for each in sums) / weight
+            for name in sums[0]
+            if name != "weight"
+        }
+        self.metrics.write({"step": step, **found, "seconds": self.seconds})
+        self.bar.say(f"step {step}: validation loss {found['validation_loss']:.4f}")
+
+
+def _numbers(logged: Any) -> Any:
+    """Arrays as numbers and lists of numbers."""
+    return jax.tree.map(lambda value: np.asarray(value).tolist(), logged)
+
+
+def _seconds_until(folder: Path, step: int) -> float:
+    """The clock of the run that is resumed."""
+    if step == 0:
+        return 0.0
+    return max(each.seconds for each in read_run(folder).evaluations)

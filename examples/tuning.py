@@ -7,15 +7,20 @@ import json
 import math
 import os
 import platform
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-from jax.sharding import Mesh
 
-from examples.corpus import Corpus
-from examples.optimizers import Rates
-from examples.training import Settings, train
+from examples.errors import BadInput
+from examples.gpt import GPTConfig
+from examples.launch import launch
+from examples.optimizers import OptimizerConfig
+from examples.presets import Rates
+from examples.pretrain import Pretrain
+from examples.runs import Run, read_run
+from examples.settings import Devices, Training
 
 SEED = 1000  # apart from the seeds of the comparison, so that no optimizer is tuned on its test
 ADAMW_GRID = (2e-3, 4e-3, 8e-3, 1.6e-2)
@@ -53,16 +58,16 @@ class Grid:
         """The rates of the optimizer's lowest validation loss.
 
         Raises:
-          ValueError: the grid has no run of that optimizer.
+          BadInput: the grid has no run of that optimizer.
         """
         own = [point for point in self.points if point.optimizer == optimizer]
         if not own:
-            raise ValueError(f"the recorded grid has no run of {optimizer}: run again with --tune.")
+            raise BadInput(f"the recorded grid has no run of {optimizer}: run again with --tune.")
         return min(own, key=lambda point: point.rank).rates
 
-    def differing_settings(self, settings: Settings) -> list[str]:
+    def differing_settings(self, model: GPTConfig, training: Training) -> list[str]:
         """`name=recorded value` where these settings are not the ones of the search."""
-        asked, recorded = _flat(dataclasses.asdict(settings)), _flat(self.settings)
+        asked, recorded = _flat(_searched(model, training)), _flat(self.settings)
         return [f"{name}={value}" for name, value in recorded.items() if asked[name] != value]
 
     def write(self, path: Path) -> None:
@@ -95,24 +100,37 @@ def search(loss: Callable[[float], float], grid: Sequence[float]) -> float:
     return min(losses, key=losses.__getitem__)
 
 
-def tune(corpus: Corpus, settings: Settings, *, mesh: Mesh | None = None) -> Grid:
-    """Searches AdamW's rate first, then Muon's and NorMuon's together with the AdamW beside each."""
+def tune(data: Path | None, model: GPTConfig, training: Training, devices: Devices) -> Grid:
+    """Searches AdamW's rate first, then Muon's and NorMuon's together with the AdamW beside each.
+
+    Args:
+      data, model, training, devices: of the runs, whose folders are not kept.
+    """
     points = []
 
     @functools.cache
     def loss(optimizer: str, rates: Rates) -> float:
-        run = train(corpus, settings, optimizer=optimizer, rates=rates, seed=SEED, mesh=mesh)
+        told = Pretrain(
+            data=data,
+            model=model,
+            optimizer=OptimizerConfig(optimizer, **dataclasses.asdict(rates)),
+            training=dataclasses.replace(training, seed=SEED),
+            devices=devices,
+        )
+        run = run_briefly(told)
         final = run.final_loss if math.isfinite(run.final_loss) else None
-        points.append(GridPoint(optimizer, rates, final, round(run.seconds, 1)))
+        points.append(GridPoint(optimizer, rates, final, round(run.evaluations[-1].seconds, 1)))
         return points[-1].rank
 
     adam = search(lambda rate: loss("adamw", Rates(rate)), ADAMW_GRID)
     for name in ("muon", "normuon"):
         _search_both_rates(functools.partial(loss, name), adam)
     return Grid(
-        settings=dataclasses.asdict(settings),
+        settings=_searched(model, training),
         seed=SEED,
-        corpus=corpus.description,
+        corpus=f"standard library of Python {platform.python_version()}"
+        if data is None
+        else data.name,
         machine={
             "system": f"{platform.system()} {platform.machine()}",
             "device": jax.devices()[0].device_kind,
@@ -126,6 +144,12 @@ def tune(corpus: Corpus, settings: Settings, *, mesh: Mesh | None = None) -> Gri
     )
 
 
+def run_briefly(told: Pretrain) -> Run:
+    """A run of which only the log is wanted."""
+    with tempfile.TemporaryDirectory() as folder:
+        return read_run(launch(dataclasses.replace(told, output=Path(folder))))
+
+
 def _search_both_rates(loss: Callable[[Rates], float], adam: float) -> None:
     """The matrices' rate with AdamW's best beside it; the AdamW beside; the matrices' rate again, for
     the two depend on each other."""
@@ -133,6 +157,14 @@ def _search_both_rates(loss: Callable[[Rates], float], adam: float) -> None:
     # Embedding and head alone bear, and like, a higher rate than a whole model does.
     beside = search(lambda rate: loss(Rates(matrix, rate)), (adam, 2 * adam, 4 * adam))
     search(lambda rate: loss(Rates(rate, beside)), (matrix / 2, matrix, matrix * 2))
+
+
+def _searched(model: GPTConfig, training: Training) -> dict:
+    return {
+        "model": dataclasses.asdict(model),
+        "batch": training.batch,
+        "steps": training.steps,
+    }
 
 
 def _flat(settings: dict) -> dict:

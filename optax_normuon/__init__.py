@@ -3,6 +3,12 @@
 from normuon_core import POLYNOMIALS, RECIPES, MatrixLayout, Recipe, polar_express
 from optax_normuon.alias import muon
 from optax_normuon.description import describe
+from optax_normuon.diagnostics import (
+    MatrixDiagnostics,
+    orthogonality_error,
+    orthogonality_errors,
+    update_diagnostics,
+)
 from optax_normuon.direction import scale_by_normuon
 from optax_normuon.leaves.injection import STATIC_ARGS, inject_hyperparams
 from optax_normuon.leaves.layout_by_path import layout_by_path
@@ -32,6 +38,7 @@ __all__ = [
     "POLYNOMIALS",
     "RECIPES",
     "STATIC_ARGS",
+    "MatrixDiagnostics",
     "MatrixLayout",
     "MatrixStack",
     "MatrixStage",
@@ -52,6 +59,8 @@ __all__ = [
     "normuon",
     "older_state",
     "on_matrices",
+    "orthogonality_error",
+    "orthogonality_errors",
     "orthogonalize",
     "polar_express",
     "polar_factor",
@@ -63,5 +72,6 @@ __all__ = [
     "state_specs",
     "to_hyperball",
     "to_sphere",
+    "update_diagnostics",
     "with_bf16_remainder",
 ]

@@ -2,6 +2,13 @@
 
 from normuon_core import MatrixLayout
 from torch_ref.description import describe
+from torch_ref.diagnostics import (
+    MatrixDiagnostics,
+    matrix_weights,
+    orthogonality_error,
+    orthogonality_errors,
+    update_diagnostics,
+)
 from torch_ref.optimizer import NorMuon
 from torch_ref.parameter_groups import param_groups
 from torch_ref.sphere import project_to_sphere, project_to_tangent, to_sphere
@@ -18,6 +25,7 @@ from torch_ref.stages.shape_scaling import scale_by_shape
 from torch_ref.stages.weight_decay import add_cautious_weight_decay
 
 __all__ = [
+    "MatrixDiagnostics",
     "MatrixLayout",
     "NorMuon",
     "adamw",
@@ -28,7 +36,10 @@ __all__ = [
     "heavy_ball_momentum",
     "join_remainder",
     "lerp_momentum",
+    "matrix_weights",
     "normalize_neurons",
+    "orthogonality_error",
+    "orthogonality_errors",
     "param_groups",
     "polar_factor",
     "product",
@@ -39,4 +50,5 @@ __all__ = [
     "split_remainder",
     "to_hyperball",
     "to_sphere",
+    "update_diagnostics",
 ]

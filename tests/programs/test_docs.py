@@ -109,16 +109,24 @@ def missing(paths: set[str]) -> list[str]:
     return sorted(path for path in paths if not (ROOT / path).exists())
 
 
+def missing_targets(text: str) -> list[str]:
+    """The targets of `make` that a page names and the Makefile lacks."""
+    there = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    return sorted(set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)) - set(there))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_files_and_programs_that_a_page_names_exist(page):
     text = page.read_text()
     assert missing(paths_of(text) | programs_of(text)) == []
+    assert missing_targets(text) == []
 
 
 def test_files_and_programs_that_do_not_exist_are_found():
     text = "`docs/none.md` `tests/none/` `python -m benchmarks.none` and pytest tests/none.py"
     found = paths_of(text) | programs_of(text)
     assert missing(found) == ["benchmarks/none.py", "docs/none.md", "tests/none.py", "tests/none/"]
+    assert missing_targets("`make none`, `make test`\nmake never") == ["never", "none"]
     assert len(paths_of((ROOT / "CONTRIBUTING.md").read_text())) > 30
 
 

@@ -1,5 +1,7 @@
 """The example's model: causal, rotary, and routed as intended."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 from flax import nnx
 
 import optax_normuon
-from examples.gpt import GPT, GPTConfig, parameter_count, rotate
+from examples.errors import BadInput
+from examples.gpt import GPT, GPTConfig, apply_model, first_parameters, parameter_count, rotate
 from tests.in_jax.tables import leaf_rows
 
 TINY = GPTConfig(width=32, depth=2, heads=2, context=16)
@@ -53,8 +56,10 @@ def test_rotary_products_depend_on_the_distance_alone():
 
 
 def test_a_width_that_the_heads_do_not_split_is_refused():
-    with pytest.raises(ValueError, match="width=36"):
+    with pytest.raises(BadInput, match="width=36"):
         GPTConfig(width=36, heads=4)
+    with pytest.raises(BadInput, match="kv_heads=3"):
+        GPTConfig(width=32, heads=4, kv_heads=3)
 
 
 def test_only_the_matrices_of_the_blocks_go_to_normuon(model):
@@ -71,3 +76,46 @@ def test_parameter_count(model):
     width, depth, head_size = 32, 2, 16
     norms = width * (2 * depth + 2) + 2 * depth * head_size
     assert parameter_count(TINY) == 2 * 256 * width + depth * 12 * width**2 + norms
+
+
+def test_texts_packed_into_a_window_do_not_see_each_other(model, tokens):
+    segments = np.repeat([[1] * 6 + [2] * 10], 2, axis=0)
+    changed = tokens.copy()
+    changed[:, 3] ^= 1
+    apply = nnx.jit(lambda model, x, segments: model(x, segments))
+    before, after = (np.asarray(apply(model, x, segments)) for x in (tokens, changed))
+    np.testing.assert_array_equal(before[:, 6:], after[:, 6:])
+    assert np.abs(before - after)[:, 3:6].max() > 1e-4
+    alone = np.asarray(apply(model, tokens[:, 6:], segments[:, 6:]))
+    np.testing.assert_allclose(before[:, 6:], alone, atol=2e-5)  # rotary: the distance alone counts
+
+
+def test_a_stack_of_blocks_is_the_same_model_as_a_list_of_them(tokens):
+    listed = GPTConfig(width=32, depth=3, heads=4, kv_heads=2, context=16)
+    stacked = dataclasses.replace(listed, scan=True)
+    params = first_parameters(listed, 0)
+    blocks = jax.tree.map(lambda *layers: jnp.stack(layers), *params["blocks"].values())
+    apply = jax.jit(apply_model, static_argnums=0)
+    one = apply(listed, params, tokens)
+    other = apply(stacked, {**params, "blocks": blocks}, tokens)
+    np.testing.assert_allclose(one, other, atol=1e-5)
+    shapes = jax.tree.map(jnp.shape, first_parameters(stacked, 0)["blocks"])
+    assert shapes == jax.tree.map(jnp.shape, blocks)
+    assert shapes["attention"]["key"]["kernel"] == (3, 32, 16)
+    table = leaf_rows(optax_normuon.describe({**params, "blocks": blocks}))
+    assert table["blocks/mlp/up/kernel"]["matrices x (out, in)"] == "3 x (128, 32)"
+
+
+def test_grouped_queries_are_a_full_model_whose_keys_are_repeated(tokens):
+    grouped = GPTConfig(width=32, depth=1, heads=4, kv_heads=2, context=16)
+    params = first_parameters(grouped, 0)
+    attention = params["blocks"][0]["attention"]
+    full = jax.tree.map(lambda x: x, params)
+    for name in ("key", "value"):
+        kernel = attention[name]["kernel"].reshape(32, 2, 1, 8)
+        repeated = jnp.broadcast_to(kernel, (32, 2, 2, 8)).reshape(32, 32)
+        full["blocks"][0]["attention"][name]["kernel"] = repeated
+    apply = jax.jit(apply_model, static_argnums=0)
+    one = apply(grouped, params, tokens)
+    other = apply(dataclasses.replace(grouped, kv_heads=None), full, tokens)
+    np.testing.assert_allclose(one, other, atol=1e-5)

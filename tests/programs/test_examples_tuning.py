@@ -5,13 +5,12 @@ import math
 import pytest
 
 import examples.tuning
-from examples.corpus import Corpus
+from examples.errors import BadInput
 from examples.gpt import GPTConfig
-from examples.optimizers import Rates
-from examples.training import Evaluation, Run, Settings
+from examples.presets import Rates
+from examples.runs import Run
+from examples.settings import Devices, Training
 from examples.tuning import EXTENSIONS, Grid, search, tune
-
-SETTINGS = Settings(GPTConfig(), batch=8, steps=300)
 
 
 def distance_from(best):
@@ -45,20 +44,18 @@ def grid(monkeypatch):
     Beside 0.004 the best rate of the matrices would be 0.01; from 0.08 on a run diverges.
     """
 
-    def run(corpus, settings, *, optimizer, rates, seed, mesh):
-        if optimizer == "adamw":
-            loss = distance_from(0.004)(rates.learning_rate)
+    def run(told):
+        rate, beside = told.optimizer.learning_rate, told.optimizer.adam_learning_rate
+        if told.optimizer.optimizer == "adamw":
+            loss = distance_from(0.004)(rate)
         else:
-            beside = rates.adam_learning_rate
-            loss = distance_from(2.5 * beside)(rates.learning_rate)
-            loss += 2 * distance_from(0.008)(beside)
-        if rates.learning_rate >= 0.08:
+            loss = distance_from(2.5 * beside)(rate) + 2 * distance_from(0.008)(beside)
+        if rate >= 0.08:
             loss = math.nan
-        return Run(optimizer, rates, seed, (Evaluation(0, None, loss),), 1.0, 0.1)
+        return Run("run", {}, ({"step": 0, "validation_loss": loss, "seconds": 1.0},))
 
-    monkeypatch.setattr(examples.tuning, "train", run)
-    nothing = Corpus("nothing", None, None)  # pyright: ignore[reportArgumentType]
-    return tune(nothing, SETTINGS)
+    monkeypatch.setattr(examples.tuning, "run_briefly", run)
+    return tune(None, GPTConfig(), Training(), Devices())
 
 
 def test_adamw_is_tuned_first_and_then_again_beside_each_matrix_optimizer(grid):
@@ -82,11 +79,11 @@ def test_the_record_reads_back_as_it_was_written(grid, tmp_path):
 
 
 def test_settings_other_than_the_searched_ones_are_named(grid):
-    assert grid.differing_settings(SETTINGS) == []
-    other = Settings(GPTConfig(width=256), batch=8, steps=100)
-    assert grid.differing_settings(other) == ["width=128", "steps=300"]
+    assert grid.differing_settings(GPTConfig(), Training()) == []
+    differing = grid.differing_settings(GPTConfig(width=256), Training(steps=100))
+    assert differing == ["width=128", "steps=300"]
 
 
 def test_an_optimizer_without_a_run_is_an_error_that_names_the_remedy(grid):
-    with pytest.raises(ValueError, match="--tune"):
+    with pytest.raises(BadInput, match="--tune"):
         grid.best("sgd")

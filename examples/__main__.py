@@ -1,0 +1,93 @@
+"""`python -m examples pretrain | sft | dpo | resume | sample | plot | compare`: `--help` after each."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from examples.compare import Compare, compare
+from examples.configuration import read_config
+from examples.curves import Plot, plot
+from examples.dpo import Dpo
+from examples.errors import BadInput
+from examples.launch import PHASES, Resume, launch, resume
+from examples.pretrain import Pretrain
+from examples.sampling import Sample, sample
+from examples.settings import OPTIONS
+from examples.sft import Sft
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        command = _parsed(arguments)
+        _run(command)
+    except BadInput as error:
+        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    return 0
+
+
+def _parsed(arguments: list[str]) -> Any:
+    """The command, its defaults from `--config FILE` if that is given."""
+    kinds: dict[str, Any] = {"pretrain": Pretrain, "sft": Sft, "dpo": Dpo}
+    defaults = {}
+    phase = arguments[0] if arguments else ""
+    if phase in kinds and (path := _taken(arguments, "--config")) is not None:
+        defaults[phase] = read_config(path, PHASES[phase])
+    kinds |= {"resume": Resume, "sample": Sample, "plot": Plot, "compare": Compare}
+    commands = []
+    for name, kind in kinds.items():
+        told = {"default": defaults[name]} if name in defaults else {}
+        commands.append(Annotated[kind, tyro.conf.subcommand(name, **told)])
+    union: Any = commands[0]
+    for each in commands[1:]:
+        union = union | each
+    return tyro.cli(
+        union,
+        prog="python -m examples",
+        description="Train a small GPT. A phase also takes --config FILE, as each run's folder has it.",
+        args=arguments,
+        config=OPTIONS,
+    )
+
+
+def _taken(arguments: list[str], name: str) -> Path | None:
+    """The value of an option, which is taken out of the arguments."""
+    for i, argument in enumerate(arguments):
+        if argument == name and i + 1 < len(arguments):
+            value = arguments[i + 1]
+            del arguments[i : i + 2]
+            return Path(value)
+        if argument.startswith(f"{name}="):
+            del arguments[i]
+            return Path(argument.removeprefix(f"{name}="))
+    return None
+
+
+def _run(command: Any) -> None:
+    match command:
+        case Resume():
+            resume(command, console=_console(command))
+        case Sample():
+            for text in sample(command):
+                print(text)
+        case Plot():
+            print(f"Written: {plot(command)}")
+        case Compare():
+            compare(command)
+        case _:
+            launch(command, console=_console(command))
+
+
+def _console(command: Any) -> Console:
+    """Of the first process; the others are silent."""
+    return Console(quiet=command.devices.process not in (None, 0))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""Optimizers side by side: pretraining from the same weights on the same batches, seed by seed.
+
+`make demo` is this with nothing set: about three minutes on two CPU cores. On a GPU try
+`--width 512 --depth 8 --heads 8 --context 512 --batch 64 --steps 2000 --dtype bfloat16`, with `--tune`
+first: the best learning rates change with model, batch and steps.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from examples.comparison import difference_table, grid_table, result_table
+from examples.curves import draw, write_csv
+from examples.errors import BadInput
+from examples.gpt import GPTConfig
+from examples.launch import launch
+from examples.optimizers import NAMES, OptimizerConfig
+from examples.presets import Rates
+from examples.pretrain import Pretrain
+from examples.runs import Run, new_folder, read_run
+from examples.settings import OF_THE_PROCESS, Devices, Training
+from examples.tuning import Grid, tune
+
+RATES = Path(__file__).parent / "learning_rates.json"
+COLUMNS = 100  # of the tables, also where the output is no terminal
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """Pretrain with several optimizers, and compare them in tables and a picture."""
+
+    data: Path | None = None
+    """As for pretrain."""
+    optimizers: str = "adamw,muon,normuon"
+    """Names, with commas between."""
+    seeds: int = 1
+    """Runs of each."""
+    tune: bool = False
+    """First search the learning rates and record them."""
+    rates: Path = RATES
+    """Where the learning rates are recorded."""
+    output: Path | None = None
+    """Folder of tables, picture and runs, which must be new. None: the next free one of examples/out."""
+    model: GPTConfig = dataclasses.field(default_factory=GPTConfig)
+    training: Training = dataclasses.field(
+        default_factory=lambda: Training(checkpoint_every=10**9, samples=0)
+    )
+    devices: Devices = dataclasses.field(default_factory=Devices, metadata=OF_THE_PROCESS)
+
+
+def compare(config: Compare) -> Path:
+    """Trains, prints and writes; returns the folder.
+
+    Raises:
+      BadInput: an unknown optimizer, no recorded rates, or as `launch`.
+    """
+    names = _names(config.optimizers)
+    first = config.devices.process in (None, 0)
+    console = Console(record=True, quiet=not first)
+    console.width = max(console.width, COLUMNS)
+    grid = _grid(config, console)
+    told = {name: _told(config, name, grid.best(name)) for name in names}
+    folder = new_folder(config.output, "compare")
+    console.print(f"{', '.join(names)}, {config.seeds} seed(s) each, into {folder}", soft_wrap=True)
+    runs = []
+    for seed in range(config.seeds):
+        for name in names:
+            training = dataclasses.replace(config.training, seed=seed)
+            output = folder / f"{name}-{seed}"
+            run = dataclasses.replace(told[name], training=training, output=output)
+            runs.append(read_run(launch(run, console=_bar_alone(first))))
+    console.print(result_table(runs))
+    if len(names) > 1:
+        console.print(difference_table(runs))
+    if first:
+        _write(folder, console, runs)
+    return folder
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in NAMES:
+            raise BadInput(f"--optimizers: {name!r} is none of {', '.join(NAMES)}.")
+    return list(dict.fromkeys(names))
+
+
+def _told(config: Compare, name: str, rates: Rates) -> Pretrain:
+    return Pretrain(
+        data=config.data,
+        model=config.model,
+        optimizer=OptimizerConfig(name, **dataclasses.asdict(rates)),
+        training=config.training,
+        devices=config.devices,
+    )
+
+
+def _grid(config: Compare, console: Console) -> Grid:
+    if config.tune:
+        grid = tune(config.data, config.model, config.training, config.devices)
+        grid.write(config.rates)
+        console.print(grid_table(grid))
+        return grid
+    if not config.rates.exists():
+        raise BadInput(f"no learning rates are recorded in {config.rates}: add --tune.")
+    grid = Grid.read(config.rates)
+    if differing := grid.differing_settings(config.model, config.training):
+        console.print(
+            f"Note: the learning rates of {config.rates.name} were searched with"
+            f" {', '.join(differing)}; --tune searches them for this run's settings."
+        )
+    return grid
+
+
+def _bar_alone(first: bool) -> Console:
+    """A terminal shows each run's progress; elsewhere only the tables are printed."""
+    console = Console(stderr=True)
+    console.quiet = not (first and console.is_terminal)
+    return console
+
+
+def _write(folder: Path, console: Console, runs: Sequence[Run]) -> None:
+    (folder / "table.txt").write_text(console.export_text())
+    write_csv(runs, folder / "validation.csv")
+    draw(runs, folder / "validation.png", title="Byte-level GPT")
+    console.print(
+        f"Written: table.txt, validation.csv and validation.png in {folder}", soft_wrap=True
+    )

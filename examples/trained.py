@@ -1,0 +1,61 @@
+"""A finished run as a model: to fine-tune, to compare with, to sample from."""
+
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from examples.checkpoints import Checkpoints
+from examples.configuration import read_table
+from examples.errors import BadInput
+from examples.gpt import GPTConfig
+from examples.step import abstract_parameters
+from examples.tokens import Tokens, load_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A model and what it was trained on. `phase` is pretrain, sft or dpo; `tokenizer` its file."""
+
+    phase: str
+    model: GPTConfig
+    tokenizer: Path | None
+    params: Any
+
+    @property
+    def tokens(self) -> Tokens:
+        return load_tokens(self.tokenizer)
+
+
+def load_trained(folder: Path, *, mesh: Mesh | None = None) -> Trained:
+    """The weights of a run's last checkpoint.
+
+    Raises:
+      BadInput: the folder is no run's, or has no complete checkpoint.
+    """
+    phase, model, tokenizer = load_description(folder)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    try:
+        if checkpoints.latest() is None:
+            raise BadInput(f"{folder} has no complete checkpoint yet.")
+        params = checkpoints.restore_params(abstract_parameters(model, mesh))
+    finally:
+        checkpoints.close()
+    return Trained(phase, model, tokenizer, params)
+
+
+def load_description(folder: Path) -> tuple[str, GPTConfig, Path | None]:
+    """Phase, model and tokenizer of a run, without its weights.
+
+    Raises:
+      BadInput: the folder is no run's.
+    """
+    path = folder / "config.toml"
+    if not path.is_file():
+        raise BadInput(f"{folder} is no run's folder: it has no config.toml.")
+    settings = tomllib.loads(path.read_text())
+    tokenizer = settings.get("tokenizer")
+    model = read_table(GPTConfig(), settings["model"], f"{path}: model.")
+    return settings["phase"], model, None if tokenizer is None else Path(tokenizer)
