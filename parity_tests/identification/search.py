@@ -27,14 +27,18 @@ KEPT = 10
 
 @dataclass(frozen=True)
 class Found:
-    """The best fit of all, and the way the weights lie for it."""
+    """A fit, and the way the weights lie for it."""
 
     fit: Fit
     in_out: bool
 
 
-def search(matrices: Sequence[Observed]) -> Found:
-    """The best recipe for matrices that are read as (out, in)."""
+def search(matrices: Sequence[Observed]) -> list[Found]:
+    """The best recipe for matrices that are read as (out, in).
+
+    Both ways of lying where both fit: a recipe whose stages have no side tells them not apart, and one
+    whose scale has none may have its statistic on either.
+    """
     first = _representative(matrices)
     candidates = _direction_of_first_step(first)
     candidates = _momentum_and_beta2(first, candidates)
@@ -268,7 +272,7 @@ def _sides(matrices: Sequence[Observed], candidates: Sequence[_Candidate]) -> li
     return [c for c in _best(tried, 4 * KEPT) if c.gap <= max(2 * lowest, 1e-8)][: 2 * KEPT]
 
 
-def _scale_and_decay(matrices: Sequence[Observed], candidates: Sequence[_Candidate]) -> Found:
+def _scale_and_decay(matrices: Sequence[Observed], candidates: Sequence[_Candidate]) -> list[Found]:
     scaled = []
     for candidate in candidates:
         for recipe in _scalings(candidate.recipe):
@@ -276,15 +280,11 @@ def _scale_and_decay(matrices: Sequence[Observed], candidates: Sequence[_Candida
             gap = max(direction_gap(recipe, matrix, free=False) for matrix in laid)
             scaled.append(_Candidate(recipe, candidate.in_out, gap))
     best = _fitted(matrices, scaled, free_rate=False)
-    if best.fit.difference <= 1e-6:
+    if best[0].fit.difference <= 1e-6:
         return best
     # No shape rule alone explains the sizes: perhaps one with a factor does.
-    factors = []
-    for candidate in scaled:
-        plain = [candidate.recipe]
-        factors += [_Candidate(r, candidate.in_out, candidate.gap) for r in plain]
-    other = _fitted(matrices, factors, free_rate=True)
-    return other if other.fit.difference < 0.7 * best.fit.difference else best
+    other = _fitted(matrices, scaled, free_rate=True)
+    return other if other[0].fit.difference < 0.7 * best[0].fit.difference else best
 
 
 def _scalings(recipe: Recipe) -> Iterable[Recipe]:
@@ -296,7 +296,7 @@ def _scalings(recipe: Recipe) -> Iterable[Recipe]:
                 yield replace(further, neuron_norm=norm, shape_scale=rule)
 
 
-def _fitted(matrices, candidates: Sequence[_Candidate], *, free_rate: bool) -> Found:
+def _fitted(matrices, candidates: Sequence[_Candidate], *, free_rate: bool) -> list[Found]:
     """Place and power of the decay, from all steps with one weight decay."""
     lowest = min(c.gap for c in candidates)
     near = candidates
@@ -309,4 +309,7 @@ def _fitted(matrices, candidates: Sequence[_Candidate], *, free_rate: bool) -> F
             if decay.cautious == recipe.decay.cautious:
                 found = fit(replace(recipe, decay=decay), laid, free_rate=free_rate)
                 fits.append(Found(found, in_out))
-    return min(fits, key=lambda found: max(found.fit.difference, ROUNDING))
+    fits.sort(key=lambda found: max(found.fit.difference, ROUNDING))
+    bound = max(1.5 * fits[0].fit.difference, ROUNDING)
+    other = [f for f in fits if f.in_out != fits[0].in_out and f.fit.difference <= bound]
+    return [fits[0], *other[:1]]
