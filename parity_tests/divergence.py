@@ -7,7 +7,7 @@ import numpy as np
 
 from parity_tests.compare import infinity_distance
 from parity_tests.identification.identify import Identification, identify
-from parity_tests.identification.naming import PARTS
+from parity_tests.identification.naming import PARTS, shown
 from parity_tests.traces import read_file
 
 
@@ -77,7 +77,7 @@ def _stage(one: Identification, other: Identification) -> str:
     """The first stage in which two recipes differ, in the order of a step."""
     for part in PARTS:
         if part.of(one.recipe) != part.of(other.recipe):
-            return f"{part.name}: {part.of(one.recipe)!r} and {part.of(other.recipe)!r}"
+            return f"{part.name}: {shown(part.of(one.recipe))} and {shown(part.of(other.recipe))}"
     for name in ("weight_decay", "lr_mul"):
         mine, theirs = one.keywords.get(name, 1.0), other.keywords.get(name, 1.0)
         if not np.isclose(mine, theirs, rtol=1e-6):

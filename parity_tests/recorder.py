@@ -110,7 +110,7 @@ def _first(value: Any) -> float:
 
 def _copy(value: Any) -> np.ndarray:
     if hasattr(value, "detach"):
-        value = value.detach().cpu().double()
+        value = value.detach().cpu().double().numpy()
     return np.array(value, np.float64)
 
 

@@ -62,9 +62,9 @@ def draw(random: np.random.Generator) -> Draw:
         if any(costs[rival] <= costs[name] for rival in rivals):
             continue
         in_out = bool(random.random() < 0.5)
-        trace = _trace(random, recipe, in_out)
-        if _distance(_made(trace, RECIPES[name]), _made(trace, recipe)) >= VISIBLE:
-            return Draw(name, stage, recipe, in_out, _made(trace, recipe))
+        trace = start(random, recipe, in_out)
+        if _distance(made_by(trace, RECIPES[name]), made_by(trace, recipe)) >= VISIBLE:
+            return Draw(name, stage, recipe, in_out, made_by(trace, recipe))
 
 
 def _cost(recipe: Recipe, name: str) -> int:
@@ -131,7 +131,7 @@ def _other_lengths(coefficients) -> list[dict[str, Any]]:
     return result
 
 
-def _trace(random: np.random.Generator, recipe: Recipe, in_out: bool) -> Trace:
+def start(random: np.random.Generator, recipe: Recipe, in_out: bool) -> Trace:
     """Weights, gradients with rows and columns of unequal size, rates and momenta that change."""
     layout = MatrixLayout(-2, -1) if in_out else MatrixLayout(-1, -2)
     weights = []
@@ -162,7 +162,7 @@ def _trace(random: np.random.Generator, recipe: Recipe, in_out: bool) -> Trace:
     )
 
 
-def _made(trace: Trace, recipe: Recipe) -> Trace:
+def made_by(trace: Trace, recipe: Recipe) -> Trace:
     weights = tuple(replace(weight, recipe=recipe) for weight in trace.weights)
     trajectories = run_torch(replace(trace, weights=weights))
     made = tuple(replace(w, params=trajectories[w.name].params) for w in weights)
@@ -192,8 +192,12 @@ def is_right(drawn: Draw, found: Identification) -> bool:
     """Recipe, stage and value; recipes with the same records are one."""
     names = (found.name, *found.also)
     stages = [change.stage for change in found.changes]
-    (change,) = changes_of(drawn.recipe, drawn.name)
-    return drawn.name in names and stages == [drawn.stage] and found.changes[0].found == change.found
+    asked = changes_of(drawn.recipe, drawn.name)
+    return (
+        drawn.name in names
+        and stages == [drawn.stage]
+        and [change.found for change in found.changes] == [change.found for change in asked]
+    )
 
 
 def attempts(seed: int, count: int) -> Iterator[tuple[Draw, Identification]]:

@@ -79,10 +79,11 @@ class Change:
     cost: int
 
     def __str__(self) -> str:
-        return f"{self.stage}: {_shown(self.published)} -> {_shown(self.found)}"
+        return f"{self.stage}: {shown(self.published)} -> {shown(self.found)}"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A part's values as text, polynomials by their names."""
     if not isinstance(value, tuple):
         return repr(value)
     known = published.polynomials()

@@ -138,14 +138,19 @@ ROUNDING = 2e-11
 
 
 def direction_gap(
-    recipe: Recipe, matrix: Observed, *, free: bool = True, whole: bool = False
+    recipe: Recipe,
+    matrix: Observed,
+    *,
+    free: bool = True,
+    predicted: np.ndarray | None = None,
 ) -> float:
     """|predicted - seen| / |seen|, Frobenius norms, where every step may choose its own scale and decay.
 
     Neither the shape scale nor place and power of the decay matter then, nor a norm that is set. With
-    `free=False` every step chooses its decay alone. `whole`: the largest of the steps, not their mean.
+    `free=False` every step chooses its decay alone. `predicted`: the updates without decay, if known.
     """
-    predicted = matrix.predict(recipe, 0.0)
+    if predicted is None:
+        predicted = matrix.predict(recipe, 0.0)
     if not np.isfinite(predicted).all():
         return np.inf
     params, seen = matrix.params[:-1], matrix.updates
@@ -168,8 +173,7 @@ def direction_gap(
         rest = rest - (dot(rest, x) / xx)[:, None, None] * x
     size = np.sqrt(dot(seen, seen))
     size[size == 0] = np.inf
-    gaps = np.sqrt(dot(rest, rest)) / size
-    return float(gaps.max() if whole else gaps.mean())
+    return float(np.mean(np.sqrt(dot(rest, rest)) / size))
 
 
 def _one_column(y, x) -> float:

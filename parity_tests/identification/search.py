@@ -109,12 +109,13 @@ def _direction_of_first_step(matrix: Observed) -> list[_Candidate]:
                 )
                 for base, in_out in bases:
                     for recipe in published.polar_variants(replace(base, polar=polar)):
+                        laid = _on(matrix, in_out)
+                        predicted = laid.predict(recipe, 0.0)
                         for cautious in (False, True):
-                            yield _tried(
-                                replace(recipe, decay=replace(recipe.decay, cautious=cautious)),
-                                matrix,
-                                in_out,
-                            )
+                            decay = replace(recipe.decay, cautious=cautious)
+                            tried = replace(recipe, decay=decay)
+                            gap = direction_gap(tried, laid, predicted=predicted)
+                            yield _Candidate(tried, in_out, gap)
 
     found = _best(trials(published.NORM_SCALES, published.polynomials(), bases), 3 * KEPT)
     if found[0].gap > 1e-3:
@@ -162,7 +163,7 @@ def _numbers(matrix: Observed, candidates: Sequence[_Candidate]) -> list[_Candid
     if lowest <= _CLOSED:
         return _best(result, KEPT)
     between = []
-    for candidate in _best(result, 4):
+    for candidate in _best(result, 2):
         for _ in range(2):
             candidate = _best_eps(matrix, _best_beta2(matrix, candidate))
         between.append(_published_numbers(matrix, _best_beta2(matrix, candidate)))
@@ -179,17 +180,17 @@ def _published_numbers(matrix: Observed, candidate: _Candidate) -> _Candidate:
     if recipe.neuron_norm is not None:
         beta2 = _best_beta2(matrix, candidate).recipe.neuron_norm.beta2  # type: ignore[union-attr]
         values = dict.fromkeys(round(beta2, digits) for digits in (2, 3, 4))
-        epses = dict.fromkeys((n.eps, n.eps_rule) for n in published.NEURON_NORMS if n is not None)
+        floors = dict.fromkeys((n.eps, n.eps_rule) for n in published.NEURON_NORMS if n is not None)
         norms = [
             replace(recipe.neuron_norm, beta2=value, eps=eps, eps_rule=rule)
             for value in values
             if value < 1
-            for eps, rule in epses
+            for eps, rule in floors
         ]
-    own = (recipe.polar.eps, recipe.polar.eps_rule)
-    tried = [candidate]
+    own, tried = recipe.polar, [candidate]
+    epses = [*published.EPSES, *((float(f"{own.eps:.{n}e}"), own.eps_rule) for n in (0, 1, 2, 9))]
     for norm in norms:
-        for eps, rule in dict.fromkeys([*published.EPSES, own]):
+        for eps, rule in dict.fromkeys(epses):
             polar = replace(recipe.polar, eps=eps, eps_rule=rule)
             changed = replace(recipe, neuron_norm=norm, polar=polar)
             tried.append(_tried(changed, matrix, candidate.in_out))
@@ -243,7 +244,7 @@ def _lowest(function: Callable[[float], float], lower: float, upper: float) -> f
     ratio = (5**0.5 - 1) / 2
     left, right = upper - ratio * (upper - lower), lower + ratio * (upper - lower)
     at_left, at_right = function(left), function(right)
-    for _ in range(42):
+    for _ in range(30):
         if at_left <= at_right:
             upper, right, at_right = right, left, at_left
             left = upper - ratio * (upper - lower)
