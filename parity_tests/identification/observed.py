@@ -173,7 +173,7 @@ def direction_gap(
         rest = rest - (dot(rest, x) / xx)[:, None, None] * x
     size = np.sqrt(dot(seen, seen))
     size[size == 0] = np.inf
-    return float(np.mean(np.sqrt(dot(rest, rest)) / size))
+    return float(np.sum(np.sqrt(dot(rest, rest)) / size) / len(size))
 
 
 def _one_column(y, x) -> float:

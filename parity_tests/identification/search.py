@@ -40,8 +40,8 @@ def search(matrices: Sequence[Observed]) -> list[Found]:
     whose scale has none may have its statistic on either.
     """
     first = _representative(matrices)
-    candidates = _direction_of_first_step(first)
-    candidates = _momentum_and_beta2(first, candidates)
+    candidates = _near(_direction_of_first_step(first))
+    candidates = _near(_momentum_and_beta2(first, candidates))
     candidates = _numbers(first, candidates)
     few = _few(matrices)
     sides = _sides(few, candidates)
@@ -61,6 +61,11 @@ def _on(matrix: Observed, in_out: bool) -> Observed:
 
 def _best(candidates: Iterable[_Candidate], kept: int) -> list[_Candidate]:
     return sorted(candidates, key=lambda candidate: candidate.gap)[:kept]
+
+
+def _near(candidates: list[_Candidate]) -> list[_Candidate]:
+    """Those that the best one does not rule out: what eps and beta2 leave of a gap is below 1e-3."""
+    return [c for c in candidates if c.gap <= 20 * max(candidates[0].gap, 1e-4)]
 
 
 def _representative(matrices: Sequence[Observed]) -> Observed:
@@ -157,8 +162,7 @@ def _numbers(matrix: Observed, candidates: Sequence[_Candidate]) -> list[_Candid
     Published values first, all together, for each leaves a gap that hides the others' errors; numbers
     between them only where those leave a gap.
     """
-    near = [c for c in candidates if c.gap <= 20 * max(candidates[0].gap, 1e-4)]
-    result = [_published_numbers(matrix, candidate) for candidate in near]
+    result = [_published_numbers(matrix, candidate) for candidate in candidates]
     lowest = min(candidate.gap for candidate in result)
     if lowest <= _CLOSED:
         return _best(result, KEPT)
