@@ -47,7 +47,9 @@ def first_divergence(first: Path, second: Path, *, bound: float = 1e-9) -> Diver
     for name in names:
         shapes = [tuple(m["weights"][name]["shape"]) for m in (meta, other_meta)]
         if shapes[0] != shapes[1]:
-            raise ValueError(f"{name!r} is {shapes[0]} in the one trace and {shapes[1]} in the other.")
+            raise ValueError(
+                f"{name!r} is {shapes[0]} in the one trace and {shapes[1]} in the other."
+            )
 
     def apart(key: str) -> float:
         return infinity_distance(other[key], one[key])
@@ -66,7 +68,9 @@ def first_divergence(first: Path, second: Path, *, bound: float = 1e-9) -> Diver
                 if apart(key) > bound:
                     return Divergence(step, name, what, apart(key))
         for name in names if step else ():
-            mine, theirs = (a[f"param/{name}/{step}"] - a[f"param/{name}/{step - 1}"] for a in (one, other))
+            mine, theirs = (
+                a[f"param/{name}/{step}"] - a[f"param/{name}/{step - 1}"] for a in (one, other)
+            )
             difference = infinity_distance(theirs, mine)
             if difference > bound:
                 return Divergence(step, name, _stage(identify(first), identify(second)), difference)
@@ -82,4 +86,5 @@ def _stage(one: Identification, other: Identification) -> str:
         mine, theirs = one.keywords.get(name, 1.0), other.keywords.get(name, 1.0)
         if not np.isclose(mine, theirs, rtol=1e-6):
             return f"{name.replace('_', ' ')}: {mine!r} and {theirs!r}"
-    return f"no published stage ({one.name} to {one.difference:.1g}, {other.name} to {other.difference:.1g})"
+    near = (f"{found.name} to {found.difference:.1g}" for found in (one, other))
+    return f"no published stage ({' and '.join(near)})"

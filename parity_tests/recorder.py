@@ -61,8 +61,8 @@ class Recorder:
         self._steps += 1
         self._write("param", params)
         self._write("grad", grads)
-        self._arrays[f"lr/{self._steps}"] = np.float64(lr)
-        self._arrays[f"mu/{self._steps}"] = np.float64(mu)
+        self._arrays[f"lr/{self._steps}"] = np.array(float(lr))
+        self._arrays[f"mu/{self._steps}"] = np.array(float(mu))
 
     def add_torch(
         self, optimizer: Any, *, grads: Mapping[str, Any] | None = None, mu: float | None = None
@@ -80,7 +80,9 @@ class Recorder:
         if mu is None:
             mu = next((_first(group[name]) for name in _MOMENTA if name in group), None)
         if mu is None:
-            raise ValueError(f"no momentum among {sorted(group)}; give it: add_torch(optimizer, mu=).")
+            raise ValueError(
+                f"no momentum among {sorted(group)}; give it: add_torch(optimizer, mu=)."
+            )
         if grads is None:
             grads = {name: param.grad for name, param in self._params.items()}
         self.add(self._params, grads, lr=float(group["lr"]), mu=mu)
@@ -146,7 +148,9 @@ def in_float64() -> Iterator[None]:
 
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    patches = [mock.patch.object(torch.Tensor, name, copied) for name in ("bfloat16", "half", "float")]
+    patches = [
+        mock.patch.object(torch.Tensor, name, copied) for name in ("bfloat16", "half", "float")
+    ]
     patches += [
         mock.patch.object(torch.Tensor, "to", to_float64),
         mock.patch.object(torch, "zeros_like", zeros_in_float64),

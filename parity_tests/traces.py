@@ -91,7 +91,12 @@ def read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def read_as(
-    dialect: str, settings: Settings, arrays: dict[str, np.ndarray], meta: dict[str, Any], *, name: str
+    dialect: str,
+    settings: Settings,
+    arrays: dict[str, np.ndarray],
+    meta: dict[str, Any],
+    *,
+    name: str,
 ) -> Trace:
     """The trace as one of a dialect: its labels and shapes are what they are there.
 

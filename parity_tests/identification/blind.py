@@ -1,7 +1,7 @@
 """How often `identify` is right: traces of published recipes with one stage changed, names removed.
 
-`python -m parity_tests.identification.blind SEED` draws a recipe, one of its stages and another published
-value of that stage, and lets the PyTorch package make the trace, where `identify` has only the oracle.
+`python -m parity_tests.identification.blind SEED` draws a recipe, one of its stages and another
+published value of that stage, and lets the PyTorch package make the trace, where `identify` has only the oracle.
 Right means the recipe's name, that stage and no other, and its value.
 
 A draw that asks for the impossible is drawn again: a change that the trace does not show, or one after
@@ -56,7 +56,11 @@ def draw(random: np.random.Generator) -> Draw:
             continue
         stage, recipe = changed
         costs = {other: _cost(recipe, other) for other in RECIPES}
-        rivals = [o for o in RECIPES if replace(RECIPES[o], source="") != replace(RECIPES[name], source="")]
+        rivals = [
+            o
+            for o in RECIPES
+            if replace(RECIPES[o], source="") != replace(RECIPES[name], source="")
+        ]
         if [change.stage for change in changes_of(recipe, name)] != [stage]:
             continue
         if any(costs[rival] <= costs[name] for rival in rivals):
@@ -157,7 +161,7 @@ def start(random: np.random.Generator, recipe: Recipe, in_out: bool) -> Trace:
         name="blind",
         weights=tuple(weights),
         lr=random.choice([0.003, 0.01, 0.02]) * random.uniform(0.3, 1.7, STEPS),
-        mu=np.linspace(*random.uniform(0.8, 0.97, 2), STEPS),
+        mu=np.linspace(random.uniform(0.8, 0.97), random.uniform(0.8, 0.97), STEPS),
         weight_decay=float(random.choice([0.03, 0.1, 0.25, 1.2])),
     )
 
@@ -224,7 +228,9 @@ def main(
         said = "; ".join(str(change) for change in found.changes)
         console.print(f"{'right' if good else 'WRONG'}  {drawn.name}, {change}", highlight=False)
         if not good:
-            console.print(f"       said {found.name}, {said}, {found.difference:.1g}", highlight=False)
+            console.print(
+                f"       said {found.name}, {said}, {found.difference:.1g}", highlight=False
+            )
     console.print(f"{right} of {count} are named rightly")
 
 

@@ -1,6 +1,5 @@
 """Which published recipe made a trace: the search, then the name, then a replay of the whole trace."""
 
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ class Identification:
     """What a trace is.
 
     Attributes:
-      name: the published recipe. also: others that would say the same of this trace.
+      name: the published recipe. also: others as near, with changes of their own if it has any.
       recipe: the records that reproduce it. keywords: the call that makes them.
       changes: the stages in which it differs from the published recipe, in the order of a step.
       in_out: whether the weights lie (in, out).
@@ -56,7 +55,7 @@ class Identification:
         kind = "rounding" if self.exact else "more than rounding"
         lines.append(f"  difference  {self.difference:.2g} of the update, {kind}")
         if self.also:
-            lines.append(f"  the same    {', '.join(self.also)}")
+            lines.append(f"  as near     {', '.join(self.also)}")
         return "\n".join(lines)
 
 
@@ -70,7 +69,11 @@ def identify(path: Path) -> Identification:
     """
     arrays, meta = read_file(path)
     matrices = _matrices(arrays, meta)
-    read = [_Reading(near, found.in_out) for found in search(matrices) for near in _named(found, matrices)]
+    read = [
+        _Reading(near, found.in_out)
+        for found in search(matrices)
+        for near in _named(found, matrices)
+    ]
     replays = [(reading, _replay(reading, arrays, meta)) for reading in read]
     lowest = min(replay.difference for _, replay in replays)
     if lowest == np.inf:

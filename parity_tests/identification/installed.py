@@ -36,7 +36,11 @@ OPTIMIZERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "timm, nesterov": ("timm.optim", "Muon", {"momentum": 0.95, "nesterov": True}),
     "pytorch_optimizer": ("pytorch_optimizer", "Muon", {"momentum": 0.95, "use_muon": True}),
     "heavyball": ("heavyball", "Muon", {"betas": (0.95, 0.99)}),
-    "emerging-optimizers": ("emerging_optimizers.orthogonalized_optimizers", "Muon", {"momentum": 0.95}),
+    "emerging-optimizers": (
+        "emerging_optimizers.orthogonalized_optimizers",
+        "Muon",
+        {"momentum": 0.95},
+    ),
 }
 """By what is printed: module, class and options beside the learning rate and weight decay."""
 

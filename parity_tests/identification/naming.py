@@ -19,8 +19,8 @@ from parity_tests.identification.observed import ROUNDING, Fit, Observed, fit
 class Part:
     """What may change alone: a name, how to take it over from another recipe, and what a change costs.
 
-    What the published optimizers offer as keywords costs 2, another formula 4; an eps, which few of them do and nobody
-    moves, 3.
+    What the published optimizers offer as keywords costs 2, another formula 4; an eps, which few of
+    them offer and nobody moves, 3.
     """
 
     name: str
@@ -145,7 +145,9 @@ def nearest(found: Fit, matrices: Sequence[Observed]) -> list[Nearest]:
         # A whole stage before its parts: two of them may make up for each other.
         for stage in ("decay", "neuron_norm", "polar", "momentum"):
             if (getattr(recipe, stage) is None) == (getattr(known, stage) is None):
-                recipe, best = _kept(recipe, replace(recipe, **{stage: getattr(known, stage)}), best, fits)
+                recipe, best = _kept(
+                    recipe, replace(recipe, **{stage: getattr(known, stage)}), best, fits
+                )
         for part in PARTS:
             recipe, best = _kept(recipe, part.put(recipe, part.of(known)), best, fits)
         result.append(Nearest(name, changes_of(recipe, name), replace(best, recipe=recipe)))
@@ -181,9 +183,9 @@ def keywords(near: Nearest) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for change in near.changes:
         result |= _KEYWORDS.get(change.stage, lambda recipe: {})(recipe)
-    if any(change.stage == "eps" for change in near.changes):
-        if recipe.polar.eps_rule == changed.polar.eps_rule:
-            result["eps"] = recipe.polar.eps
+    of_eps = any(change.stage == "eps" for change in near.changes)
+    if of_eps and recipe.polar.eps_rule == changed.polar.eps_rule:
+        result["eps"] = recipe.polar.eps
     expressed = changed.override(**result)
     different = {
         field.name: getattr(recipe, field.name)

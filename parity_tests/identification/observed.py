@@ -7,6 +7,7 @@ and the prediction is linear in weight decay and in a factor on the learning rat
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -39,9 +40,7 @@ class Observed:
 
     def transposed(self) -> "Observed":
         """The same matrix, read as (in, out) if it was read as (out, in)."""
-        return replace(
-            self, params=self.params.swapaxes(-1, -2), grads=self.grads.swapaxes(-1, -2)
-        )
+        return replace(self, params=self.params.swapaxes(-1, -2), grads=self.grads.swapaxes(-1, -2))
 
     def until(self, steps: int) -> "Observed":
         """Its first steps alone."""
@@ -87,7 +86,7 @@ def matrices_of(weight: Weight, lr: np.ndarray, mu: np.ndarray) -> list[Observed
             wd_mul=float(wd_mul[index]),
         )
         for index in np.ndindex(batch)
-        for first, last in zip(ends[:-1], ends[1:], strict=True)
+        for first, last in pairwise(ends)
     ]
 
 
@@ -130,7 +129,9 @@ def fit(recipe: Recipe, matrices: Sequence[Observed], *, free_rate: bool = False
     with_rounded = float(np.abs(y - factor * v - rounded * x).max())
     if with_rounded <= max(1.5 * best, ROUNDING):
         decay, best = rounded, with_rounded
-    return Fit(recipe, best, decay / factor if recipe.decay.inside_scale and factor else decay, factor)
+    return Fit(
+        recipe, best, decay / factor if recipe.decay.inside_scale and factor else decay, factor
+    )
 
 
 ROUNDING = 2e-11

@@ -5,7 +5,16 @@ import itertools
 from dataclasses import fields, replace
 from typing import Any, get_args, get_type_hints
 
-from normuon_core import POLYNOMIALS, RECIPES, Coefficients, Decay, Momentum, NeuronNorm, Polar, Recipe
+from normuon_core import (
+    POLYNOMIALS,
+    RECIPES,
+    Coefficients,
+    Decay,
+    Momentum,
+    NeuronNorm,
+    Polar,
+    Recipe,
+)
 from normuon_core.neurons import NeuronAxis
 from normuon_core.polynomials import with_steps
 from normuon_core.recipes import MomentumRule, RatePower
@@ -20,7 +29,9 @@ AXES = get_args(NeuronAxis)
 SHAPE_RULES = get_args(ShapeRule)
 DECAYS = [
     Decay(cautious, inside, power)
-    for cautious, inside, power in itertools.product((False, True), (False, True), get_args(RatePower))
+    for cautious, inside, power in itertools.product(
+        (False, True), (False, True), get_args(RatePower)
+    )
 ]
 BETA2S = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999)
 STEPS = range(1, 13)

@@ -239,7 +239,9 @@ def _best_eps(matrix: Observed, candidate: _Candidate) -> _Candidate:
         centre = min(grid, key=lambda x: at(np.exp(x), rule).gap)
         value = _lowest(lambda x, rule=rule: at(np.exp(x), rule).gap, centre - 1.0, centre + 1.0)
         exact = float(np.exp(value))
-        tried += [at(float(f"{exact:.{digits}e}"), rule) for digits in (0, 1, 2)] + [at(exact, rule)]
+        tried += [at(float(f"{exact:.{digits}e}"), rule) for digits in (0, 1, 2)] + [
+            at(exact, rule)
+        ]
     return min(tried, key=lambda c: max(c.gap, ROUNDING))
 
 
