@@ -122,13 +122,19 @@ def _direction_of_first_step(matrix: Observed) -> list[_Candidate]:
                             gap = direction_gap(tried, laid, predicted=predicted)
                             yield _Candidate(tried, in_out, gap)
 
-    found = _best(trials(published.NORM_SCALES, published.polynomials(), bases), 3 * KEPT)
+    found = _with_ties(trials(published.NORM_SCALES, published.polynomials(), bases))
     if found[0].gap > 1e-3:
         # A large eps acts like a larger norm scale, of no published value.
         scales = np.geomspace(1.0, 8.0, 25)[1:]
         few = list(published.polynomials())[: len(published.POLYNOMIALS)]
         found = _best([*found, *trials(scales, few, bases)], 3 * KEPT)
     return found
+
+
+def _with_ties(candidates: Iterable[_Candidate]) -> list[_Candidate]:
+    """The best, and all that reproduce the first step: converged iterations of many lengths may."""
+    ordered = _best(candidates, 12 * KEPT)
+    return [c for i, c in enumerate(ordered) if i < 3 * KEPT or c.gap <= ROUNDING]
 
 
 def _that_turn(recipes: Sequence[Recipe], matrix: Observed) -> list[Recipe]:
