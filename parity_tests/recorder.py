@@ -127,7 +127,8 @@ def in_float64() -> Iterator[None]:
     import torch
 
     narrow = (torch.bfloat16, torch.float16, torch.float32)
-    to, zeros_like = torch.Tensor.to, torch.zeros_like
+    to: Any = torch.Tensor.to
+    zeros_like = torch.zeros_like
 
     def lifted(value):
         return torch.float64 if value in narrow else value

@@ -79,7 +79,9 @@ def record_optax(path: Path) -> None:
 
     with jax.enable_x64(True):
         random = np.random.default_rng(0)
-        params = {key: jnp.asarray(0.1 * random.standard_normal(s)) for key, s in SHAPES.items()}
+        params: Any = {
+            key: jnp.asarray(0.1 * random.standard_normal(s)) for key, s in SHAPES.items()
+        }
         tx = optax.contrib.muon(0.02, weight_decay=0.1)
         state, recorder = tx.init(params), Recorder(params)
         for _ in range(STEPS):
