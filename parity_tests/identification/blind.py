@@ -1,8 +1,8 @@
 """How often `identify` is right: traces of published recipes with one stage changed, names removed.
 
 `python -m parity_tests.identification.blind SEED` draws a recipe, one of its stages and another
-published value of that stage, and lets the PyTorch package make the trace, where `identify` has only the oracle.
-Right means the recipe's name, that stage and no other, and its value.
+published value of that stage, and lets the PyTorch package make the trace, where
+`identify` has only the oracle. Right means the recipe's name, that stage and no other, and its value.
 
 A draw that asks for the impossible is drawn again: a change that the trace does not show, or one after
 which another recipe is as near as the first.
