@@ -45,7 +45,7 @@ SFT: Presets = {
 
 # A twentieth of fine-tuning's for the matrices, a fortieth for AdamW: the loss compares sums over whole
 # answers, so small changes of every token's log-probability decide it. Higher rates bring it lower
-# still, and lose answers that were right.
+# still, and lose answers that were right (the sweep in `docs/training.md`).
 DPO: Presets = {
     "adamw": Rates(1e-4),
     "muon": Rates(5e-4, 1e-4),

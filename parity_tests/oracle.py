@@ -215,7 +215,7 @@ def step_weight(
     **rates,
 ):
     """`step` on every matrix of a weight; `lr_mul` and `wd_mul` are numbers or arrays over its batch."""
-    as_matrices, as_weight = _matrices(p.shape, layout)
+    as_matrices, as_weight = as_matrices_and_back(p.shape, layout)
     weights, gradients = as_matrices(p), as_matrices(g)
     batch_shape = weights.shape[:-2]
     lr_mul, wd_mul = np.broadcast_to(lr_mul, batch_shape), np.broadcast_to(wd_mul, batch_shape)
@@ -241,7 +241,7 @@ def step_weight(
     return as_weight(result)
 
 
-def _matrices(shape, layout: MatrixLayout):
+def as_matrices_and_back(shape, layout: MatrixLayout):
     """Functions that bring a weight to (batch..., outputs, inputs) and back."""
     rank = len(shape)
     output, reduction = (

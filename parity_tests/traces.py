@@ -9,6 +9,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -68,21 +69,47 @@ def load_trace(path: Path) -> Trace:
       ValueError: the trace's dialect is not a recipe, or its metadata say something that has no
         translation, of the optimizer or of a weight; the message names file and key.
     """
-    with np.load(path) as file:
-        arrays = {name: file[name] for name in file.files}
-    meta = json.loads(str(arrays.pop("meta")))
-    steps = range(1, meta["T"] + 1)
+    arrays, meta = read_file(path)
     try:
         settings = read_hyperparameters(meta["dialect"], meta["hyperparameters"])
-        weights = tuple(
-            _weight(name, spec, settings, meta["dialect"], arrays, meta["T"])
-            for name, spec in meta["weights"].items()
-        )
+        return read_as(meta["dialect"], settings, arrays, meta, name=Path(path).stem)
     except ValueError as error:
         raise ValueError(f"{Path(path).name}: {error}") from None
+
+
+def read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays and the metadata of a trace, `.npz` or `.safetensors`."""
+    if Path(path).suffix == ".safetensors":
+        from safetensors import safe_open  # pyright: ignore[reportMissingImports]
+
+        with safe_open(path, framework="numpy") as file:
+            meta = json.loads(file.metadata()["meta"])
+            return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+    return arrays, json.loads(str(arrays.pop("meta")))
+
+
+def read_as(
+    dialect: str,
+    settings: Settings,
+    arrays: dict[str, np.ndarray],
+    meta: dict[str, Any],
+    *,
+    name: str,
+) -> Trace:
+    """The trace as one of a dialect: its labels and shapes are what they are there.
+
+    Raises:
+      ValueError: a key or a shape of a weight has no reading there.
+    """
+    steps = range(1, meta["T"] + 1)
     return Trace(
-        name=Path(path).stem,
-        weights=weights,
+        name=name,
+        weights=tuple(
+            _weight(weight, spec, settings, dialect, arrays, meta["T"])
+            for weight, spec in meta["weights"].items()
+        ),
         lr=np.array([float(arrays[f"lr/{t}"]) for t in steps]),
         mu=np.array([float(arrays[f"mu/{t}"]) for t in steps]),
         weight_decay=settings.weight_decay,
@@ -164,7 +191,8 @@ def _multiplier(value, shape) -> float | np.ndarray:
 
 
 def _with_axis(recipe: Recipe, axis: str) -> Recipe:
-    assert recipe.neuron_norm is not None
+    if recipe.neuron_norm is None:
+        raise ValueError("an axis of the second moment for a recipe without one")
     return dataclasses.replace(
         recipe, neuron_norm=dataclasses.replace(recipe.neuron_norm, axis=axis)
     )

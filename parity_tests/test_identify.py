@@ -1,0 +1,120 @@
+"""`identify` names what made a trace, from arrays and shapes alone."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from normuon_core import RECIPES
+from parity_tests.__main__ import app
+from parity_tests.identification.blind import attempts, is_right, made_by, start, write
+from parity_tests.identification.identify import identify
+from parity_tests.traces import GOLDEN
+
+
+def nameless(stem: str, folder):
+    """A golden trace without its names, kept moments included."""
+    with np.load(GOLDEN / f"{stem}.npz") as file:
+        arrays = {key: file[key] for key in file.files if key.split("/")[0] in KEPT}
+        meta = json.loads(str(file["meta"]))
+    path = folder / "trace.npz"
+    np.savez(path, meta=json.dumps({"T": meta["T"], "weights": meta["weights"]}), **arrays)
+    return path
+
+
+KEPT = ("param", "grad", "lr", "mu")
+
+
+def made(recipe, path, *, in_out=False, weight_decay=0.1):
+    random = np.random.default_rng(7)
+    trace = replace(start(random, recipe, in_out), weight_decay=weight_decay)
+    write(made_by(trace, recipe), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("stem", "in_out", "expected"),
+    [
+        ("moonlight__a__sched", False, {"recipe": "moonlight", "weight_decay": 0.1}),
+        ("optax_muon__a__sched", True, {"recipe": "optax_muon", "weight_decay": 0.1}),
+        ("muon_2024_10__a__sched", False, {"recipe": "muon_2024_10", "weight_decay": 0.0}),
+        ("normuon_2025_11__a__sched", False, {"recipe": "normuon_2025_11", "weight_decay": 1.2}),
+    ],
+)
+def test_an_original_is_named_without_its_names(stem, in_out, expected, tmp_path):
+    found = identify(nameless(stem, tmp_path))
+    assert found.name == stem.split("__")[0]
+    assert found.in_out == in_out
+    assert found.keywords == expected
+    assert found.changes == ()
+    assert found.exact
+    assert found.difference < 1e-11
+
+
+def test_a_fused_projection_is_held_to_what_its_layout_allows(tmp_path):
+    found = identify(nameless("dion_normuon__a__rms_plain", tmp_path))
+    assert found.name == "dion_normuon"
+    assert found.keywords["shape_scale"] == "match_rms_adamw"
+    assert 1e-9 < found.difference < 1e-6
+    assert found.exact
+
+
+def test_numbers_between_the_published_ones_are_found(tmp_path):
+    recipe = RECIPES["normuon_official"].override(beta2=0.937, eps=3e-3)
+    found = identify(made(recipe, tmp_path / "trace.npz", weight_decay=0.037))
+    assert found.name == "normuon_official"
+    assert found.keywords == {
+        "recipe": "normuon_official",
+        "beta2": 0.937,
+        "eps": 0.003,
+        "weight_decay": 0.037,
+    }
+    assert [change.stage for change in found.changes] == ["eps", "beta2"]
+    assert found.exact
+    assert found.gap > 1e-3
+
+
+def test_a_stage_of_no_keyword_is_in_the_recipe_and_the_gap_is_its_own(tmp_path):
+    known = RECIPES["dion_muon"]
+    recipe = replace(known, decay=replace(known.decay, rate_power=2))
+    found = identify(made(recipe, tmp_path / "trace.npz", weight_decay=1.2))
+    assert str(found.changes[0]) == "decay's power: 1 -> 2"
+    assert "rate_power=2" in repr(found.keywords["recipe"])
+    assert found.recipe == recipe
+    assert found.gap > 1e4 * found.difference
+
+
+def test_a_stranger_is_near_to_something_and_not_exact(tmp_path):
+    unknown = RECIPES["muon_keller"].override(coefficients=((3.1, -4.0, 1.7),) * 5)
+    found = identify(made(unknown, tmp_path / "trace.npz"))
+    assert not found.exact
+    assert found.difference > 1e-3
+    assert "more than rounding" in str(found)
+
+
+def test_a_blind_trial_is_named_rightly_and_another_answer_is_wrong():
+    ((drawn, found),) = attempts(seed=1, count=1)
+    assert is_right(drawn, found), (drawn.name, drawn.stage, str(found))
+    assert not is_right(replace(drawn, name="simple_muon"), found)
+    assert not is_right(drawn, replace(found, changes=()))
+
+
+def test_the_first_line_printed_is_the_name(tmp_path):
+    result = CliRunner().invoke(app, ["identify", str(nameless("muon_keller__a__sched", tmp_path))])
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines()[0] == "muon_keller"
+
+
+def test_a_part_of_the_weights_decides_between_equal_records(tmp_path):
+    """2025-11 and 2025-12 differ in how attention is stored; without it they are one."""
+    path = nameless("normuon_2025_12__a__sched", tmp_path)
+    assert identify(path).also == ()
+    with np.load(path) as file:
+        arrays = {key: file[key] for key in file.files if "attn" not in key}
+    meta = json.loads(str(arrays.pop("meta")))
+    del meta["weights"]["attn"]
+    np.savez(path, meta=json.dumps(meta), **arrays)
+    found = identify(path)
+    assert {found.name, *found.also} == {"normuon_2025_11", "normuon_2025_12"}
