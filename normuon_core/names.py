@@ -1,8 +1,9 @@
-"""What the names of a parameter say: its kind, the layer that owns it, and the role they suggest.
+"""What a parameter's path says of it: its kind, the layer that owns it, and the role these suggest.
 
-Names come from many hands: `layers_0/attn/q_proj/kernel` (Flax), `model.layers.0.mlp.up_proj.weight`
-(safetensors), `mlp/~/linear_0` with `w` (Haiku), `wq`, `b_up`, `norm_weight` (arrays kept by hand). Only
-the leaf's own name and its layer's decide: whatever stands further out names a model, not a leaf.
+Every library and author names parameters differently: `layers_0/attn/q_proj/kernel` (Flax),
+`model.layers.0.mlp.up_proj.weight` (safetensors), `mlp/~/linear_0` with `w` (Haiku), `wq`, `b_up`,
+`norm_weight` (arrays kept by hand). Only the leaf's own name and its layer's decide, since what stands
+further out names a model and not a leaf.
 """
 
 import re
@@ -27,7 +28,8 @@ class Role(Enum):
     GENERAL = "general linear layer"
     LINEAR = "linear layer"
     PLAIN = "plain layer"
-    """A linear layer by a name that a head may have too: `Dense_3`, `fc`, `layers/4`, `output`."""
+    """A linear layer whose name does not tell whether it is the output head: `Dense_3`, `fc`,
+    `layers/4`, `output`."""
     UNKNOWN = ""
 
 
@@ -191,12 +193,12 @@ class Name:
 
     @property
     def is_linear(self) -> bool:
-        """Whether the owner's name is one of a linear layer, a head's possible name or not."""
+        """Whether the owner's name is one of a linear layer, even if a head may have it too."""
         return self.role is Role.LINEAR or bool(set(self.owner) & _LINEAR)
 
     @property
     def is_head_like(self) -> bool:
-        """Whether a layer is called what heads are, and layers within too."""
+        """Whether the owner's name is one that heads have, and inner layers too."""
         return bool(set(self.owner) & _HEAD_LIKE)
 
     @property

@@ -18,8 +18,9 @@ Triple = tuple[float, float, float]
 Coefficients = tuple[Triple, ...]
 
 NEWTON_SCHULZ: Coefficients = ((3.4445, -4.7750, 2.0315),) * 5
-"""Keller Jordan's quintic, five times: steep at zero; it does not converge to 1 but wanders within
-[0.68, 1.14]. Source: https://kellerjordan.github.io/posts/muon and modded-nanogpt."""
+"""Keller Jordan's quintic, five times. It is steep at zero, and does not converge to 1: singular values
+that have come near it wander within [0.68, 1.14].
+Source: https://kellerjordan.github.io/posts/muon and modded-nanogpt."""
 
 POLAR_EXPRESS: Coefficients = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),

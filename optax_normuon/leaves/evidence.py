@@ -18,7 +18,13 @@ _CLEARLY_LONGER = 2
 
 
 class Leaf(NamedTuple):
-    """One leaf: what it is called, its name read, its shape without the axes of size 1 behind a bias."""
+    """One leaf of a model.
+
+    Attributes:
+      label: the path as messages show it.
+      name: what its parts say (`normuon_core.names`).
+      shape: without the trailing axes of size 1 that some libraries give a bias.
+    """
 
     label: str
     name: Name
@@ -103,7 +109,7 @@ class Neighbours:
         return None
 
     def beside(self, leaf: Leaf, names: Sequence[str]) -> Leaf | None:
-        """The leaf of the first layer called so that has the same parent as `leaf`'s layer."""
+        """A leaf like `leaf` in a layer beside its own: the first of `names` under the same parent."""
         place = leaf.name.owner_place
         for name in names:
             found = self._by_path.get((*leaf.parts[:place], name, *leaf.parts[place + 1 :]))
@@ -155,7 +161,8 @@ class Neighbours:
         return tuple(fitting) or self._unknown(leaf)
 
     def _unknown(self, leaf: Leaf) -> tuple[tuple[int, ...], ...]:
-        """Without a normalization to tell: what linear layers that are stacked together agree on."""
+        """The choices where no normalization settles them: linear layers that are stacked together have
+        one axis of the same size. Without such layers every axis may count."""
         choices = ((), (0,), (1,))
         if len(leaf.shape) < 3:
             return choices
@@ -203,7 +210,11 @@ class Neighbours:
     # Which way matrices are stored
 
     def stored_out_in(self, leaf: Leaf) -> bool:
-        """Whether matrices of a leaf's kind are stored (out, in): as biases show, else by the name."""
+        """Whether matrices of a leaf's kind are stored (out, in).
+
+        A bias has as many entries as its layer has outputs, and shows which axis they are; where no
+        layer of the kind has one, the name of the kind decides.
+        """
         return self._conventions.get(leaf.name.kind, leaf.name.stored_out_in)
 
     @cached_property
@@ -226,7 +237,8 @@ class Neighbours:
         return self._repeated[leaf.pattern, leaf.shape] > 1
 
     def is_outermost(self, leaf: Leaf) -> bool:
-        """Whether a leaf's layer is one of the model's own, or the model is that list of layers."""
+        """Whether a leaf's layer stands in the model itself and in no block of it. A model that is a
+        list of layers counts too."""
         place = leaf.name.owner_place
         return place <= len(self.root) and not (leaf.name.is_listed and self.is_repeated(leaf))
 
@@ -282,7 +294,8 @@ class Neighbours:
         return "in parts" if any(size == times * own for own in wholes for times in fused) else ""
 
     def _is_twin(self, leaf: Leaf, other: Leaf) -> bool:
-        """Whether two leaves are one in another block, or an embedding and a head by unknown names."""
+        """Whether `other` is the same layer of another block, or may be the embedding to a head: both of
+        unknown names, one's shape the other's reversed."""
         if other.pattern == leaf.pattern and other.shape == leaf.shape:
             return True
         unknown = {leaf.name.role, other.name.role} <= {Role.UNKNOWN}

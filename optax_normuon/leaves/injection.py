@@ -43,7 +43,7 @@ STATIC_ARGS = (
 static_args=STATIC_ARGS)`. `optax_normuon.inject_hyperparams` knows them by itself."""
 
 _NO_HYPERPARAMETERS = (*STATIC_ARGS, "norm_scale", "rescale", "axis")
-"""The same of the stages, which have more of them."""
+"""All such arguments, those included that only a stage's function has."""
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -105,7 +105,7 @@ def refuse_injection_of_static_arguments(
 
 
 class _Signature(inspect.Signature):
-    """A signature whose bound static arguments are no schedules."""
+    """A signature that binds a callable static argument as one that refuses a step count."""
 
     def bind(self, *arguments: Any, **keywords: Any) -> inspect.BoundArguments:
         bound = super().bind(*arguments, **keywords)
