@@ -95,7 +95,7 @@ def test_a_stranger_is_near_to_something_and_not_exact(tmp_path):
 
 
 def test_a_blind_trial_is_named_rightly_and_another_answer_is_wrong():
-    ((drawn, found),) = attempts(seed=1, count=1)
+    ((drawn, found),) = attempts(seed=4, count=1)
     assert is_right(drawn, found), (drawn.name, drawn.stage, str(found))
     assert not is_right(replace(drawn, name="simple_muon"), found)
     assert not is_right(drawn, replace(found, changes=()))

@@ -53,8 +53,11 @@ def train(tx, mesh):
     return params, state
 
 
-@pytest.mark.parametrize("mode", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"])
-@pytest.mark.parametrize("name", MAKE)
+EXPLICITLY = [(name, AxisType.Explicit) for name in MAKE]
+AUTOMATICALLY = [(name, AxisType.Auto) for name in ("slices", "normuon_h")]
+
+
+@pytest.mark.parametrize(("name", "mode"), [*EXPLICITLY, *AUTOMATICALLY], ids=str)
 def test_a_divided_slice_or_matrix_moves_as_a_whole_one(name, mode):
     """Largest difference of parameters and radii: 3e-6 of an entry (normuon_h), else 2e-6."""
     tx = MAKE[name]()
