@@ -96,7 +96,8 @@ class Recorder:
             arrays = {name: np.asarray(array) for name, array in self._arrays.items()}
             save_file(arrays, path, metadata={"meta": meta})
         else:
-            np.savez(path, meta=meta, **self._arrays)  # type: ignore[arg-type]
+            # NumPy's stubs take every keyword to be its flag.
+            np.savez(path, meta=meta, **self._arrays)  # pyright: ignore[reportArgumentType]
 
     def _write(self, kind: str, values: Mapping[str, Any]) -> None:
         for name in self._weights:

@@ -188,7 +188,7 @@ def _published_numbers(matrix: Observed, candidate: _Candidate) -> _Candidate:
     recipe = candidate.recipe
     norms = [None]
     if recipe.neuron_norm is not None:
-        beta2 = _best_beta2(matrix, candidate).recipe.neuron_norm.beta2  # type: ignore[union-attr]
+        beta2 = _beta2(_best_beta2(matrix, candidate))
         values = dict.fromkeys(round(beta2, digits) for digits in (2, 3, 4))
         floors = dict.fromkeys((n.eps, n.eps_rule) for n in published.NEURON_NORMS if n is not None)
         norms = [
@@ -207,6 +207,13 @@ def _published_numbers(matrix: Observed, candidate: _Candidate) -> _Candidate:
     return min(tried, key=lambda c: max(c.gap, ROUNDING))
 
 
+def _beta2(candidate: _Candidate) -> float:
+    """Of a candidate that has a second moment."""
+    norm = candidate.recipe.neuron_norm
+    assert norm is not None
+    return norm.beta2
+
+
 def _best_beta2(matrix: Observed, candidate: _Candidate) -> _Candidate:
     norm = candidate.recipe.neuron_norm
     if norm is None:
@@ -220,10 +227,10 @@ def _best_beta2(matrix: Observed, candidate: _Candidate) -> _Candidate:
     if best.gap <= ROUNDING:
         return best
     # Its distance from 1 is what people choose, on a logarithmic scale.
-    centre = np.log(1 - best.recipe.neuron_norm.beta2)  # type: ignore[union-attr]
+    centre = np.log(1 - _beta2(best))
     value = _lowest(lambda x: at(1 - np.exp(min(x, 0.0))).gap, centre - 1.0, min(centre + 1.0, 0.0))
     found = at(1 - np.exp(min(value, 0.0)))
-    beta2 = found.recipe.neuron_norm.beta2  # type: ignore[union-attr]
+    beta2 = _beta2(found)
     rounded = [at(round(beta2, digits)) for digits in (2, 3, 4) if round(beta2, digits) < 1]
     # Rounded values come first: a decimal that fits as well is the one that was set.
     return min([*rounded, found, best], key=lambda c: max(c.gap, ROUNDING))

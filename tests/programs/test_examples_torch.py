@@ -10,18 +10,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from examples.errors import BadInput  # noqa: E402 - torch may be missing
-from examples.gpt import GPTConfig, apply_model, first_parameters  # noqa: E402
-from examples.launch import launch  # noqa: E402
-from examples.optimizers import OptimizerConfig  # noqa: E402
-from examples.pretrain import Pretrain  # noqa: E402
-from examples.runs import read_run  # noqa: E402
-from examples.settings import Training  # noqa: E402
-from examples.torch_gpt import GPT, state_dict_of  # noqa: E402
-from examples.torch_pretrain import pretrain  # noqa: E402
+from examples.errors import BadInput
+from examples.gpt import GPTConfig, apply_model, first_parameters
+from examples.launch import launch
+from examples.optimizers import OptimizerConfig
+from examples.pretrain import Pretrain
+from examples.runs import read_run
+from examples.settings import Training
+from examples.torch_gpt import GPT, state_dict_of
+from examples.torch_pretrain import pretrain
 
 ROOT = Path(__file__).parents[2]
 MODEL = GPTConfig(width=32, depth=2, heads=4, kv_heads=2, context=32)
