@@ -1,5 +1,7 @@
 """Tensors as NumPy arrays and back, in their own dtypes, whole where ranks hold parts of them."""
 
+from typing import TYPE_CHECKING
+
 import ml_dtypes
 import numpy as np
 import torch
@@ -7,8 +9,8 @@ import torch
 from torch_ref.leaves.dtensor import is_dtensor
 from torch_ref.leaves.dtypes import dtype_name
 
-_BITS = {torch.bfloat16: torch.int16, torch.uint16: torch.int16}
-"""Dtypes that NumPy or a collective does not take, seen as one of the same size that both take."""
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _NUMPY = {torch.bfloat16: np.dtype(ml_dtypes.bfloat16)}
 
@@ -18,35 +20,22 @@ def numpy_dtype(dtype: torch.dtype) -> np.dtype:
     return _NUMPY.get(dtype) or np.dtype(dtype_name(dtype))
 
 
-def as_array(tensor: torch.Tensor) -> np.ndarray:
+def as_array(tensor: torch.Tensor, group: "ProcessGroup | None" = None) -> np.ndarray:
     """A copy of a tensor in its own dtype.
 
     Args:
       tensor: on any device. All ranks of a DTensor's mesh must call, and each gets the whole.
+      group: in place of the mesh all of these ranks call.
     """
-    dtype = tensor.dtype
     tensor = tensor.detach()
     if is_dtensor(tensor):
-        tensor = _gathered(tensor)
-    bits = tensor.view(_BITS[dtype]) if dtype in _BITS else tensor
-    return bits.cpu().contiguous().numpy().view(numpy_dtype(dtype)).copy()
+        from torch_ref.mesh.gathering import gathered
 
-
-def _gathered(tensor: torch.Tensor) -> torch.Tensor:
-    from torch.distributed.tensor import DTensor
-
-    assert isinstance(tensor, DTensor)
-    if tensor.dtype not in _BITS:
-        return tensor.full_tensor()
-    bits = DTensor.from_local(
-        tensor.to_local().view(_BITS[tensor.dtype]),
-        tensor.device_mesh,
-        tensor.placements,
-        run_check=False,
-        shape=tensor.shape,
-        stride=tensor.stride(),
-    )
-    return bits.full_tensor().view(tensor.dtype)
+        tensor = gathered(tensor, group)
+    dtype = numpy_dtype(tensor.dtype)
+    # NumPy takes no bfloat16 from PyTorch.
+    bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+    return bits.cpu().contiguous().numpy().view(dtype).copy()
 
 
 def as_tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:

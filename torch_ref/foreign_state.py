@@ -57,9 +57,8 @@ def translated_group(saved: Group, own: Group, index: int) -> Group:
     if whose is None:
         raise ValueError(
             f"group {index}: the file has the keys {', '.join(sorted({*saved} - NOTES))}, which are"
-            " neither this optimizer's nor those of torch.optim.Muon, of Keller Jordan's or dion's Muon, or"
-            " of AdamW."
-            " Its state cannot be continued here; start with a new optimizer state."
+            " neither this optimizer's nor those of torch.optim.Muon, of Keller Jordan's or dion's Muon,"
+            " or of AdamW. Its state cannot be continued here; start with a new optimizer state."
         )
     wanted = ADAMW if whose.endswith("AdamW") else MATRIX
     if own["optimizer"] != wanted:
@@ -69,6 +68,11 @@ def translated_group(saved: Group, own: Group, index: int) -> Group:
             f" optimizer={wanted!r}."
         )
     if whose == "dion's AdamW":
+        if saved.get("cautious_wd", False) and saved["weight_decay"] != 0:
+            raise ValueError(
+                f"group {index}: the file's group of AdamW has cautious_wd=True, and AdamW's decay here"
+                " is plain; go on there, or with weight_decay=0 in both."
+            )
         betas = (saved["beta1"], saved["beta2"])
         options = {"lr": saved["lr"], "weight_decay": saved["weight_decay"]}
         return {**own, **notes, **options, "betas": betas, "eps": saved["epsilon"]}
@@ -83,9 +87,9 @@ def _dion_options(whose: str, saved: Group, own: Group, index: int) -> Group:
     """Of a group of matrices of dion's; its polynomial is in no file, and so the own group's."""
     if saved.get("split_sizes") is not None:
         raise ValueError(
-            f"group {index}: the file's group has split_sizes={saved['split_sizes']}. dion scales a block"
-            " before its second moment is taken, which therefore is another one than that of separate"
-            " weights here, and its eps stands beside it: go on there, or start with a new state."
+            f"group {index}: the file's group has split_sizes={saved['split_sizes']}. dion scales a"
+            " block before its second moment is taken, which therefore is another one than that of"
+            " separate weights here, and its eps stands beside it: go on there, or start with new state."
         )
     name = "dion_normuon" if whose == "dion's NorMuon" else "dion_muon"
     published, ours = RECIPES[name], group_recipe(own)
@@ -112,7 +116,7 @@ def _dion_options(whose: str, saved: Group, own: Group, index: int) -> Group:
         **{key: saved[key] for key in ("lr", "weight_decay", "nesterov")},
         "recipe": recipe,
         "momentum": saved["mu"],
-        **{key: None for key in ("shape_scale", "beta2", "coefficients", "steps", "eps")},
+        **dict.fromkeys(("shape_scale", "beta2", "coefficients", "steps", "eps")),
     }
 
 
@@ -245,10 +249,10 @@ def translated_state(
     dtype = working_dtype(param.dtype)
     of_dion = "algorithm" in saved
     if group["optimizer"] == MATRIX:
-        theirs = ("momentum", "variance_neuron") if of_dion else ("momentum_buffer",)
-        kept = {theirs[0]: ("momentum", group["momentum_dtype"] or dtype)}
+        buffer = "momentum" if of_dion else "momentum_buffer"
+        kept = {buffer: ("momentum", group["momentum_dtype"] or dtype)}
         if group_recipe(group).neuron_norm is not None:
-            kept[theirs[1]] = ("second_moment", dtype)
+            kept["variance_neuron"] = ("second_moment", dtype)
     else:
         theirs = ("momentum", "variance") if of_dion else ("exp_avg", "exp_avg_sq")
         moment = group.get("adam_moment_dtype") or dtype

@@ -45,12 +45,13 @@ def state_to_arrays(optimizer: NorMuon, named_parameters: NamedParameters) -> Ar
       ValueError: a parameter of the optimizer without a name.
     """
     arrays, kept, steps = {}, {}, [0]
+    group = None if optimizer._parallel is None else optimizer._parallel.group
     for each in _owned(optimizer, named_parameters):
         state, wanted = optimizer.state.get(each.param, {}), _wanted(each)
         kept[each.name] = wanted.kept
         for kind, (shape, dtype) in wanted.arrays.items():
             arrays[f"{kind}/{each.name}"] = (
-                as_array(state[kind]) if kind in state else _fresh(each, kind, shape, dtype)
+                as_array(state[kind], group) if kind in state else _fresh(each, kind, shape, dtype)
             )
         steps.append(int(state.get("step", 0)))
         arrays[f"step/{each.name}"] = np.array(steps[-1], np.int64)

@@ -36,7 +36,8 @@ def read_state_dict(groups: list[Group], saved: StateDict, defaults: Group) -> S
     """A state dict as this version would have saved it, checked against the optimizer's groups.
 
     Options that the file lacks are the group's own: it is an older version's. The files of
-    `torch.optim.Muon`, of Keller Jordan's and of dion's Muon and of AdamW are translated, see `foreign_state`.
+    `torch.optim.Muon`, of Keller Jordan's and of dion's Muon and of AdamW are translated, see
+    `foreign_state`.
 
     Args:
       groups: the optimizer's.

@@ -58,7 +58,8 @@ def derive_table(torch: Shapes, flax: Shapes) -> NameTable:
         raise ValueError(
             f"no counterpart was found in PyTorch for {', '.join(unmatched) or 'nothing'}, and in"
             f" Flax for {', '.join(left) or 'nothing'}; write their rules, as"
-            " Rule('up.weight', 'up/kernel', 'out in -> in out'), and derive the table of the others without them."
+            " Rule('up.weight', 'up/kernel', 'out in -> in out'), and derive the table of the"
+            " others without them."
         )
     return NameTable(rules)
 
