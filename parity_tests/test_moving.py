@@ -1,6 +1,7 @@
 """A run that changes the framework in its middle goes on as it would have, whichever way it goes."""
 
 import io
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ import torch
 import optax_normuon
 import torch_ref
 from normuon_core import RECIPES, MatrixLayout
-from normuon_core.moving import NameTable, Rule, derive_table
+from normuon_core.moving import NameTable, Rule
 from parity_tests.compare import infinity_distance
 from torch_ref.arrays import as_tensor
 
@@ -94,28 +95,31 @@ RECIPE_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def draw(step: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(step)
-    return {f"parameter/{name}": rng.standard_normal(shape) for name, shape in SHAPES.items()}
+FEW = ("blocks.0.up.weight", "blocks.1.up.weight", "query.weight", "norm.weight")
 
 
-def draws(dtype: str) -> list[dict[str, np.ndarray]]:
+def draws(dtype: str, names: Iterable[str] = SHAPES) -> list[dict[str, np.ndarray]]:
     """The start, and the gradients of twenty steps."""
-    return [{k: x.astype(dtype) for k, x in draw(t).items()} for t in range(2 * HALF + 1)]
+
+    def draw(step: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng(step)
+        return {f"parameter/{n}": rng.standard_normal(SHAPES[n]).astype(dtype) for n in names}
+
+    return [draw(step) for step in range(2 * HALF + 1)]
 
 
 class TorchRun:
     def __init__(self, arrays, keywords, *, device="cpu"):
         self.params = {
-            name: torch.nn.Parameter(as_tensor(arrays[f"parameter/{name}"], device))
-            for name in SHAPES
+            key.removeprefix("parameter/"): torch.nn.Parameter(as_tensor(array, device))
+            for key, array in arrays.items()
         }
         groups = [
             {"params": [param], "layout": TORCH.get(name, OUT_IN)}
             for name, param in self.params.items()
             if name not in ADAMW
         ]
-        others = [self.params[name] for name in ADAMW]
+        others = [param for name, param in self.params.items() if name in ADAMW]
         self.optimizer = torch_ref.NorMuon(
             [*groups, {"params": others, "optimizer": "adamw", "weight_decay": 0.2}],
             0.02,
@@ -228,7 +232,7 @@ def both_ways(start, steps, make_torch, make_jax):
 
 @pytest.mark.parametrize("recipe", RECIPE_SETTINGS)
 def test_ten_steps_here_and_ten_there_are_twenty_in_either(recipe, x64):
-    start, *steps = draws("float64")
+    start, *steps = draws("float64", SHAPES if recipe == "normuon" else FEW)
     keywords = {"recipe": recipe, **RECIPE_SETTINGS[recipe]}
     never, in_jax, to_jax, to_torch = both_ways(
         start,
@@ -237,6 +241,7 @@ def test_ten_steps_here_and_ten_there_are_twenty_in_either(recipe, x64):
         lambda arrays: JaxRun(arrays, {**keywords, "compute_dtype": jnp.float64}),
     )
     distances = [distance(each, never) for each in (in_jax, to_jax, to_torch)]
+    # Measured: at most 8.6e-15.
     assert max(distances) < 1e-11, distances
     kinds = {key.partition("/")[0] for key in never}
     assert ("second_moment" in kinds) == (RECIPES[recipe].neuron_norm is not None)
@@ -291,11 +296,10 @@ def assert_bits(ours, theirs):
             )
 
 
-def assert_moves_bit_for_bit(dtype, device, steps_each, keywords):
+def assert_moves_bit_for_bit(start, steps, device, keywords):
     """The matrices alone: AdamW's elementwise arithmetic is the compiler's, which may contract it."""
-    start, *steps = draws(dtype)
-    steps = steps[HALF - steps_each : HALF + steps_each]
-    remainder = dtype == "bfloat16"
+    half = len(steps) // 2
+    remainder = start["parameter/norm.weight"].dtype == jnp.bfloat16
 
     def make_torch(arrays):
         return TorchRun(arrays, {"bf16_remainder": remainder, **keywords}, device=device)
@@ -303,15 +307,15 @@ def assert_moves_bit_for_bit(dtype, device, steps_each, keywords):
     halves = {}
     first, second = make_torch(start), JaxRun(start, keywords, remainder=remainder, model=ALIKE)
     for run in (first, second):
-        run.train(steps[:steps_each])
+        run.train(steps[:half])
         halves[run] = through_a_file(run.save())
-        run.train(steps[steps_each:])
+        run.train(steps[half:])
     wanted = matrices(first.save())
     assert_bits(matrices(second.save()), wanted)
-    second.load(halves[first]).train(steps[steps_each:])
+    second.load(halves[first]).train(steps[half:])
     assert_bits(matrices(second.save()), wanted)
     third = make_torch(start).load(halves[second])
-    third.train(steps[steps_each:])
+    third.train(steps[half:])
     assert_bits(matrices(third.save()), wanted)
 
 
@@ -319,11 +323,10 @@ def matrices(arrays):
     return {key: array for key, array in arrays.items() if key.rpartition("/")[2] not in ADAMW}
 
 
-def test_with_interpreted_kernels_a_moved_run_is_the_same_to_the_bit(interpreted, monkeypatch):
-    few = {name: SHAPES[name] for name in ("blocks.0.up.weight", "square.weight", *ADAMW)}
-    monkeypatch.setitem(globals(), "SHAPES", few)
+def test_with_interpreted_kernels_a_moved_run_is_the_same_to_the_bit(interpreted):
+    start, *steps = draws("float32", ("blocks.0.up.weight", "square.weight", "norm.weight"))
     assert_moves_bit_for_bit(
-        "float32", "cpu", 1, {"backend": "triton", "algorithm": "gram", "steps": 1}
+        start, steps[:2], "cpu", {"backend": "triton", "algorithm": "gram", "steps": 1}
     )
 
 
@@ -331,25 +334,22 @@ def test_with_interpreted_kernels_a_moved_run_is_the_same_to_the_bit(interpreted
 @pytest.mark.parametrize("recipe", ["normuon", "nanochat", "optax_muon"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_with_the_kernels_a_moved_run_is_the_same_to_the_bit(dtype, recipe):
-    assert_moves_bit_for_bit(dtype, "cuda", 10, {"recipe": recipe, "backend": "triton"})
+    start, *steps = draws(dtype)
+    assert_moves_bit_for_bit(start, steps, "cuda", {"recipe": recipe, "backend": "triton"})
 
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_the_shipped_gpts_table_is_derived_and_moves_its_logits(scan):
     from examples.gpt import GPTConfig, apply_model, first_parameters
-    from examples.torch_gpt import GPT
+    from examples.torch_gpt import GPT, load_weights, name_table
 
     config = GPTConfig(width=16, depth=2, heads=2, context=8, vocabulary=11, scan=scan)
     model, params = GPT(config), first_parameters(config, 0)
-    named = dict(model.named_parameters())
-    table = derive_table(
-        {name: param.shape for name, param in named.items()}, optax_normuon.parameter_shapes(params)
-    )
-    arrays = optax_normuon.parameters_to_arrays(params)
-    torch_ref.parameters_from_arrays(table.to_torch(arrays), named.items())
+    load_weights(model, config, params)
     tokens = np.arange(8)[None] % 11
     ours = apply_model(config, params, jnp.asarray(tokens))
     theirs = model(torch.from_numpy(tokens)).detach().numpy()
-    # Measured: 2.6e-7.
+    # Measured: 1.9e-7.
     assert infinity_distance(theirs, ours) < 2e-6
-    assert_bits(table.to_flax(torch_ref.parameters_to_arrays(named.items())), arrays)
+    arrays = torch_ref.parameters_to_arrays(model.named_parameters())
+    assert_bits(name_table(config).to_flax(arrays), optax_normuon.parameters_to_arrays(params))

@@ -26,8 +26,12 @@ _KEYWORDS = {
 
 def settings_of_recipe(recipe: Recipe) -> dict[str, Any]:
     """The settings of a recipe's matrices; a momentum that is no number is left out."""
-    fields = dataclasses.asdict(recipe)
-    del fields["source"]
+    # Not `dataclasses.asdict`, which copies values, and a traced momentum is none to be copied.
+    fields = {
+        key: vars(value) if dataclasses.is_dataclass(value) else value
+        for key, value in vars(recipe).items()
+        if key != "source"
+    }
     return {"optimizer": MATRIX} | _plain(fields)
 
 

@@ -84,6 +84,13 @@ def test_a_stack_may_be_on_any_axis_and_over_several_names():
     assert_equal_arrays(NameTable([rule]).to_torch(moved), arrays)
 
 
+def test_a_statistic_keeps_size_one_on_a_reduced_axis_that_is_several_on_the_other_side():
+    arrays = {"momentum/a.query.weight": draw(6, 4), "second_moment/a.query.weight": draw(1, 4)}
+    moved = NameTable([QUERY]).to_flax(arrays)
+    assert moved["second_moment/a/query/kernel"].shape == (4, 1, 1)
+    assert_equal_arrays(NameTable([QUERY]).to_torch(moved), arrays)
+
+
 def assert_equal_arrays(ours, theirs):
     assert ours.keys() == theirs.keys()
     for key, array in theirs.items():
