@@ -1,10 +1,10 @@
 """Looking tokens up in a table, with a gradient that is the same on every run.
 
 The gradient of a lookup adds the rows of all places of a token. On a GPU, XLA does so by atomic
-additions, in an order that differs from run to run, and in the dtype of the activations: in bfloat16 the
-sum of a frequent token stops growing. The additions to one row also wait for each other. Here the gradient
-is a product with the tokens' one-hot rows, summed in float32, which costs what one of the output head's
-three products costs.
+additions, in an order that differs from run to run, and in the dtype of the activations: in bfloat16
+the sum of a frequent token stops growing. The additions to one row also wait for each other. Here the
+gradient is a product with the tokens' one-hot rows, summed in float32, which costs what one of the
+output head's three products costs.
 """
 
 import jax
