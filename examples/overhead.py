@@ -24,7 +24,7 @@ from examples.runs import read_run
 from examples.settings import OPTIONS
 from examples.step import Setup, compiled_step, first_state, shapes_of
 
-ROUNDS = 5
+ROUNDS = 3
 
 
 def measure(config: Pretrain, *, rounds: int = ROUNDS) -> dict[str, list[float]]:
