@@ -100,9 +100,8 @@ class NameTable:
             else:
                 there = ("torch", "flax")[start]
                 raise ValueError(
-                    f"no rule fits the name {name!r}; add one, as Rule({there}={name!r}, ...), or say"
-                    " with derive_table's message what is missing. The table has"
-                    f" {[rule.ends[start].template for rule in self.rules]}."
+                    f"no rule fits the name {name!r}; add one to the table, as"
+                    f" Rule({there}={name!r}, ...). The table is {self}"
                 )
         return [(self.rules[place], filled, sources) for (place, filled), sources in found.items()]
 
