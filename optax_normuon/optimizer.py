@@ -233,7 +233,7 @@ def normuon(
             check_no_multipliers(params, views, wd_factors, "wd_mul")
         rest = "adamw" if others is None else "others"
         note_settings(
-            {
+            lambda: {
                 path: settings if path in views else adamw_settings
                 for path, _, _ in named_leaves(params)
                 if path in views or others is None

@@ -1,6 +1,6 @@
 """What the stages of a transformation know of its leaves, told to who only has the transformation."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -34,11 +34,15 @@ def note_views(views: Mapping[KeyPath, MatrixView]) -> None:
         noted.views.update(views)
 
 
-def note_settings(settings: Mapping[KeyPath, Mapping[str, Any]]) -> None:
-    """Tells `found`, if it has called this `init`, by which settings the leaves are stepped."""
+def note_settings(settings: Callable[[], Mapping[KeyPath, Mapping[str, Any]]]) -> None:
+    """Tells `found`, if it has called this `init`, by which settings the leaves are stepped.
+
+    Args:
+      settings: called only if `found` asks.
+    """
     noted = _FOUND.get()
     if noted is not None:
-        noted.settings.update(settings)
+        noted.settings.update(settings())
 
 
 def found(tx: optax.GradientTransformation, params: optax.Params) -> tuple[optax.OptState, Found]:
