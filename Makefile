@@ -10,14 +10,21 @@ WORKERS ?= logical
 VENV := .venv
 INSTALLED := $(VENV)/installed
 WITH_EXAMPLES := $(VENV)/with-examples
+# What packs a release is in no extra: it is fetched when a target needs it.
 UV_VERSION := 0.13.9
+BUILD_VERSION := 1.6.1
+MYPY_VERSION := 2.4.1
+# An environment with the wheel and what it asks for: what a user has.
+BARE := dist/installed
+# `make installed PROGRAM=in_torch` tries the other package, with the extra that it needs.
+PROGRAM ?= in_jax
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 export PIP_RETRIES ?= 10
 export PIP_DEFAULT_TIMEOUT ?= 60
 
-.PHONY: help venv test test-ordinary parity demo phases ruff lint lock clean
+.PHONY: help venv test test-ordinary parity demo phases ruff lint dist installed lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -55,6 +62,21 @@ ruff: $(INSTALLED)  ## check style
 lint: ruff  ## check style, formatting and types
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/pyright
+
+dist: $(VENV)/bin/python  ## build the wheel and the sdist into dist/
+	$(VENV)/bin/python -m pip install --quiet build==$(BUILD_VERSION)
+	rm -rf dist
+	$(VENV)/bin/python -m build --outdir dist
+
+# The program is copied, so that nothing is imported from this folder in place of the wheel.
+installed: dist $(INSTALLED)  ## install the wheel alone, run a user's program with it and check its types
+	$(VENV)/bin/python -m pip install --quiet mypy==$(MYPY_VERSION)
+	$(VENV)/bin/python -m venv $(BARE)
+	$(BARE)/bin/python -m pip install --quiet "$$(echo dist/*.whl)$(if $(filter in_torch,$(PROGRAM)),[torch])"
+	cp tests/installed/$(PROGRAM).py $(BARE)
+	cd $(BARE) && bin/python $(PROGRAM).py
+	cd $(BARE) && ../../$(VENV)/bin/pyright --pythonpath bin/python $(PROGRAM).py
+	cd $(BARE) && ../../$(VENV)/bin/mypy --strict --disable-error-code import-untyped --python-executable bin/python $(PROGRAM).py
 
 # Pins that still hold are kept; `make lock ARGS=--upgrade` moves them all.
 lock: $(VENV)/bin/python  ## rewrite requirements.lock from pyproject.toml
