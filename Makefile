@@ -10,6 +10,7 @@ WORKERS ?= logical
 VENV := .venv
 INSTALLED := $(VENV)/installed
 WITH_EXAMPLES := $(VENV)/with-examples
+WITH_DOCS := $(VENV)/with-docs
 # What packs a release is in no extra: it is fetched when a target needs it.
 UV_VERSION := 0.13.9
 BUILD_VERSION := 1.6.1
@@ -24,7 +25,7 @@ export PIP_NO_INPUT := 1
 export PIP_RETRIES ?= 10
 export PIP_DEFAULT_TIMEOUT ?= 60
 
-.PHONY: help venv test test-ordinary parity demo phases ruff lint dist installed lock clean
+.PHONY: help venv test test-ordinary parity demo phases ruff lint docs dist installed lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -62,6 +63,11 @@ ruff: $(INSTALLED)  ## check style
 lint: ruff  ## check style, formatting and types
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/pyright
+
+# Pages are read and nothing is imported, so neither JAX nor PyTorch is needed.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(WITH_DOCS)  ## build the documentation site into build/site; a broken link is an error
+	$(VENV)/bin/python -m mkdocs build --strict $(ARGS)
 
 dist: $(VENV)/bin/python  ## build the wheel and the sdist into dist/
 	$(VENV)/bin/python -m pip install --quiet build==$(BUILD_VERSION)
@@ -106,6 +112,11 @@ $(VENV)/bin/python:
 	echo "error: Python 3.11 or newer is needed; tried: $(PYTHON)." >&2; \
 	echo "Name one that is new enough: make PYTHON=/path/to/python3.12" >&2; \
 	exit 1
+
+$(WITH_DOCS): pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+	  | $(VENV)/bin/python -m pip install --requirement /dev/stdin
+	@touch $@
 
 # The lock's versions of what the examples need: neither PyTorch nor the tests' packages.
 $(WITH_EXAMPLES): requirements.lock pyproject.toml | $(VENV)/bin/python
