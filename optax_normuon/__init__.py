@@ -1,6 +1,6 @@
 """NorMuon and the Muon family of optimizers as Optax transformations."""
 
-from normuon_core import POLYNOMIALS, RECIPES, MatrixLayout, Recipe, polar_express
+from normuon_core import POLYNOMIALS, RECIPES, MatrixLayout, Recipe, __version__, polar_express
 from optax_normuon.alias import muon
 from optax_normuon.description import describe
 from optax_normuon.diagnostics import (
@@ -50,6 +50,7 @@ __all__ = [
     "MatrixStack",
     "MatrixStage",
     "Recipe",
+    "__version__",
     "add_cautious_weight_decay",
     "apply",
     "bias_corrected_momentum",

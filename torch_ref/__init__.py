@@ -1,6 +1,6 @@
 """NorMuon and the Muon family in PyTorch, the twin of `optax_normuon`: one function a stage."""
 
-from normuon_core import MatrixLayout
+from normuon_core import MatrixLayout, __version__
 from torch_ref.description import describe
 from torch_ref.diagnostics import (
     MatrixDiagnostics,
@@ -34,6 +34,7 @@ __all__ = [
     "MatrixDiagnostics",
     "MatrixLayout",
     "NorMuon",
+    "__version__",
     "adamw",
     "add_cautious_weight_decay",
     "bias_corrected_momentum",
