@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from normuon_core import RECIPES
+from normuon_core import RECIPES, Decay, Momentum
 from parity_tests.__main__ import app
 from parity_tests.identification.blind import attempts, is_right, made_by, start, write
 from parity_tests.identification.identify import identify
+from parity_tests.identification.naming import changes_of
 from parity_tests.traces import GOLDEN
 
 
@@ -118,3 +119,21 @@ def test_a_part_of_the_weights_decides_between_equal_records(tmp_path):
     np.savez(path, meta=json.dumps(meta), **arrays)
     found = identify(path)
     assert {found.name, *found.also} == {"normuon_2025_11", "normuon_2025_12"}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        # The wide matrix's second moment is on the side that its rows' equilibration is not.
+        ("nanochat", {"momentum": Momentum(nesterov=False)}),
+        # A norm that stays is not linear in the decay.
+        ("muon_h", {"decay": Decay(cautious=True, inside_scale=False)}),
+    ],
+)
+def test_a_changed_stage_beside_further_ones_is_found(name, change, tmp_path):
+    recipe = replace(RECIPES[name], **change)
+    found = identify(made(recipe, tmp_path / "trace.npz"))
+    assert found.name == name
+    assert found.changes == changes_of(recipe, name)
+    assert found.exact
+    assert found.keywords["weight_decay"] == 0.1

@@ -7,12 +7,13 @@ one, and stays there if the trace is reproduced as well.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any
 
 from normuon_core import POLYNOMIALS, RECIPES, Polar, Recipe
 from normuon_core.polynomials import with_steps
 from parity_tests.identification import published
-from parity_tests.identification.observed import ROUNDING, Fit, Observed, fit
+from parity_tests.identification.observed import ROUNDING, Fit, Observed, direction_gap, fit
 
 
 @dataclass(frozen=True)
@@ -135,23 +136,47 @@ def nearest(found: Fit, matrices: Sequence[Observed]) -> list[Nearest]:
     bound = max(1.5 * found.difference, ROUNDING)
     free = found.rate_factor != 1.0
 
+    @cache
     def fits(recipe: Recipe) -> Fit | None:
+        # One matrix, whose steps may each choose scale and decay, is enough to rule most of them out.
+        if direction_gap(recipe, matrices[0]) > 10 * matrices[0].params[0].size ** 0.5 * bound:
+            return None
         tried = fit(recipe, matrices, free_rate=free)
         return tried if tried.difference <= bound else None
 
     result = []
     for name, known in RECIPES.items():
-        best, recipe = found, replace(found.recipe, source=known.source)
+        best, recipe = found, replace(found.recipe, source="")
         # A whole stage before its parts: two of them may make up for each other.
         for stage in ("decay", "neuron_norm", "polar", "momentum"):
             if (getattr(recipe, stage) is None) == (getattr(known, stage) is None):
                 recipe, best = _kept(
                     recipe, replace(recipe, **{stage: getattr(known, stage)}), best, fits
                 )
-        for part in PARTS:
+        # Twice, for a later part may make an earlier one idle.
+        for part in (*PARTS, *PARTS):
             recipe, best = _kept(recipe, part.put(recipe, part.of(known)), best, fits)
+            if part.name == "polynomial" and part.of(recipe) != part.of(known):
+                recipe, best = _with_length(part, recipe, known, best, fits)
+        recipe = replace(recipe, source=known.source)
         result.append(Nearest(name, changes_of(recipe, name), replace(best, recipe=recipe)))
     return sorted(result, key=lambda near: (near.cost, digits(near.fit.weight_decay)))
+
+
+def _with_length(part: Part, recipe: Recipe, known: Recipe, best: Fit, fits) -> tuple[Recipe, Fit]:
+    """With the known recipe's polynomial at the shortest length that does, or with a published set.
+
+    Converged iterations of two lengths may differ by little more than rounding: the nearer one counts.
+    """
+    coefficients, *others = part.of(known)
+    for sets in (published.lengths(coefficients), POLYNOMIALS.values()):
+        changed = [part.put(recipe, (value, *others)) for value in sets]
+        found = [(one, tried) for one in changed if (tried := fits(one)) is not None]
+        lowest = min((tried.difference for _, tried in found), default=0.0)
+        for one, tried in found:
+            if tried.difference <= 3 * lowest:
+                return one, tried
+    return recipe, best
 
 
 def _kept(recipe: Recipe, changed: Recipe, best: Fit, fits) -> tuple[Recipe, Fit]:

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from normuon_core import Recipe
+from normuon_core import Hyperball, Recipe
 from parity_tests import oracle
 from parity_tests.traces import Weight
 
@@ -139,6 +139,31 @@ def matrices_of(weight: Weight, lr: np.ndarray, mu: np.ndarray) -> list[Observed
     ]
 
 
+def hyperball_of(matrices: Sequence[Observed]) -> Hyperball | None:
+    """The hyperball that the matrices are seen to stay on: each has one norm after every step."""
+    moved = [matrix for matrix in matrices if matrix.updates.any()]
+    starts, radii = [], []
+    for matrix in moved:
+        norms = np.linalg.norm(matrix.params, axis=(1, 2))
+        longest = np.linalg.norm(matrix.updates, axis=(1, 2)).max()
+        if np.ptp(norms[1:]) > _SAME_NORM * longest:
+            return None
+        starts.append(abs(norms[0] - norms[-1]) <= _SAME_NORM * longest)
+        radii.append(norms[-1])
+    if not moved:
+        return None
+    if all(starts):
+        return Hyperball()
+    if len(moved[0].updates) < 2 or np.ptp(radii) > _SAME_NORM * max(radii):
+        return None
+    return Hyperball(radius=float(f"{np.mean(radii):.9g}"))
+
+
+_SAME_NORM = 1e-3
+"""The largest change of a norm, relative to the update's, that is rounding, half precision's included. A
+step that does not keep the norm changes it by some tenths."""
+
+
 @dataclass(frozen=True)
 class Fit:
     """How near a recipe comes to what was seen, at its best.
@@ -155,32 +180,67 @@ class Fit:
 
 
 def fit(recipe: Recipe, matrices: Sequence[Observed], *, free_rate: bool = False) -> Fit:
-    """The recipe with the weight decay, and if `free_rate` the rate factor, of least squares."""
-    seen, bare, decayed = [], [], []
-    for matrix in matrices:
-        updates = matrix.updates
-        sizes = np.abs(updates).max(axis=(1, 2), keepdims=True)
-        sizes[sizes == 0] = np.inf
-        without = matrix.predict(recipe, 0.0)
-        seen.append((updates / sizes).ravel())
-        bare.append((without / sizes).ravel())
-        decayed.append(((matrix.predict(recipe, 1.0) - without) / sizes).ravel())
-    y, v, x = (np.concatenate(parts) for parts in (seen, bare, decayed))
-    if not (np.isfinite(v).all() and np.isfinite(x).all()):
+    """The recipe with the weight decay, and if `free_rate` the rate factor, of least squares.
+
+    On the hyperball the rate stays as it is.
+    """
+    sizes = [np.abs(matrix.updates).max(axis=(1, 2), keepdims=True) for matrix in matrices]
+    sizes = [np.where(size == 0, np.inf, size) for size in sizes]
+
+    def of(updates: Callable[[Observed], np.ndarray]) -> np.ndarray:
+        pairs = zip(matrices, sizes, strict=True)
+        return np.concatenate([(updates(matrix) / size).ravel() for matrix, size in pairs])
+
+    def at(decay: float) -> np.ndarray:
+        return of(lambda matrix: matrix.predict(recipe, decay))
+
+    y, v = of(lambda matrix: matrix.updates), at(0.0)
+    if not np.isfinite(v).all():
         return Fit(recipe, np.inf, 0.0)
+    if recipe.hyperball is not None:
+        return _fit_on_hyperball(recipe, y, at)
+    x = at(1.0) - v
     factor = 1.0
     if free_rate:
         factor, decay = _two_columns(y, v, x)
     else:
         decay = _one_column(y - v, x)
-    rounded, best = _rounded(decay), float(np.abs(y - factor * v - decay * x).max())
-    # Nobody sets a decay of more digits than these; the rest is the trace's rounding.
-    with_rounded = float(np.abs(y - factor * v - rounded * x).max())
-    if with_rounded <= max(1.5 * best, ROUNDING):
-        decay, best = rounded, with_rounded
+
+    def difference(decay: float) -> float:
+        return float(np.abs(y - factor * v - decay * x).max())
+
+    decay, best = _chosen(decay, difference)
     return Fit(
         recipe, best, decay / factor if recipe.decay.inside_scale and factor else decay, factor
     )
+
+
+def _fit_on_hyperball(recipe: Recipe, y: np.ndarray, at: Callable[[float], np.ndarray]) -> Fit:
+    """Gauss-Newton: the update is divided by its norm, decay included, and so is not linear in it."""
+    decay, predicted = 0.0, at(0.0)
+    for _ in range(_NEWTON_STEPS):
+        width = 1e-4 * max(abs(decay), 0.1)
+        step = _one_column(y - predicted, (at(decay + width) - predicted) / width)
+        tried = at(decay + step)
+        before, after = np.linalg.norm(y - predicted), np.linalg.norm(y - tried)
+        if not after < 0.99 * before:
+            break
+        decay, predicted = decay + step, tried
+    decay, best = _chosen(decay, lambda decay: float(np.abs(y - at(decay)).max()))
+    return Fit(recipe, best, decay)
+
+
+_NEWTON_STEPS = 12
+
+
+def _chosen(decay: float, difference: Callable[[float], float]) -> tuple[float, float]:
+    """The decay, or the rounded one if it does as well, with its difference: nobody sets a decay of
+    more digits, and the rest is the trace's rounding."""
+    best, rounded = difference(decay), _rounded(decay)
+    with_rounded = difference(rounded)
+    if with_rounded <= max(1.5 * best, ROUNDING):
+        return rounded, with_rounded
+    return decay, best
 
 
 ROUNDING = 2e-11
@@ -189,34 +249,44 @@ ROUNDING = 2e-11
 
 def direction_gap(recipe: Recipe, matrix: Observed, *, free: bool = True) -> float:
     """The mean of `direction_gaps` over a matrix's steps."""
-    predicted = matrix.predict(recipe, 0.0)
+    # On the hyperball an update's signs, which a cautious decay asks for, are not the direction's.
+    on_ball = recipe.hyperball is not None
+    predicted = matrix.directions(recipe) if on_ball else matrix.predict(recipe, 0.0)
     if not np.isfinite(predicted).all():
         return np.inf
-    gaps = direction_gaps(predicted, matrix, cautious=recipe.decay.cautious, free=free)
+    gaps = direction_gaps(predicted, matrix, recipe, free=free)
     return float(gaps.sum() / len(gaps))
 
 
 def direction_gaps(
-    predicted: np.ndarray, matrix: Observed, *, cautious: bool, free: bool = True
+    predicted: np.ndarray, matrix: Observed, recipe: Recipe, *, free: bool = True
 ) -> np.ndarray:
     """|predicted - seen| / |seen|, Frobenius norms, where every step may choose its own scale and decay.
 
     Neither the shape scale nor place and power of the decay matter then, nor a norm that is set. With
-    `free=False` every step chooses its decay alone.
+    `free=False` every step chooses its decay alone. On the hyperball, where decay changes the scale
+    too, every step chooses both in any case.
 
     Args:
       predicted: (T, r, c), the updates without decay. Where `matrix` has one step, (N, r, c), those of
         N candidates.
+      recipe: whose decay and hyperball they follow.
 
     Returns:
       (T,) or (N,).
     """
     params = np.broadcast_to(matrix.params[:-1], predicted.shape)
     seen = np.broadcast_to(matrix.updates, predicted.shape)
-    x = params * (predicted * params >= 0) if cautious else params
+    x = params * (predicted * params >= 0) if recipe.decay.cautious else params
+    if recipe.hyperball is not None:
+        # Its update is made of the direction and the parameter, and of what the decay takes.
+        predicted = _without(predicted, params)
+        seen = _without(seen, params)
+        if recipe.decay.cautious:
+            x = _without(x, params)
     columns = np.stack([predicted, x, seen])
     (vv, vx, vy), (_, xx, xy), (_, _, yy) = np.einsum("atij,btij->abt", columns, columns)
-    if free:
+    if free or recipe.hyperball is not None:
         determinant = vv * xx - vx**2
         determinant[determinant == 0] = np.inf
         a, b = (vy * xx - xy * vx) / determinant, (xy * vv - vy * vx) / determinant
@@ -226,6 +296,13 @@ def direction_gaps(
         rest = seen - predicted - ((xy - vx) / xx)[:, None, None] * x
     yy[yy == 0] = np.inf
     return np.sqrt(np.einsum("tij,tij->t", rest, rest) / yy)
+
+
+def _without(x: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """What of every matrix is orthogonal to the other one."""
+    size = np.einsum("tij,tij->t", other, other)
+    size[size == 0] = np.inf
+    return x - (np.einsum("tij,tij->t", x, other) / size)[:, None, None] * other
 
 
 def _one_column(y, x) -> float:

@@ -3,6 +3,7 @@ themselves, for all is read off `RECIPES`, `POLYNOMIALS` and the types of the re
 
 import itertools
 from dataclasses import fields, replace
+from functools import cache
 from typing import Any, get_args, get_type_hints
 
 from normuon_core import (
@@ -58,14 +59,24 @@ FURTHER: dict[str, list[Any]] = {
 """Stages that only some recipes have, with None first."""
 
 
+@cache
 def polynomials() -> dict[Coefficients, str]:
     """Every set at every length that it can be brought to, with its name; published lengths first."""
     found = {coefficients: name for name, coefficients in POLYNOMIALS.items()}
     for recipe in RECIPES.values():
         found.setdefault(recipe.polar.coefficients, "")
-    for (name, coefficients), steps in itertools.product(POLYNOMIALS.items(), STEPS):
+    for name, coefficients in POLYNOMIALS.items():
+        for other in lengths(coefficients):
+            found.setdefault(other, f"{name}, {len(other)} steps")
+    return found
+
+
+def lengths(coefficients: Coefficients) -> list[Coefficients]:
+    """The set at every length that it can be brought to, the shortest first."""
+    found = []
+    for steps in STEPS:
         try:
-            found.setdefault(with_steps(coefficients, steps), f"{name}, {steps} steps")
+            found.append(with_steps(coefficients, steps))
         except ValueError:  # Longer than a table that no solver derives.
             continue
     return found
@@ -84,8 +95,9 @@ def polar_variants(polar: Polar) -> list[Polar]:
 
 
 def further_stages(recipe: Recipe) -> list[Recipe]:
-    """The recipe with every combination of the stages that only some have."""
+    """The recipe with every combination of the stages that only some have, but the hyperball it has."""
+    stages = {name: values for name, values in FURTHER.items() if name != "hyperball"}
     return [
-        replace(recipe, **dict(zip(FURTHER, values, strict=True)))
-        for values in itertools.product(*FURTHER.values())
+        replace(recipe, **dict(zip(stages, values, strict=True)))
+        for values in itertools.product(*stages.values())
     ]

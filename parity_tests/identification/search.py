@@ -3,13 +3,15 @@
 A stage is searched while the later ones are left free, so the number of trials is a sum over stages and
 not their product:
 
-1. Polynomial, its steps, its norm scale, what stands before it, and on which side a statistic is taken:
-   from the first step of one matrix, where the momentum is the gradient whatever its rule, and beta2
-   cancels. Shape scale and decay are free numbers.
-2. Momentum rule, Nesterov and beta2: from all steps of that matrix.
-3. The numbers eps and beta2: published values, then the best one between them.
-4. Which way the weights lie, and the statistic's rule for the side: from all matrices.
-5. A norm that is set or given back, shape scale; then place and power of the decay, and its size.
+1. The hyperball, which is seen: the norms stay.
+2. Polynomial, its steps, its norm scale, its eps, what stands before it, and on which side a statistic
+   is taken: from the first step of one matrix, where the momentum is the gradient whatever its rule, and
+   beta2 cancels. Shape scale and decay are free numbers.
+3. Momentum rule, Nesterov, beta2, and whether a norm is set before the second moment: from all steps of
+   that matrix.
+4. The numbers eps and beta2: published values, then the best one between them.
+5. Which way the weights lie, and the statistic's rule for the side: from all matrices.
+6. A norm that is set or given back, shape scale; then place and power of the decay, and its size.
 """
 
 import itertools
@@ -27,6 +29,7 @@ from parity_tests.identification.observed import (
     direction_gap,
     direction_gaps,
     fit,
+    hyperball_of,
 )
 
 KEPT = 10
@@ -48,10 +51,14 @@ def search(matrices: Sequence[Observed]) -> list[Found]:
     whose scale has none may have its statistic on either.
     """
     first = _representative(matrices)
-    candidates = _near(_direction_of_first_step(first))
-    candidates = _near(_momentum_and_beta2(first, candidates))
-    candidates = _numbers(first, candidates)
+    start = replace(RECIPES["muon_keller"], hyperball=hyperball_of(matrices))
+    candidates = _near(_direction_of_first_step(first, start), 1e-4)
+    candidates = _eps_of_first_step(first.until(1), candidates)
     few = _few(matrices)
+    candidates = _near(_first_steps([matrix.until(1) for matrix in few], candidates), 1e-8)
+    polars = list(dict.fromkeys(candidate.recipe.polar for candidate in candidates))
+    candidates = _near(_momentum_and_beta2(first, candidates), 1e-4)
+    candidates = _with_polars(first, _numbers(first, candidates), polars)
     sides = _sides(few, candidates)
     return _scale_and_decay(few, sides)
 
@@ -68,12 +75,17 @@ def _on(matrix: Observed, in_out: bool) -> Observed:
 
 
 def _best(candidates: Iterable[_Candidate], kept: int) -> list[_Candidate]:
-    return sorted(candidates, key=lambda candidate: candidate.gap)[:kept]
+    """Where the gaps are rounding, those without a second moment first, then in the order given."""
+
+    def order(candidate: _Candidate):
+        return max(candidate.gap, ROUNDING), candidate.recipe.neuron_norm is not None
+
+    return sorted(candidates, key=order)[:kept]
 
 
-def _near(candidates: list[_Candidate]) -> list[_Candidate]:
-    """Those that the best one does not rule out: what eps and beta2 leave of a gap is below 1e-3."""
-    return [c for c in candidates if c.gap <= 20 * max(candidates[0].gap, 1e-4)]
+def _near(candidates: list[_Candidate], left: float) -> list[_Candidate]:
+    """Those that the best one does not rule out, where what is not yet decided leaves such a gap."""
+    return [c for c in candidates if c.gap <= 20 * max(candidates[0].gap, left)]
 
 
 def _representative(matrices: Sequence[Observed]) -> Observed:
@@ -97,48 +109,55 @@ def _few(matrices: Sequence[Observed]) -> list[Observed]:
     return [matrix for kind in kinds.values() for matrix in kind[:2]] or list(matrices[:1])
 
 
-_START = RECIPES["muon_keller"]
+def _direction_of_first_step(matrix: Observed, start: Recipe) -> list[_Candidate]:
+    """The polar factor, further stages that turn the direction, and the side of the statistic.
 
-
-def _direction_of_first_step(matrix: Observed) -> list[_Candidate]:
-    """The polar factor, further stages that turn the direction, and the side of the statistic."""
+    Its eps is left out.
+    """
     matrix = matrix.until(1)
     norm = next(n for n in published.NEURON_NORMS if n is not None)
     bases = []
-    for variant in _that_turn(published.further_stages(_START), matrix):
+    for variant in _that_turn(published.further_stages(start), matrix):
+        # Where nothing else has a side, the two ways of lying are one, or one for each axis.
+        sided = variant != start
         for in_out in (False, True):
-            # Where nothing has a side, the two ways of lying are one.
-            if not in_out or variant != _START:
+            if sided or not in_out:
                 bases.append((variant, in_out))
-            bases.append(
-                (replace(variant, neuron_norm=replace(norm, axis="output", eps=1e-30)), in_out)
-            )
+            for axis in ("output", "input") if sided else ("output",):
+                of_axis = replace(norm, axis=axis, eps=1e-30)
+                bases.append((replace(variant, neuron_norm=of_axis), in_out))
 
     def best(sets, scales) -> list[_Candidate]:
         polars = [
             polar
             for coefficients, scale in itertools.product(sets, scales)
             for polar in published.polar_variants(
-                replace(_START.polar, coefficients=coefficients, norm_scale=scale, eps=1e-30)
+                replace(start.polar, coefficients=coefficients, norm_scale=scale, eps=1e-30)
             )
         ]
         tried = [(base, in_out, cautious) for base, in_out in bases for cautious in (False, True)]
         gaps = np.stack([_gaps(polars, matrix, *choice) for choice in tried], axis=1)
         found = []
-        for index in np.argsort(gaps, axis=None, kind="stable")[: 12 * KEPT]:
+        order = np.argsort(np.maximum(gaps, ROUNDING), axis=None, kind="stable")
+        # All that reproduce the first step: converged iterations of many lengths may.
+        tied = np.count_nonzero(gaps <= max(2 * gaps.min(), ROUNDING))
+        for index in order[: max(3 * KEPT, min(tied, _TIED))]:
             of_polar, of_choice = np.unravel_index(index, gaps.shape)
             base, in_out, cautious = tried[of_choice]
-            decay = replace(base.decay, cautious=cautious)
-            recipe = replace(base, polar=polars[of_polar], decay=decay)
+            recipe = replace(_with_cautious(base, cautious), polar=polars[of_polar])
             found.append(_Candidate(recipe, in_out, float(gaps[of_polar, of_choice])))
         return found
 
-    found = _with_ties(best(published.polynomials(), published.NORM_SCALES))
+    found = best(published.polynomials(), published.NORM_SCALES)
     if found[0].gap > 1e-3:
         # A large eps acts like a larger norm scale, of no published value.
         few = list(published.polynomials())[: len(published.POLYNOMIALS)]
         found = _best([*found, *best(few, np.geomspace(1.0, 8.0, 25)[1:])], 3 * KEPT)
     return found
+
+
+def _with_cautious(recipe: Recipe, cautious: bool) -> Recipe:
+    return replace(recipe, decay=replace(recipe.decay, cautious=cautious))
 
 
 def _gaps(
@@ -147,13 +166,12 @@ def _gaps(
     """The first step's gap with each polar factor. Its size is free, so the direction is enough."""
     laid = _on(matrix, in_out)
     predicted = np.concatenate([laid.directions(replace(base, polar=polar)) for polar in polars])
-    gaps = direction_gaps(predicted, laid, cautious=cautious)
+    gaps = direction_gaps(predicted, laid, _with_cautious(base, cautious))
     return np.where(np.isfinite(gaps), gaps, np.inf)
 
 
-def _with_ties(ordered: Sequence[_Candidate]) -> list[_Candidate]:
-    """The best, and all that reproduce the first step: converged iterations of many lengths may."""
-    return [c for i, c in enumerate(ordered) if i < 3 * KEPT or c.gap <= ROUNDING]
+_TIED = 40 * KEPT
+"""How many ties are kept, where they are so many that nothing tells them apart."""
 
 
 def _that_turn(recipes: Sequence[Recipe], matrix: Observed) -> list[Recipe]:
@@ -171,14 +189,79 @@ def _tried(recipe: Recipe, matrix: Observed, in_out: bool, **options) -> _Candid
     return _Candidate(recipe, in_out, direction_gap(recipe, _on(matrix, in_out), **options))
 
 
-def _momentum_and_beta2(matrix: Observed, candidates: Sequence[_Candidate]) -> list[_Candidate]:
-    tried = []
+def _eps_of_first_step(matrix: Observed, candidates: Sequence[_Candidate]) -> list[_Candidate]:
+    """The candidates with their best eps: as long as it is missing, its gap hides the others."""
+
+    def published_eps(candidate: _Candidate) -> _Candidate:
+        tried = [candidate]
+        for eps, rule in published.EPSES:
+            polar = replace(candidate.recipe.polar, eps=eps, eps_rule=rule)
+            tried.append(_tried(replace(candidate.recipe, polar=polar), matrix, candidate.in_out))
+        return _best(tried, 1)[0]
+
+    found = _best([published_eps(candidate) for candidate in candidates], len(candidates))
+    if found[0].gap > _SEEN_EPS:
+        few = found[: 3 * KEPT]
+        found = _best([*found, *(_best_eps(matrix, candidate) for candidate in few)], len(found))
+    return found
+
+
+_SEEN_EPS = 1e-8
+"""A gap with a published eps that another one cannot be expected to remove."""
+
+
+def _first_steps(matrices: Sequence[Observed], candidates: Sequence[_Candidate]):
+    """The candidates with the largest gap of the matrices' first steps, whichever the statistic's side.
+
+    What has converged on one matrix may not have on another.
+    """
+    found = []
     for candidate in candidates:
-        for momentum in published.MOMENTA:
-            for beta2 in published.BETA2S if candidate.recipe.neuron_norm else (None,):
-                recipe = replace(candidate.recipe, momentum=momentum).override(beta2=beta2)
-                tried.append(_tried(recipe, matrix, candidate.in_out))
-    return _best(tried, KEPT)
+        norm, recipes = candidate.recipe.neuron_norm, [candidate.recipe]
+        if norm is not None:
+            norms = [replace(norm, axis=axis) for axis in ("output", "input")]
+            recipes = [replace(candidate.recipe, neuron_norm=norm) for norm in norms]
+        gaps = [
+            min(direction_gap(recipe, _on(matrix, candidate.in_out)) for recipe in recipes)
+            for matrix in matrices
+        ]
+        found.append(replace(candidate, gap=max(gaps)))
+    return _best(found, len(found))
+
+
+def _momentum_and_beta2(matrix: Observed, candidates: Sequence[_Candidate]) -> list[_Candidate]:
+    """Also whether a norm is set before the second moment, which then averages other numbers.
+
+    The first polar factor of a kind chooses for the others, which are as near.
+    """
+    kinds: dict[tuple[Recipe, bool], list[_Candidate]] = {}
+    for candidate in candidates:
+        kind = replace(candidate.recipe, polar=candidates[0].recipe.polar), candidate.in_out
+        kinds.setdefault(kind, []).append(candidate)
+    tried = []
+    for first, *others in kinds.values():
+        chosen = [_best_beta2(matrix, c) for c in _histories(matrix, first)]
+        tried += chosen
+        for other, history in itertools.product(others, chosen):
+            recipe = replace(history.recipe, polar=other.recipe.polar)
+            tried.append(_tried(recipe, matrix, other.in_out))
+    return _best(tried, 3 * KEPT)
+
+
+def _histories(matrix: Observed, candidate: _Candidate) -> list[_Candidate]:
+    """The candidate with the momenta and settings of the norm that bring it nearest, each with the
+    nearest published beta2."""
+    norm = candidate.recipe.neuron_norm
+    beta2s = published.BETA2S if norm is not None else (None,)
+    settings = published.FURTHER["norm_setting"] if norm is not None else (None,)
+    tried = []
+    for momentum, setting in itertools.product(published.MOMENTA, settings):
+        recipe = replace(candidate.recipe, momentum=momentum, norm_setting=setting)
+        of_beta2 = [
+            _tried(recipe.override(beta2=beta2), matrix, candidate.in_out) for beta2 in beta2s
+        ]
+        tried += _best(of_beta2, 1)
+    return _best(tried, KEPT // 2)
 
 
 def _numbers(matrix: Observed, candidates: Sequence[_Candidate]) -> list[_Candidate]:
@@ -201,6 +284,24 @@ def _numbers(matrix: Observed, candidates: Sequence[_Candidate]) -> list[_Candid
 
 _CLOSED = 1e-10
 """A gap that no number of a stage has a part in: the smallest eps that is seen moves more."""
+
+
+def _with_polars(
+    matrix: Observed, candidates: list[_Candidate], polars: Iterable[Polar]
+) -> list[_Candidate]:
+    """Also the candidates with every polar factor that is as near on this matrix: on another one it may
+    be nearer."""
+    lowest, polars = candidates[0].gap, list(polars)
+    result = list(candidates)
+    kinds = {(replace(c.recipe, polar=polars[0]), c.in_out): c for c in reversed(candidates)}
+    for best in [best for best in kinds.values() if best.gap <= max(2 * lowest, ROUNDING)]:
+        own = best.recipe.polar
+        for polar in polars:
+            polar = replace(polar, eps=own.eps, eps_rule=own.eps_rule)
+            other = _tried(replace(best.recipe, polar=polar), matrix, best.in_out)
+            if other.gap <= max(2 * best.gap, 1e-8):
+                result.append(other)
+    return result
 
 
 def _published_numbers(matrix: Observed, candidate: _Candidate) -> _Candidate:
@@ -262,7 +363,7 @@ def _best_eps(matrix: Observed, candidate: _Candidate) -> _Candidate:
 
     best = min((at(*eps) for eps in published.EPSES), key=lambda c: c.gap)
     # A published value that is only nearer to the true one than the others leaves much of the gap.
-    if best.gap <= 1e-8:
+    if best.gap <= _SEEN_EPS:
         return best
     tried = [best, candidate]
     for rule in ("add", "max"):
@@ -308,7 +409,14 @@ def _sides(matrices: Sequence[Observed], candidates: Sequence[_Candidate]) -> li
                 gap = max(direction_gap(recipe, _on(m, in_out)) for m in matrices)
                 tried.append(_Candidate(recipe, in_out, gap))
     lowest = min(candidate.gap for candidate in tried)
-    return [c for c in _best(tried, 4 * KEPT) if c.gap <= max(2 * lowest, 1e-8)][: 2 * KEPT]
+    kept: dict[tuple, _Candidate] = {}
+    for candidate in _best(tried, len(tried)):
+        # Polar factors that are alike to rounding are one; `naming` takes the published one of them.
+        alike = candidate.gap <= ROUNDING and replace(
+            candidate.recipe, polar=candidates[0].recipe.polar
+        )
+        kept.setdefault((alike or candidate.recipe, candidate.in_out), candidate)
+    return [c for c in kept.values() if c.gap <= max(2 * lowest, 1e-8)][: 2 * KEPT]
 
 
 def _scale_and_decay(matrices: Sequence[Observed], candidates: Sequence[_Candidate]) -> list[Found]:
@@ -327,12 +435,18 @@ def _scale_and_decay(matrices: Sequence[Observed], candidates: Sequence[_Candida
 
 
 def _scalings(recipe: Recipe) -> Iterable[Recipe]:
-    for further in published.further_stages(recipe):
+    for setting in published.FURTHER["norm_setting"]:
         for norm in published.NEURON_NORMS if recipe.neuron_norm else (None,):
             if norm is not None and recipe.neuron_norm is not None:
                 norm = replace(norm, beta2=recipe.neuron_norm.beta2, axis=recipe.neuron_norm.axis)
             for rule in published.SHAPE_RULES:
-                yield replace(further, neuron_norm=norm, shape_scale=rule)
+                yield replace(recipe, norm_setting=setting, neuron_norm=norm, shape_scale=rule)
+
+
+def _without_idle_scale(recipe: Recipe) -> Recipe:
+    """On the hyperball a scale of update and decay alike is divided out."""
+    idle = recipe.hyperball is not None and recipe.decay.inside_scale
+    return replace(recipe, shape_scale="none") if idle else recipe
 
 
 def _fitted(matrices, candidates: Sequence[_Candidate], *, free_rate: bool) -> list[Found]:
@@ -342,12 +456,15 @@ def _fitted(matrices, candidates: Sequence[_Candidate], *, free_rate: bool) -> l
     if not free_rate:
         near = [c for c in _best(candidates, 60) if c.gap <= max(3 * lowest, 1e-8)]
     fits = []
-    for recipe, in_out in dict.fromkeys((c.recipe, c.in_out) for c in near):
+    decays = [(c, decay) for c in near for decay in published.DECAYS]
+    tried = [
+        (_without_idle_scale(replace(c.recipe, decay=decay)), c.in_out)
+        for c, decay in decays
+        if decay.cautious == c.recipe.decay.cautious
+    ]
+    for recipe, in_out in dict.fromkeys(tried):
         laid = [_on(matrix, in_out) for matrix in matrices]
-        for decay in published.DECAYS:
-            if decay.cautious == recipe.decay.cautious:
-                found = fit(replace(recipe, decay=decay), laid, free_rate=free_rate)
-                fits.append(Found(found, in_out))
+        fits.append(Found(fit(recipe, laid, free_rate=free_rate), in_out))
     fits.sort(key=lambda found: max(found.fit.difference, ROUNDING))
     bound = max(1.5 * fits[0].fit.difference, ROUNDING)
     other = [f for f in fits if f.in_out != fits[0].in_out and f.fit.difference <= bound]
