@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from normuon_core import RECIPES, Decay, Momentum
+from normuon_core import RECIPES, Decay, NeuronNorm
 from parity_tests.__main__ import app
 from parity_tests.identification.blind import attempts, is_right, made_by, start, write
 from parity_tests.identification.identify import identify
@@ -124,8 +124,8 @@ def test_a_part_of_the_weights_decides_between_equal_records(tmp_path):
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        # The wide matrix's second moment is on the side that its rows' equilibration is not.
-        ("nanochat", {"momentum": Momentum(nesterov=False)}),
+        # The second moment averages norms that were set, and is on the side that was not equilibrated.
+        ("nanochat", {"neuron_norm": NeuronNorm(beta2=0.995, axis="longer")}),
         # A norm that stays is not linear in the decay.
         ("muon_h", {"decay": Decay(cautious=True, inside_scale=False)}),
     ],
