@@ -17,9 +17,16 @@ from examples.tokens import Tokens, load_tokens
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A model and what it was trained on. `phase` is pretrain, sft or dpo; `tokenizer` its file."""
+    """A model and what it was trained on.
+
+    Attributes:
+      phase: pretrain, sft or dpo.
+      step: of the run, that the weights are from.
+      tokenizer: its file.
+    """
 
     phase: str
+    step: int
     model: GPTConfig
     tokenizer: Path | None
     params: Any
@@ -29,21 +36,32 @@ class Trained:
         return load_tokens(self.tokenizer)
 
 
-def load_trained(folder: Path, *, mesh: Mesh | None = None) -> Trained:
-    """The weights of a run's last checkpoint.
+def load_trained(folder: Path, *, mesh: Mesh | None = None, step: int | None = None) -> Trained:
+    """The weights of one of a run's checkpoints.
+
+    Args:
+      step: which. None is the last.
 
     Raises:
-      BadInput: the folder is no run's, or has no complete checkpoint.
+      BadInput: the folder is no run's, or has no complete checkpoint, or none of that step.
     """
     phase, model, tokenizer = load_description(folder)
-    checkpoints = Checkpoints(folder / "checkpoints")
+    checkpoints = Checkpoints(folder / "checkpoints", keep=None)
     try:
-        if checkpoints.latest() is None:
+        steps = checkpoints.steps()
+        if not steps:
             raise BadInput(f"{folder} has no complete checkpoint yet.")
-        params = checkpoints.restore_params(abstract_parameters(model, mesh))
+        if step is None:
+            step = steps[-1]
+        if step not in steps:
+            raise BadInput(
+                f"{folder} has no checkpoint of step {step} any more, only of"
+                f" {', '.join(map(str, steps))}: it was trained on since. Start anew from it."
+            )
+        params = checkpoints.restore_params(abstract_parameters(model, mesh), step)
     finally:
         checkpoints.close()
-    return Trained(phase, model, tokenizer, params)
+    return Trained(phase, step, model, tokenizer, params)
 
 
 def load_description(folder: Path) -> tuple[str, GPTConfig, Path | None]:
