@@ -10,7 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from normuon_core import MatrixLayout, NeuronNorm, NormSetting, Polar, Recipe, RowEquilibration
+from normuon_core import (
+    HeadLayout,
+    MatrixLayout,
+    NeuronNorm,
+    NormSetting,
+    Polar,
+    Recipe,
+    RowEquilibration,
+)
 
 
 @dataclass
@@ -194,6 +202,29 @@ def adamw(
         mean = b1 * state.first / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1**t)
     direction = mean / (np.sqrt(state.second / (1 - b2**t) + eps_root) + eps)
     return p - lr * (direction + weight_decay * p)
+
+
+def qk_clip(p, largest_logits, tau, heads: HeadLayout):
+    """After a step: one layer's weight of queries or keys, with `largest_logits` of its query heads."""
+    axis = heads.axis % p.ndim
+    merged = heads.heads is not None
+    # Heads first, and their channels second.
+    if merged:
+        first = np.moveaxis(p, axis, 0)
+        by_head = first.reshape(heads.heads, -1, *first.shape[1:]).copy()
+    else:
+        by_head = np.moveaxis(p, (axis, axis + 1), (0, 1)).copy()
+    share = len(largest_logits) // len(by_head)
+    for head in range(len(by_head)):
+        shared_by = largest_logits[head * share : (head + 1) * share]
+        gamma = min(min(1, tau / s) if s > 0 else 1 for s in shared_by)
+        channel = 0
+        for size, power in heads.channels or ((by_head.shape[1], 0.5),):
+            by_head[head, channel : channel + size] *= gamma**power
+            channel += size
+    if merged:
+        return np.moveaxis(by_head.reshape(first.shape), 0, axis)
+    return np.moveaxis(by_head, (0, 1), (axis, axis + 1))
 
 
 @dataclass
