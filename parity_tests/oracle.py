@@ -182,17 +182,37 @@ def step(
 
 @dataclass
 class AdamState:
-    """What a weight that is no matrix carries from step to step; all of it starts at zero."""
+    """What a weight that is no matrix carries from step to step; all of it starts at zero.
+
+    `step` counts updates; `waiting` has the gradients since the last one."""
 
     step: int = 0
     first: np.ndarray | float = 0.0
     second: np.ndarray | float = 0.0
+    waiting: list[np.ndarray] = field(default_factory=list)
 
 
 def adamw(
-    p, g, state: AdamState, *, lr, b1, b2, eps, weight_decay=0.0, nesterov=False, eps_root=0.0
+    p,
+    g,
+    state: AdamState,
+    *,
+    lr,
+    b1,
+    b2,
+    eps,
+    weight_decay=0.0,
+    nesterov=False,
+    eps_root=0.0,
+    cautious=False,
+    every=1,
 ):
     """One step of AdamW, or of NAdam with plain decay: the new parameter; `state` changes in place."""
+    state.waiting.append(g)
+    if len(state.waiting) < every:
+        return p
+    g = sum(state.waiting) / every
+    state.waiting.clear()
     state.step += 1
     t = state.step
     state.first = b1 * state.first + (1 - b1) * g
@@ -201,7 +221,8 @@ def adamw(
     if nesterov:
         mean = b1 * state.first / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1**t)
     direction = mean / (np.sqrt(state.second / (1 - b2**t) + eps_root) + eps)
-    return p - lr * (direction + weight_decay * p)
+    mask = (direction * p >= 0) if cautious else np.ones(p.shape)
+    return p - lr * (direction + weight_decay * mask * p)
 
 
 def qk_clip(p, largest_logits, tau, heads: HeadLayout):

@@ -151,11 +151,12 @@ def test_largest_logits_are_those_of_the_definition_and_fit_qk_clip(tokens):
     clip = optax_normuon.qk_clip(1e-3, layouts)
     found, (q, k), moved = run(params, tokens)
     assert list(found) == ["blocks/0/attention"]
-    seen = np.tril(segments[0][:, None] == segments[0])
+    seen, unseen_is_larger = np.tril(segments[0][:, None] == segments[0]), False
     for head, largest in enumerate(np.asarray(found["blocks/0/attention"])):
         s = np.einsum("btc,bsc->bts", q[:, :, head], k[:, :, head // 2]) / 8**0.5
         assert largest == pytest.approx(s[:, seen].max(), rel=1e-5)
-        assert s.max() > 1.01 * largest
+        unseen_is_larger |= bool(s.max() > 1.01 * largest)
+    assert unseen_is_larger
     moved = {name for _, name, leaf in named_leaves(moved) if leaf}
     assert moved == {f"blocks/0/attention/{each}/kernel" for each in ("query", "key")}
 
