@@ -14,6 +14,7 @@ import torch
 
 import optax_normuon
 import torch_ref
+from benchmarks.captured import Captured
 from benchmarks.polar_errors import (
     BASE,
     CONTESTANTS,
@@ -122,12 +123,10 @@ def _by_kernels(
         compute_dtype=getattr(torch, dtype),
     )
     x = torch.randn(shape, device="cuda").to(getattr(torch, dtype))
+    run = functools.partial(orthogonalize, x)
     # In a graph, so that no launch is timed; kernels compile before it is captured.
-    orthogonalize(x)
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        orthogonalize(x)
-    return Prepared(captured.replay, torch.cuda.synchronize), orthogonalize
+    run()
+    return Prepared(Captured(run), torch.cuda.synchronize), orthogonalize
 
 
 def _by_xla(

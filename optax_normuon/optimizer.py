@@ -58,7 +58,7 @@ def normuon(
     adam_eps_root: float = 0.0,
     adam_moment_dtype: DTypeLike | None = None,
     adam_cautious: bool = False,
-    adam_every: int = 1,
+    adam_every: int | None = None,
     others: optax.GradientTransformation | None = None,
     momentum_dtype: DTypeLike | None = None,
     compute_dtype: DTypeLike | None = None,
@@ -102,7 +102,7 @@ def normuon(
       adam_cautious: AdamW's decay reaches only the entries that its update pulls towards zero as well,
         or does not move (`add_cautious_weight_decay`).
       adam_every: k: AdamW updates at the k-th, 2k-th, ... step, by the mean of the gradients since the
-        last update; matrices are stepped at every one. Its schedules count all steps.
+        last update; matrices are stepped at every one. Its schedules count all steps. None is 1.
       others: a transformation in AdamW's place for the leaves that are no matrices, with its own
         learning rate inside, such as `optax.lion(1e-4)`. It is given these leaves as `optax.partition`
         would give them, in their own dtypes; `lr_mul` and `wd_mul` are then for matrices only.
@@ -140,7 +140,8 @@ def normuon(
         "adam_eps": adam_eps,
     }.items():
         check_rate(name, rate)
-    check_count("adam_every", adam_every)
+    if adam_every is not None:
+        check_count("adam_every", adam_every)
     check_decay("adam_b1", adam_b1)
     check_decay("adam_b2", adam_b2)
     chosen = find_recipe(recipe).override(
@@ -215,7 +216,7 @@ def normuon(
             scale_by_shape("none", lr_mul=lr_factors, layout=Views()),
             _scale_by_rate(rate),
         )
-        if adam_every == 1:
+        if adam_every in (None, 1):
             return in_working_precision(optax.chain(moments, *increment))
         return in_working_precision(every_steps(adam_every, moments, optax.chain(*increment)))
 

@@ -42,7 +42,8 @@ def settle_group(group: Group, index: int, given: Collection[str]) -> None:
     for key in ("momentum", "beta2", "adam_b1", "adam_b2"):
         if group[key] is not None:
             check_decay(f"group {index}: {key}", float(group[key]))
-    check_count(f"group {index}: adam_every", group["adam_every"])
+    if group["adam_every"] is not None:
+        check_count(f"group {index}: adam_every", group["adam_every"])
     if group["max_stack_bytes"] is not None and group["max_stack_bytes"] <= 0:
         raise ValueError(
             f"group {index}: max_stack_bytes={group['max_stack_bytes']}; use a positive number."

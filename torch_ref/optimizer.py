@@ -108,7 +108,7 @@ class NorMuon(torch.optim.Optimizer):
       adam_cautious: AdamW's decay reaches only the entries that its update pulls towards zero as well,
         or does not move.
       adam_every: k: AdamW updates at the k-th, 2k-th, ... step, by the mean of the gradients since the
-        last update; matrices are stepped at every one.
+        last update; matrices are stepped at every one. None is 1.
       momentum_dtype: of the momentum buffer; None is float32, or the parameter's where that is
         wider.
       compute_dtype: of the orthogonalization; None is bfloat16, and float16 where the Gram form
@@ -157,7 +157,7 @@ class NorMuon(torch.optim.Optimizer):
         adam_eps_root: float = 0.0,
         adam_moment_dtype: torch.dtype | None = None,
         adam_cautious: bool = False,
-        adam_every: int = 1,
+        adam_every: int | None = None,
         momentum_dtype: torch.dtype | None = None,
         compute_dtype: torch.dtype | None = None,
         algorithm: Algorithm = "auto",

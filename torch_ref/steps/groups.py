@@ -133,7 +133,7 @@ def _step_adamw(param: torch.Tensor, gradient: torch.Tensor, group: Group, kept:
     state, sharding = kept.state[param], kept.sharding(param)
     dtype = working_dtype(param.dtype)
     dtypes = {"exp_avg": group["adam_moment_dtype"] or dtype, "exp_avg_sq": dtype}
-    every = group["adam_every"]
+    every = group["adam_every"] or 1
     if every > 1:
         dtypes["gradient_sum"] = dtype
     if has_remainder(param, group):
