@@ -89,11 +89,26 @@ class Attention(nnx.Module):
         self.key_norm = _norm(self.head_size, config, rngs)
         self.out = _residual_output(config.width, config.width, config, rngs)
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    def queries_and_keys(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Both (batch, time, heads, size), normalised and turned."""
         by_head = (*x.shape[:2], -1, self.head_size)
         query = rotate(self.query_norm(self.query(x).reshape(by_head)))
-        key = rotate(self.key_norm(self.key(x).reshape(by_head)))
-        value = self.value(x).reshape(by_head)
+        return query, rotate(self.key_norm(self.key(x).reshape(by_head)))
+
+    def largest_logits(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """(heads,) float32: the largest q k / sqrt(size) of a token with one that it attends to."""
+        query, key = self.queries_and_keys(x)
+        batch, time, heads, size = query.shape
+        grouped = query.reshape(batch, time, key.shape[2], -1, size)
+        s = jnp.einsum("btkgc,bskc->bkgts", grouped, key, preferred_element_type=jnp.float32)
+        s = s.reshape(batch, heads, time, time) * size**-0.5
+        seen = jnp.tril(jnp.ones((1, 1, time, time), bool))
+        seen = seen if mask is None else seen & mask
+        return jnp.where(seen, s, -jnp.inf).max(axis=(0, 2, 3))
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        query, key = self.queries_and_keys(x)
+        value = self.value(x).reshape(*x.shape[:2], -1, self.head_size)
         mixed = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=True)
         return self.out(mixed.reshape(x.shape))
 
@@ -122,6 +137,10 @@ class Block(nnx.Module):
         x = x + self.attention(self.attention_norm(x), mask)
         return x + self.mlp(self.mlp_norm(x))
 
+    def largest_logits(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """Of its attention on the same x."""
+        return self.attention.largest_logits(self.attention_norm(x), mask)
+
 
 class GPT(nnx.Module):
     """Token ids (batch, time) to logits (batch, time, vocabulary) float32 of each next token."""
@@ -133,22 +152,35 @@ class GPT(nnx.Module):
         self.head_norm = _norm(config.width, config, rngs)
         self.lm_head = _linear(config.width, config.vocabulary, config, rngs)
 
-    def __call__(self, tokens: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        tokens: jax.Array,
+        segments: jax.Array | None = None,
+        *,
+        largest_logits: dict[str, jax.Array] | None = None,
+    ) -> jax.Array:
         """Logits.
 
         Args:
           tokens: (batch, time), an integer dtype.
           segments: (batch, time) integers: a token attends to earlier tokens of its own number, so that
             texts packed into one window do not see each other. None is one text a window.
+          largest_logits: is filled with every head's largest attention logit, (heads,) by the path of
+            the attention, or (depth, heads) where blocks are scanned: what `qk_clip` takes.
         """
         mask = None
         if segments is not None:
             mask = segments[:, None, :, None] == segments[:, None, None, :]
         x = self.embed_norm(self.embed(tokens.astype(jnp.int32)))
         if isinstance(self.blocks, Block):
+            if largest_logits is not None:
+                _, largest_logits["blocks/attention"] = _largest_of(self.blocks, x, mask)
             x = _through(self.blocks, x, mask)
         else:
-            for block in self.blocks:
+            for index, block in enumerate(self.blocks):
+                if largest_logits is not None:
+                    own = block.largest_logits(x, mask)
+                    largest_logits[f"blocks/{index}/attention"] = own
                 x = block(x, mask)
         return self.lm_head(self.head_norm(x)).astype(jnp.float32)
 
@@ -161,8 +193,20 @@ def first_parameters(config: GPTConfig, seed: int | jax.Array):
 
 def apply_model(config: GPTConfig, params, tokens: jax.Array, segments: jax.Array | None = None):
     """The model's logits as a function of its parameters, as `first_parameters` makes them."""
+    return _model_of(config, params)(tokens, segments)
+
+
+def apply_with_largest_logits(
+    config: GPTConfig, params, tokens: jax.Array, segments: jax.Array | None = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(logits, every head's largest attention logit by the path of its attention)."""
+    found: dict[str, jax.Array] = {}
+    return _model_of(config, params)(tokens, segments, largest_logits=found), found
+
+
+def _model_of(config: GPTConfig, params) -> GPT:
     graph, _ = nnx.split(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0))), nnx.Param)
-    return nnx.merge(graph, params)(tokens, segments)
+    return nnx.merge(graph, params)
 
 
 def parameter_count(config: GPTConfig) -> int:
@@ -189,6 +233,11 @@ def _stacked(config: GPTConfig, rngs: nnx.Rngs) -> Block:
 @nnx.scan(in_axes=(0, nnx.Carry, None), out_axes=nnx.Carry)
 def _through(block: Block, x: jax.Array, mask: jax.Array | None) -> jax.Array:
     return block(x, mask)
+
+
+@nnx.scan(in_axes=(0, nnx.Carry, None), out_axes=(nnx.Carry, 0))
+def _largest_of(block: Block, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    return block(x, mask), block.largest_logits(x, mask)
 
 
 def _dtypes(config: GPTConfig) -> dict:

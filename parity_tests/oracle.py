@@ -10,7 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from normuon_core import MatrixLayout, NeuronNorm, NormSetting, Polar, Recipe, RowEquilibration
+from normuon_core import (
+    HeadLayout,
+    MatrixLayout,
+    NeuronNorm,
+    NormSetting,
+    Polar,
+    Recipe,
+    RowEquilibration,
+)
 
 
 @dataclass
@@ -202,17 +210,37 @@ def applied(
 
 @dataclass
 class AdamState:
-    """What a weight that is no matrix carries from step to step; all of it starts at zero."""
+    """What a weight that is no matrix carries from step to step; all of it starts at zero.
+
+    `step` counts updates; `waiting` has the gradients since the last one."""
 
     step: int = 0
     first: np.ndarray | float = 0.0
     second: np.ndarray | float = 0.0
+    waiting: list[np.ndarray] = field(default_factory=list)
 
 
 def adamw(
-    p, g, state: AdamState, *, lr, b1, b2, eps, weight_decay=0.0, nesterov=False, eps_root=0.0
+    p,
+    g,
+    state: AdamState,
+    *,
+    lr,
+    b1,
+    b2,
+    eps,
+    weight_decay=0.0,
+    nesterov=False,
+    eps_root=0.0,
+    cautious=False,
+    every=1,
 ):
     """One step of AdamW, or of NAdam with plain decay: the new parameter; `state` changes in place."""
+    state.waiting.append(g)
+    if len(state.waiting) < every:
+        return p
+    g = sum(state.waiting) / every
+    state.waiting.clear()
     state.step += 1
     t = state.step
     state.first = b1 * state.first + (1 - b1) * g
@@ -221,7 +249,31 @@ def adamw(
     if nesterov:
         mean = b1 * state.first / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1**t)
     direction = mean / (np.sqrt(state.second / (1 - b2**t) + eps_root) + eps)
-    return p - lr * (direction + weight_decay * p)
+    mask = (direction * p >= 0) if cautious else np.ones(p.shape)
+    return p - lr * (direction + weight_decay * mask * p)
+
+
+def qk_clip(p, largest_logits, tau, heads: HeadLayout):
+    """After a step: one layer's weight of queries or keys, with `largest_logits` of its query heads."""
+    axis = heads.axis % p.ndim
+    merged = heads.heads is not None
+    # Heads first, and their channels second.
+    if merged:
+        first = np.moveaxis(p, axis, 0)
+        by_head = first.reshape(heads.heads, -1, *first.shape[1:]).copy()
+    else:
+        by_head = np.moveaxis(p, (axis, axis + 1), (0, 1)).copy()
+    share = len(largest_logits) // len(by_head)
+    for head in range(len(by_head)):
+        shared_by = largest_logits[head * share : (head + 1) * share]
+        gamma = min(min(1, tau / s) if s > 0 else 1 for s in shared_by)
+        channel = 0
+        for size, power in heads.channels or ((by_head.shape[1], 0.5),):
+            by_head[head, channel : channel + size] *= gamma**power
+            channel += size
+    if merged:
+        return np.moveaxis(by_head.reshape(first.shape), 0, axis)
+    return np.moveaxis(by_head, (0, 1), (axis, axis + 1))
 
 
 @dataclass

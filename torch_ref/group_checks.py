@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 
 from normuon_core.cost import check_algorithm
-from normuon_core.hyperparameters import check_decay, check_rate
+from normuon_core.hyperparameters import check_count, check_decay, check_rate
 from torch_ref.kernels.backend import check_backend
 from torch_ref.leaves.dtensor import is_dtensor
 from torch_ref.leaves.group_keys import ADAMW, MATRIX, Group, read_adamw, settle_adamw
@@ -41,6 +41,8 @@ def settle_group(group: Group, index: int, given: Collection[str]) -> None:
     for key in ("momentum", "beta2", "adam_b1", "adam_b2"):
         if group[key] is not None:
             check_decay(f"group {index}: {key}", float(group[key]))
+    if group["adam_every"] is not None:
+        check_count(f"group {index}: adam_every", group["adam_every"])
     if group["max_stack_bytes"] is not None and group["max_stack_bytes"] <= 0:
         raise ValueError(
             f"group {index}: max_stack_bytes={group['max_stack_bytes']}; use a positive number."

@@ -169,6 +169,11 @@ def _wanted(each: _Owned) -> Wanted:
     else:
         settle_adamw(group)
         group = adamw_keywords(group)
+        if (group["adam_every"] or 1) > 1:
+            raise ValueError(
+                f"adam_every={group['adam_every']} keeps a sum of gradients, for which the common format"
+                " of a run's arrays has no place; move a run without adam_every."
+            )
         names = ("b1", "b2", "eps", "eps_root", "nesterov")
         kept = Kept(settings_of_adamw(**{name: group[f"adam_{name}"] for name in names}))
         arrays = {
