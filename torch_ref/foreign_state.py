@@ -14,7 +14,8 @@ from normuon_core import RECIPES, MatrixLayout, Recipe
 from normuon_core.shape_rules import ShapeRule, shape_factor
 from torch_ref.leaves.dtypes import working_dtype
 from torch_ref.leaves.group_keys import ADAMW, MATRIX, NOTES, Group
-from torch_ref.leaves.groups import group_recipe, parameter_name, parameter_view
+from torch_ref.leaves.groups import group_recipe, parameter_name, parameter_view, whole_part
+from torch_ref.matrices.quantization import quantized
 
 _TORCH_MUON = {"lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "ns_steps"}
 _KELLER = {"lr", "weight_decay", "momentum"}
@@ -158,7 +159,8 @@ def translated_state(
     """
     dtype = working_dtype(param.dtype)
     if group["optimizer"] == MATRIX:
-        kept = {"momentum_buffer": ("momentum", group["momentum_dtype"] or dtype)}
+        own = group["momentum_dtype"] or dtype
+        kept = {"momentum_buffer": ("momentum", dtype if own == torch.int8 else own)}
     else:
         moment = group.get("adam_moment_dtype") or dtype
         kept = {"exp_avg": ("exp_avg", moment), "exp_avg_sq": ("exp_avg_sq", dtype)}
@@ -171,6 +173,9 @@ def translated_state(
             " the file's order, or start with a new optimizer state."
         )
     result = {new: state[old].to(own) for old, (new, own) in kept.items() if old in state}
+    if group["optimizer"] == MATRIX and group["momentum_dtype"] == torch.int8 and result:
+        part = whole_part(parameter_view(group, param, name))
+        result["momentum"], result["momentum_scale"] = quantized(result["momentum"], part)
     if "step" in state:
         result["step"] = torch.as_tensor(state["step"]).to(torch.int64)
     return result

@@ -105,8 +105,9 @@ class NorMuon(torch.optim.Optimizer):
         in `optax.adamw`, see `torch_ref.stages.adamw.adamw`.
       adam_moment_dtype: of AdamW's first moment, a floating dtype; None is float32, or the
         parameter's where that is wider.
-      momentum_dtype: of the momentum buffer; None is float32, or the parameter's where that is
-        wider.
+      momentum_dtype: of the momentum buffer: a floating dtype, or torch.int8, in blocks of 32 along a
+        matrix's inputs with a scale each (PyTorch's own operations step it, and a DTensor must not
+        divide a block); None is float32, or the parameter's where that is wider.
       compute_dtype: of the orthogonalization; None is bfloat16, and float16 where the Gram form
         runs.
       algorithm: "standard", "gram", or "auto", see `polar_factor`.
