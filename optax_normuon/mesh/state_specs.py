@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from normuon_core.layout import MatrixView
 from optax_normuon.leaves.boxes import unbox
@@ -19,6 +19,7 @@ from optax_normuon.mesh.specs import (
     as_partition_spec,
     check_rank,
     given_specs,
+    own_shardings,
     partition_spec,
 )
 from optax_normuon.mesh.statistics import matrix_statistic_axes, statistic_axes
@@ -34,8 +35,8 @@ def state_specs(
 
     What belongs to a parameter lies as the parameter does. A statistic is not divided along axes that it
     has reduced, nor along the output axes of a leaf with `output_splits`. The scales of an int8 momentum
-    are divided as it is, but not along their blocks where the mesh divides one of these, or where nobody
-    says how large the mesh is: give NamedShardings, or set the mesh. Counters are on every device.
+    are divided as it is, but not along their blocks where the mesh divides one of these, or where its
+    size is not known from specs, parameters or `jax.set_mesh`. Counters are on every device.
 
         shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(tx, params, specs))
         state = jax.jit(tx.init, out_shardings=shardings)(params)
@@ -78,8 +79,17 @@ def state_specs(
 
     state, views = found_views(tx, params)
     scaled = views | {boxes[path]: view for path, view in views.items()}
-    sizes = (jax.sharding.get_abstract_mesh() if mesh is None else mesh).shape
+    sizes = _sizes_of_mesh(mesh, params)
     return jax.tree_util.tree_map_with_path(spec_of, state)
+
+
+def _sizes_of_mesh(mesh: Mesh | AbstractMesh | None, params: optax.Params) -> Mapping[str, int]:
+    """The sizes of the mesh axes: of the specs', of the one that is set, or the parameters'."""
+    own = [sharding.mesh for sharding in jax.tree.leaves(own_shardings(params))]
+    for each in (mesh, jax.sharding.get_abstract_mesh(), *own):
+        if each is not None and not each.empty:
+            return each.shape
+    return {}
 
 
 def _spec_of_state(
