@@ -68,7 +68,8 @@ def test_an_entry_is_off_by_half_a_scale_and_stored_again_as_it_was():
 def test_blocks_of_any_size_are_kept(size):
     """Below 127 times the smallest normal number digits are lost, and entries never grow."""
     x = np.full((BLOCK, 1), size, np.float32) * np.linspace(-1, 1, BLOCK, dtype=np.float32)[:, None]
-    _, _, back = kept(x)
+    _, scales, back = kept(x)
+    assert np.all(scales.astype(np.float32) >= SMALLEST_SCALE)
     step = max(size / 127 * (1 + 2**-8), SMALLEST_SCALE)
     assert np.all(np.isfinite(back))
     assert np.all(np.abs(back.astype(np.float64) - x) <= 0.51 * step + SMALLEST_SCALE)
