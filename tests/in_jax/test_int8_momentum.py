@@ -195,6 +195,7 @@ def test_it_works_within_apply_injection_and_masks():
     updates, state = masked.update(gradients, masked.init(params))
     assert_same_bits(updates["qkv"], gradients["qkv"])
     assert_same_bits(state.inner_state.momentum["a"], own.inner_state.momentum["a"])
+    assert np.all(np.asarray(state.inner_state.momentum_scale["a"]) > 0)
 
 
 def test_the_errors_of_a_step_are_measured_of_what_int8_keeps():
