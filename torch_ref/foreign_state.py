@@ -250,15 +250,11 @@ def translated_state(
     dtype = working_dtype(param.dtype)
     of_dion = "algorithm" in saved
     if group["optimizer"] == MATRIX:
-<<<<<<< HEAD
         own = group["momentum_dtype"] or dtype
-        kept = {"momentum_buffer": ("momentum", dtype if own == torch.int8 else own)}
-=======
         buffer = "momentum" if of_dion else "momentum_buffer"
-        kept = {buffer: ("momentum", group["momentum_dtype"] or dtype)}
+        kept = {buffer: ("momentum", dtype if own == torch.int8 else own)}
         if group_recipe(group).neuron_norm is not None:
             kept["variance_neuron"] = ("second_moment", dtype)
->>>>>>> main
     else:
         theirs = ("momentum", "variance") if of_dion else ("exp_avg", "exp_avg_sq")
         moment = group.get("adam_moment_dtype") or dtype
@@ -272,15 +268,10 @@ def translated_state(
             " the file's order, or start with a new optimizer state."
         )
     result = {new: state[old].to(own) for old, (new, own) in kept.items() if old in state}
-<<<<<<< HEAD
     if group["optimizer"] == MATRIX and group["momentum_dtype"] == torch.int8 and result:
         part = whole_part(parameter_view(group, param, name))
         result["momentum"], result["momentum_scale"] = quantized(result["momentum"], part)
-    if "step" in state:
-        result["step"] = torch.as_tensor(state["step"]).to(torch.int64)
-=======
     steps = saved["step"] if of_dion else state.get("step")
     if state and steps is not None:
         result["step"] = torch.as_tensor(steps).to(torch.int64)
->>>>>>> main
     return result
