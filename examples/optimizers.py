@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from optax_normuon import RECIPES
 
 OPTAX_MUON = "optax.contrib.muon"
 NAMES = ("adamw", OPTAX_MUON, *RECIPES)
+MomentumDtype = Literal["float32", "bfloat16", "int8"]
+MOMENTUM_DTYPES = get_args(MomentumDtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,8 @@ class OptimizerConfig:
     """Of the matrices, or of everything with adamw, as the recipe has it."""
     momentum: float | None = None
     """Of the matrices. None is the recipe's own."""
+    momentum_dtype: MomentumDtype = "float32"
+    """In which the matrices' momentum is kept: 4, 2 or about 1 byte a parameter."""
     momentum_low: float = 0.85
     """Where momentum starts before its warmup and ends after its cooldown."""
     momentum_warmup: int = 0
@@ -54,6 +59,15 @@ class OptimizerConfig:
             near = difflib.get_close_matches(self.optimizer, NAMES, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(NAMES)}."
             raise BadInput(f"optimizer={self.optimizer!r} is unknown: {hint}")
+        if self.momentum_dtype not in MOMENTUM_DTYPES:
+            raise BadInput(
+                f"momentum_dtype={self.momentum_dtype!r} is none of {', '.join(MOMENTUM_DTYPES)}."
+            )
+        if self.momentum_dtype != "float32" and self.optimizer not in RECIPES:
+            raise BadInput(
+                f"momentum_dtype={self.momentum_dtype!r}: {self.optimizer} keeps its momentum in float32"
+                " here; take a recipe of optax_normuon."
+            )
         if self.accumulation < 1:
             raise BadInput(f"accumulation={self.accumulation}: a batch has one part at least.")
         if not (self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1):
@@ -145,6 +159,7 @@ def _recipe(config, followed, mesh):
         momentum=followed["momentum"],
         weight_decay=config.weight_decay,
         adam_learning_rate=followed["lr_adamw"],
+        momentum_dtype=config.momentum_dtype,
         compute_dtype=compute_dtype(),
         param_specs=None if mesh is None else functools.partial(parameter_shardings, mesh=mesh),
     )

@@ -5,6 +5,7 @@ matrix is (outputs, inputs) everywhere; `step` is one optimizer step of one matr
 applies it to every matrix that a layout finds in a weight.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +46,18 @@ def momentum(rule, m, g, mu, nesterov, step):
             return m, m / (1 - mu**step)
         return m, mu * m / (1 - mu ** (step + 1)) + (1 - mu) * g / (1 - mu**step)
     raise ValueError(rule)
+
+
+def through_int8(m: np.ndarray) -> np.ndarray:
+    """A momentum (outputs, inputs) that was kept in int8: blocks of 32 inputs with a bfloat16 scale."""
+    result = np.empty_like(m)
+    for first in range(0, m.shape[1], 32):
+        block = m[:, first : first + 32]
+        largest = np.float32(np.abs(block).max(axis=1, keepdims=True) / 127)
+        mantissa, exponent = np.frexp(np.float64(largest))
+        scale = np.maximum(np.ldexp(np.round(mantissa * 256) / 256, exponent), 2.0**-126)
+        result[:, first : first + 32] = np.round(block / scale) * scale
+    return result
 
 
 def equilibrate_rows(u: np.ndarray, rule: RowEquilibration) -> np.ndarray:
@@ -146,10 +159,14 @@ def step(
     mu=None,
     lr_mul: Any = 1.0,
     wd_mul: Any = 1.0,
+    keep: Callable = lambda momentum: momentum,
 ):
     """One step of one (outputs, inputs) matrix: the new parameter; `state` changes in place.
 
     A tie of the two sides counts as output in the `longer` rule.
+
+    Args:
+      keep: what of the momentum is read back in the next step.
     """
     v = normalized(recipe, orthogonalized(recipe, g, state, mu=mu), state)
     return applied(
@@ -164,6 +181,7 @@ def orthogonalized(recipe: Recipe, g, state: State, *, mu=None) -> np.ndarray:
     state.momentum, u = momentum(
         recipe.momentum.rule, state.momentum, g, mu, recipe.momentum.nesterov, state.step
     )
+    state.momentum = keep(state.momentum)
     if recipe.row_equilibration is not None:
         u = equilibrate_rows(u, recipe.row_equilibration)
     return polar_factor(u, recipe.polar)

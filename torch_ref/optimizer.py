@@ -109,8 +109,9 @@ class NorMuon(torch.optim.Optimizer):
         or does not move.
       adam_every: k: AdamW updates at the k-th, 2k-th, ... step, by the mean of the gradients since the
         last update; matrices are stepped at every one. None is 1.
-      momentum_dtype: of the momentum buffer; None is float32, or the parameter's where that is
-        wider.
+      momentum_dtype: of the momentum buffer: a floating dtype, or torch.int8, in blocks of 32 along a
+        matrix's inputs with a scale each (PyTorch's own operations step it, and a DTensor must not
+        divide a block); None is float32, or the parameter's where that is wider.
       compute_dtype: of the orthogonalization; None is bfloat16, and float16 where the Gram form
         runs.
       algorithm: "standard", "gram", or "auto", see `polar_factor`.

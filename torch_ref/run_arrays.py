@@ -148,6 +148,11 @@ def _owned(optimizer: NorMuon, named_parameters: NamedParameters) -> Iterator[_O
                     f"{parameter_name(group, index, position)}: the named parameters do not have it;"
                     " hand over model.named_parameters() of the model that the optimizer steps."
                 )
+            if group["optimizer"] == MATRIX and group["momentum_dtype"] == torch.int8:
+                raise ValueError(
+                    f"{names[param]}: a run with momentum_dtype=torch.int8 cannot be moved yet; train it"
+                    " with momentum in floats, or go on where it began."
+                )
             yield _Owned(names[param], param, group)
 
 
