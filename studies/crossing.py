@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def steps_to(curve: Sequence[float], loss: float, *, every: int) -> float | None:
+def steps_to(curve: Sequence[float] | np.ndarray, loss: float, *, every: int) -> float | None:
     """Where a curve, straight between evaluations, first is at `loss`; None: nowhere.
 
     Args:

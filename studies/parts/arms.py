@@ -19,7 +19,6 @@ NAMES = ("rate", "adam_rate", "decay")
 """Of a trial: the peak rate of the matrices, that of the AdamW for the rest, the matrices' decay."""
 
 CLIP = 1.0
-_ADAM = dict(b1=0.9, b2=0.95, eps=1e-10)
 _NEWTON_SCHULZ = Polar(NEWTON_SCHULZ, norm_scale=1.0, eps=1e-7, eps_rule="add")
 
 
@@ -145,11 +144,16 @@ def add_randomly_masked_decay(
     return optax.GradientTransformation(init, update)
 
 
+def adamw(rate: optax.Schedule, weight_decay: jax.Array | float) -> optax.GradientTransformation:
+    """AdamW with the betas and epsilon that `normuon` has for what is no matrix."""
+    return optax.adamw(rate, b1=0.9, b2=0.95, eps=1e-10, weight_decay=weight_decay)
+
+
 def _on_matrices(
     matrices: optax.GradientTransformation, values: Values, steps: jax.Array
 ) -> optax.GradientTransformation:
     """That for the blocks' matrices, and AdamW without decay for the rest."""
-    rest = optax.adamw(to_zero(values["adam_rate"], steps), **_ADAM, weight_decay=0.0)
+    rest = adamw(to_zero(values["adam_rate"], steps), 0.0)
     return optax.partition({"matrices": matrices, "rest": rest}, _labels)
 
 

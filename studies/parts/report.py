@@ -2,7 +2,6 @@
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -152,13 +151,14 @@ class Report:
 
     def _shorter(self) -> str:
         """What an arm comes to with fewer steps, against AdamW with all of them."""
-        lengths: dict[str, Any] = {}
         adamw = self.finals[ADAMW]
-        for row in self._ledger:
-            if row.trial.evaluations < self._setup.evaluations and row.trial.seed in self._seeds:
-                lengths.setdefault((row.trial.arm, row.trial.evaluations), None)
+        trials = [row.trial for row in self._ledger]
+        lengths = sorted({(ORDER.index(trial.arm), trial.evaluations) for trial in trials})
         lines = []
-        for arm, length in sorted(lengths, key=lambda key: (ORDER.index(key[0]), key[1])):
+        for place, length in lengths:
+            if length == self._setup.evaluations:
+                continue
+            arm = ORDER[place]
             rows = self._rows(arm, length)
             if rows and adamw:
                 paired = zip(rows, adamw, strict=True)
