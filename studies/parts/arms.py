@@ -74,10 +74,8 @@ def optimizers() -> dict[str, MakeOptimizer]:
 def _adamw(values: Values, steps: jax.Array, seed: jax.Array) -> optax.GradientTransformation:
     """AdamW with two rates too: the same numbers are tuned in every arm."""
     del seed
-    rate = to_zero(values["rate"], steps)
-    return _clipped(
-        _on_matrices(optax.adamw(rate, **_ADAM, weight_decay=values["decay"]), values, steps)
-    )
+    matrices = adamw(to_zero(values["rate"], steps), values["decay"])
+    return _clipped(_on_matrices(matrices, values, steps))
 
 
 def _muon(recipe: Recipe) -> MakeOptimizer:
