@@ -7,9 +7,10 @@ from typing import Any
 import tyro
 
 from examples.errors import BadInput, one_line
+from studies.finetune import Finetune
 from studies.parts import Parts
 
-STUDIES: dict[str, Any] = {"parts": Parts}
+STUDIES: dict[str, Any] = {"parts": Parts, "finetune": Finetune}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
