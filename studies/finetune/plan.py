@@ -22,9 +22,9 @@ from studies.ledger import Ledger, Row
 from studies.trial import Trial
 from studies.tuning import FIRST_SEED
 
-COARSE = tuple(10.0**-k for k in range(7, 2, -1))
-SIZES = tuple(sorted((*COARSE, *(10.0 ** -(k + 0.5) for k in range(6, 2, -1)))))
-"""Root mean squares of the update, from 1e-7 to 1e-3: every power of ten, then halfway between."""
+COARSE = tuple(10.0**-k for k in range(7, 1, -1))
+SIZES = tuple(sorted((*COARSE, *(10.0 ** -(k + 0.5) for k in range(6, 1, -1)))))
+"""Root mean squares of the update, from 1e-7 to 1e-2: every power of ten, then halfway between."""
 ROUNDED = (1e-6, 1e-5, 1e-4, 1e-3)
 """Those at which number formats are compared."""
 RATES = (1e-5, 3e-5, 1e-4)

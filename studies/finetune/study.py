@@ -24,6 +24,10 @@ METRICS = (
 """Of new numbers in known templates, of held-out templates, of the old task, and the measured size."""
 
 
+LONG = 512
+"""Tokens that rows from a file may have; those that are made are shorter."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Size:
     """Of a form of the study.
@@ -45,6 +49,12 @@ class Size:
     seeds: int
     coarse_seeds: int
 
+    def of_context(self, context: int) -> "Size":
+        model = dataclasses.replace(self.model, context=context)
+        return dataclasses.replace(
+            self, model=model, data=dataclasses.replace(self.data, context=context)
+        )
+
     @property
     def base(self) -> str:
         model, data = self.model, self.data
@@ -63,21 +73,21 @@ class Size:
 
 
 FULL = Size(
-    GPTConfig(width=256, depth=4, heads=4, context=128, dtype="bfloat16"),
-    Sizes(context=128, prose=20000, train=4000, asked=256, windows=64),
+    GPTConfig(width=256, depth=4, heads=4, context=96, dtype="bfloat16"),
+    Sizes(context=96, prose=20000, train=4000, asked=256, windows=64),
     base_steps=4000,
     base_batch=32,
     base_seeds=4,
     batch=16,
-    every=30,
-    evaluations=10,
+    every=60,
+    evaluations=5,
     lanes=32,
     seeds=8,
     coarse_seeds=2,
 )
 SMALL = Size(
-    GPTConfig(width=32, depth=1, heads=2, context=112),
-    Sizes(context=112, prose=500, train=200, asked=16, windows=8),
+    GPTConfig(width=32, depth=1, heads=2, context=96),
+    Sizes(context=96, prose=500, train=200, asked=16, windows=8),
     base_steps=60,
     base_batch=8,
     base_seeds=2,
@@ -101,6 +111,8 @@ class Finetune(Options):
 
     def run(self) -> None:
         size = SMALL if self.small else FULL
+        if self.train is not None:
+            size = size.of_context(LONG)
         problems, source = self._problems(size)
         data = on_device(problems, size.data)
         weights, old = bases(
