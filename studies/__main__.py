@@ -8,9 +8,10 @@ import tyro
 
 from examples.errors import BadInput, one_line
 from studies.finetune import Finetune
+from studies.mechanism import Mechanism
 from studies.parts import Parts
 
-STUDIES: dict[str, Any] = {"parts": Parts, "finetune": Finetune}
+STUDIES: dict[str, Any] = {"parts": Parts, "finetune": Finetune, "mechanism": Mechanism}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
