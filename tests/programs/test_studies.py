@@ -10,10 +10,16 @@ import pytest
 import scipy.stats
 
 from studies.crossing import steps_to
+from studies.finetune.arms import NAMES, at_size, optimizers
+from studies.finetune.data import Sizes, made
+from studies.finetune.plan import Plan
+from studies.finetune.task import RESULT, _behind, answers, update_size
 from studies.intervals import interval
 from studies.lab import Lab, OutOfTime
 from studies.lanes import Lanes
-from studies.ledger import Ledger
+from studies.ledger import Ledger, Row
+from studies.mechanism.measures import singular_spread
+from studies.parts.arms import add_randomly_masked_decay
 from studies.pretraining import random_windows
 from studies.search import Axis, best, is_inside, next_round, values_at
 from studies.training import Task, to_zero, training
@@ -255,3 +261,97 @@ def test_windows_are_runs_of_the_text():
     assert windows.shape == (64, 8)
     np.testing.assert_array_equal(np.diff(windows.astype(np.int32)), 1)
     assert (windows[:, 0].min(), windows[:, -1].max()) == (0, 49)
+
+
+def test_the_random_mask_decays_as_many_entries_as_the_cautious_one_but_others():
+    v, p = jax.random.normal(jax.random.key(0), (2, 64, 64)) + 0.3
+    tx = add_randomly_masked_decay(jnp.float32(0.5), jnp.int32(3))
+    state = tx.init(p)
+    first, state = tx.update(v, state, p)
+    second, _ = tx.update(v, state, p)
+    cautious = jnp.sign(v) * jnp.sign(p) >= 0
+    masks = [new != v for new in (first, second)]
+    for new, mask in zip((first, second), masks, strict=True):
+        np.testing.assert_allclose(new, jnp.where(mask, v + 0.5 * p, v), rtol=1e-6)
+        assert float(mask.mean()) == pytest.approx(float(cautious.mean()), abs=0.03)
+        assert float((mask == cautious).mean()) < 0.7
+    assert (masks[0] != masks[1]).any()
+
+
+def test_the_spread_of_squared_singular_values_is_that_of_a_decomposition():
+    matrix = jax.random.normal(jax.random.key(1), (6, 9)) * jnp.arange(1.0, 7.0)[:, None]
+    squares = np.square(np.linalg.svd(np.asarray(matrix, np.float64), compute_uv=False))
+    wanted = squares.std() / squares.mean()
+    for each in (matrix, matrix.T, 1e-9 * matrix):
+        assert float(singular_spread(each)) == pytest.approx(wanted, rel=1e-5)
+    assert float(singular_spread(jnp.eye(4))) == pytest.approx(0.0, abs=1e-3)
+
+
+def test_results_of_answers_are_what_stands_behind_the_sign():
+    text = b"\x02q 1?\x00\x031 #### 42\x00\x00"
+    found = _behind(jnp.asarray([list(text)], jnp.uint8), RESULT)[0]
+    assert bytes(np.asarray(list(text), np.uint8)[np.asarray(found)]) == b"42\x00\x00"
+    assert not _behind(jnp.asarray([list(b"no sign in here")], jnp.uint8), RESULT).any()
+
+
+def test_an_answer_is_exact_if_every_byte_of_it_is_the_likeliest(monkeypatch):
+    tokens = jnp.asarray([list(b"?#### 42"), list(b"?#### 43")], jnp.uint8)
+    weights = jnp.asarray([[0] + [1] * 7] * 2, jnp.uint8)
+    said = jnp.asarray([list(b"#### 42"), list(b"#### 42")])
+    monkeypatch.setattr(
+        "studies.finetune.task.apply_model", lambda *_: 9.0 * jax.nn.one_hot(said, 128)
+    )
+    found = answers(None, None, tokens, weights)
+    assert (float(found["exact"]), float(found["result"])) == (0.5, 0.5)
+    found = answers(None, None, tokens, weights.at[1, -1].set(0))
+    assert float(found["exact"]) == 1.0
+
+
+def test_what_is_asked_is_in_none_of_the_texts():
+    sizes = Sizes(context=96, prose=3000, train=100, asked=200, windows=1)
+    problems = made(sizes)
+    assert [len(each) for each in problems[:3]] == [100, 200, 200]
+    prompts = [{bytes(c.prompt) for c in each} for each in problems[:3]]
+    assert not prompts[0] & prompts[1]
+    for prompt in prompts[1] | prompts[2]:
+        assert prompt.strip(b"\x00\x02\x03") not in problems.prose
+
+
+def test_muon_at_a_size_has_updates_of_that_size_and_without_a_scale_has_not():
+    params = {"blocks": {"0": {"up": {"kernel": jnp.ones((16, 64), jnp.float32)}}}}
+    grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), params)
+
+    def size(values):
+        values = {name: jnp.float32(values.get(name, 0.0)) for name in NAMES}
+        tx = optimizers()["Muon"](values, jnp.int32(10**6), jnp.int32(0))
+        # Behind the warmup of the rate.
+        state = optax.tree_utils.tree_set(tx.init(params), count=jnp.int32(50_000))
+        return float(update_size(tx, grads, state, params)["update_rms"])
+
+    # Newton-Schulz leaves singular values between 0.7 and 1.2.
+    assert size(at_size("Muon", 1e-4)) == pytest.approx(1e-4, rel=0.25)
+    unscaled = size({**at_size("Muon", 1e-4), "scale": 0})
+    assert unscaled == pytest.approx(5 * size(at_size("Muon", 1e-4)) / 8, rel=1e-3)
+
+
+def test_later_groups_of_the_plan_are_around_the_best_size_of_the_sweep(tmp_path):
+    ledger = Ledger(
+        tmp_path / "rows.csv", setup="", names=NAMES, metrics=("loss",), curves=(), every=1
+    )
+    plan = Plan(evaluations=1, seeds=3, coarse_seeds=1)
+    groups = plan.groups(ledger)
+    best_size = 1e-4
+    for _ in range(6):
+        trials = next(groups)
+        ledger.add([fake(trial, best_size) for trial in trials if trial not in ledger])
+    assert plan.best(ledger, "Muon", 1) == best_size
+    compared = next(groups)
+    assert {trial.seed for trial in compared} == {0, 1, 2}
+    assert len(compared) == 2 * 3 * 3
+    wanted = [at_size("AdamW", size)["rate"] for size in (10**-4.5, 1e-4, 10**-3.5)]
+    assert sorted({trial.value("rate") for trial in compared}) == pytest.approx(wanted, rel=1e-4)
+
+
+def fake(trial, best_size):
+    rms = trial.value("rate") * (0.3 if trial.arm == "AdamW" else 0.2)
+    return Row(trial, {"loss": abs(math.log(rms / best_size))}, {}, 1.0, 1, "none", "none")
