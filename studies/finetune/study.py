@@ -1,6 +1,7 @@
 """`python -m studies finetune`: a coarse sweep of update sizes, then what decides on other seeds."""
 
 import dataclasses
+import time
 from pathlib import Path
 
 from examples.errors import BadInput
@@ -110,6 +111,7 @@ class Finetune(Options):
     """JSONL rows that are only asked."""
 
     def run(self) -> None:
+        start = time.monotonic()
         size = SMALL if self.small else FULL
         if self.train is not None:
             size = size.of_context(LONG)
@@ -125,7 +127,10 @@ class Finetune(Options):
             cache=self.file("finetune", "cache"),
         )
         setup = f"{size.base}; {size.tuned}; {source}"
-        lab = self._lab(size, setup, data | {"bases": weights})
+        left = None
+        if self.minutes is not None:
+            left = self.minutes - (time.monotonic() - start) / 60
+        lab = self._lab(size, setup, data | {"bases": weights}, left)
         try:
             for trials in size.plan.groups(lab.ledger):
                 arms = {trial.arm for trial in trials if trial not in lab.ledger}
@@ -144,7 +149,7 @@ class Finetune(Options):
             raise BadInput("give both --train and --test, or neither.")
         return read(self.train, self.test, size.data), f"{self.train.name}, {self.test.name}"
 
-    def _lab(self, size: Size, setup: str, data) -> Lab:
+    def _lab(self, size: Size, setup: str, data, minutes: float | None) -> Lab:
         task = answer_task(size.model, size.batch)
         trainings = {arm: _training(arm, task, make, size) for arm, make in optimizers().items()}
         ledger = Ledger(
@@ -156,7 +161,7 @@ class Finetune(Options):
             every=size.every,
         )
         lanes = Lanes(task, trainings, names=NAMES, data=data, count=size.lanes)
-        return Lab(lanes, ledger, averaged=("update_rms",), minutes=self.minutes)
+        return Lab(lanes, ledger, averaged=("update_rms",), minutes=minutes)
 
 
 def _training(arm: str, task: Task, make: MakeOptimizer, size: Size):
