@@ -10,14 +10,22 @@ WORKERS ?= logical
 VENV := .venv
 INSTALLED := $(VENV)/installed
 WITH_EXAMPLES := $(VENV)/with-examples
+WITH_DOCS := $(VENV)/with-docs
+# What packs a release is in no extra: it is fetched when a target needs it.
 UV_VERSION := 0.13.9
+BUILD_VERSION := 1.6.1
+MYPY_VERSION := 2.4.1
+# An environment with the wheel and what it asks for: what a user has.
+BARE := dist/installed
+# `make installed PROGRAM=in_torch` tries the other package, with the extra that it needs.
+PROGRAM ?= in_jax
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 export PIP_RETRIES ?= 10
 export PIP_DEFAULT_TIMEOUT ?= 60
 
-.PHONY: help venv test test-ordinary parity demo phases ruff lint lock clean
+.PHONY: help venv test test-ordinary parity demo phases ruff lint docs dist installed lock clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -56,6 +64,26 @@ lint: ruff  ## check style, formatting and types
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/pyright
 
+# Pages are read and nothing is imported, so neither JAX nor PyTorch is needed.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(WITH_DOCS)  ## build the documentation site into build/site; a broken link is an error
+	$(VENV)/bin/python -m mkdocs build --strict $(ARGS)
+
+dist: $(VENV)/bin/python  ## build the wheel and the sdist into dist/
+	$(VENV)/bin/python -m pip install --quiet build==$(BUILD_VERSION)
+	rm -rf dist
+	$(VENV)/bin/python -m build --outdir dist
+
+# The program is copied, so that nothing is imported from this folder in place of the wheel.
+installed: dist $(INSTALLED)  ## install the wheel alone, run a user's program with it and check its types
+	$(VENV)/bin/python -m pip install --quiet mypy==$(MYPY_VERSION)
+	$(VENV)/bin/python -m venv $(BARE)
+	$(BARE)/bin/python -m pip install --quiet "$$(echo dist/*.whl)$(if $(filter in_torch,$(PROGRAM)),[torch])"
+	cp tests/installed/$(PROGRAM).py $(BARE)
+	cd $(BARE) && bin/python $(PROGRAM).py
+	cd $(BARE) && ../../$(VENV)/bin/pyright --pythonpath bin/python $(PROGRAM).py
+	cd $(BARE) && ../../$(VENV)/bin/mypy --strict --disable-error-code import-untyped --python-executable bin/python $(PROGRAM).py
+
 # Pins that still hold are kept; `make lock ARGS=--upgrade` moves them all.
 lock: $(VENV)/bin/python  ## rewrite requirements.lock from pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet uv==$(UV_VERSION)
@@ -84,6 +112,11 @@ $(VENV)/bin/python:
 	echo "error: Python 3.11 or newer is needed; tried: $(PYTHON)." >&2; \
 	echo "Name one that is new enough: make PYTHON=/path/to/python3.12" >&2; \
 	exit 1
+
+$(WITH_DOCS): pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+	  | $(VENV)/bin/python -m pip install --requirement /dev/stdin
+	@touch $@
 
 # The lock's versions of what the examples need: neither PyTorch nor the tests' packages.
 $(WITH_EXAMPLES): requirements.lock pyproject.toml | $(VENV)/bin/python

@@ -21,6 +21,7 @@ from normuon_core.recipes import (
     find_recipe,
 )
 from normuon_core.shape_rules import ShapeRule, shape_factor
+from normuon_core.version import __version__
 
 __all__ = [
     "POLYNOMIALS",
@@ -37,6 +38,7 @@ __all__ = [
     "Recipe",
     "RowEquilibration",
     "ShapeRule",
+    "__version__",
     "find_recipe",
     "optimal_quintic",
     "polar_express",

@@ -1,6 +1,6 @@
 """NorMuon and the Muon family of optimizers as Optax transformations."""
 
-from normuon_core import POLYNOMIALS, RECIPES, MatrixLayout, Recipe, polar_express
+from normuon_core import POLYNOMIALS, RECIPES, MatrixLayout, Recipe, __version__, polar_express
 from optax_normuon.alias import muon
 from optax_normuon.description import describe
 from optax_normuon.diagnostics import (
@@ -19,6 +19,13 @@ from optax_normuon.mesh.state_specs import state_specs
 from optax_normuon.older_states import older_state
 from optax_normuon.optimizer import normuon
 from optax_normuon.remainder import with_bf16_remainder
+from optax_normuon.run_arrays import (
+    parameter_shapes,
+    parameters_from_arrays,
+    parameters_to_arrays,
+    state_from_arrays,
+    state_to_arrays,
+)
 from optax_normuon.sphere import project_to_sphere, project_to_tangent, to_sphere
 from optax_normuon.stages.hyperball import to_hyperball
 from optax_normuon.stages.momentum import (
@@ -43,6 +50,7 @@ __all__ = [
     "MatrixStack",
     "MatrixStage",
     "Recipe",
+    "__version__",
     "add_cautious_weight_decay",
     "apply",
     "bias_corrected_momentum",
@@ -62,6 +70,9 @@ __all__ = [
     "orthogonality_error",
     "orthogonality_errors",
     "orthogonalize",
+    "parameter_shapes",
+    "parameters_from_arrays",
+    "parameters_to_arrays",
     "polar_express",
     "polar_factor",
     "project_to_sphere",
@@ -69,7 +80,9 @@ __all__ = [
     "scale_by_normuon",
     "scale_by_shape",
     "set_norm",
+    "state_from_arrays",
     "state_specs",
+    "state_to_arrays",
     "to_hyperball",
     "to_sphere",
     "update_diagnostics",

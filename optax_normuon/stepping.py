@@ -1,6 +1,6 @@
 """A whole step in one call: new parameters in place of updates."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import optax
@@ -8,14 +8,17 @@ import optax
 from optax_normuon.leaves.parameters import require_params
 from optax_normuon.steps.in_place import update_in_place
 
+Params = TypeVar("Params", bound=optax.Params)
+"""The parameters come back as the type of tree that they were given as."""
+
 
 def apply(
     tx: optax.GradientTransformation,
     grads: optax.Updates,
     state: optax.OptState,
-    params: optax.Params,
+    params: Params,
     **extra_args: Any,
-) -> tuple[optax.Params, optax.OptState]:
+) -> tuple[Params, optax.OptState]:
     """New parameters and state: bit for bit `tx.update` and `optax.apply_updates`, in fewer passes.
 
     Where the kernels step a matrix and nothing behind them reads its update, they add it to the

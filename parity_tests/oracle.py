@@ -84,12 +84,13 @@ def normalize_neurons(v: np.ndarray, second_moment, rule: NeuronNorm, longer_is_
 def shape_scale(rule: str, v: np.ndarray) -> float:
     """Stage 5."""
     r, c = v.shape
+    if rule == "rms":
+        return 0.2 * (r * c) ** 0.5 / max(np.linalg.norm(v), 1e-10)
     return {
         "original": max(1, r / c) ** 0.5,
         "match_rms_adamw": 0.2 * max(r, c) ** 0.5,
         "spectral": (r / c) ** 0.5,
         "max_dim": max(r, c) ** 0.5,
-        "rms": 0.2 * (r * c) ** 0.5 / max(np.linalg.norm(v), 1e-10),
         "none": 1.0,
     }[rule]
 
@@ -142,6 +143,14 @@ def step(
 
     A tie of the two sides counts as output in the `longer` rule.
     """
+    v = normalized(recipe, orthogonalized(recipe, g, state, mu=mu), state)
+    return applied(
+        recipe, p, v, state, lr=lr, weight_decay=weight_decay, lr_mul=lr_mul, wd_mul=wd_mul
+    )
+
+
+def orthogonalized(recipe: Recipe, g, state: State, *, mu=None) -> np.ndarray:
+    """Momentum and stage 2, with what stands before it; `state` changes in place."""
     mu = recipe.momentum.momentum if mu is None else mu
     state.step += 1
     state.momentum, u = momentum(
@@ -149,13 +158,32 @@ def step(
     )
     if recipe.row_equilibration is not None:
         u = equilibrate_rows(u, recipe.row_equilibration)
-    v = polar_factor(u, recipe.polar)
+    return polar_factor(u, recipe.polar)
+
+
+def normalized(recipe: Recipe, v: np.ndarray, state: State) -> np.ndarray:
+    """Stage 3, with what stands before it; `state` changes in place."""
     if recipe.norm_setting is not None:
         v = set_norm(v, recipe.norm_setting)
     if recipe.neuron_norm is not None:
         state.second_moment, v = normalize_neurons(
-            v, state.second_moment, recipe.neuron_norm, p.shape[0] >= p.shape[1]
+            v, state.second_moment, recipe.neuron_norm, v.shape[0] >= v.shape[1]
         )
+    return v
+
+
+def applied(
+    recipe: Recipe,
+    p,
+    v: np.ndarray,
+    state: State,
+    *,
+    lr,
+    weight_decay=0.0,
+    lr_mul: Any = 1.0,
+    wd_mul: Any = 1.0,
+):
+    """Decay, shape scale and learning rate: the new parameter; `state` gets its radius."""
     mask = (v * p >= 0) if recipe.decay.cautious else np.ones(p.shape)
     decay = weight_decay * wd_mul * mask * p
     if recipe.decay.rate_power == 2:

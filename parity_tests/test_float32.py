@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from normuon_core import RECIPES
 from parity_tests.cases import SHAPES, make_trace
 from parity_tests.compare import infinity_distance
+from parity_tests.covering import covering
 from parity_tests.jax_driver import run_jax
 from parity_tests.torch_driver import run_torch
 
@@ -45,7 +45,7 @@ def distances(ours, theirs) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", covering())
 def test_fifty_steps_of_both_frameworks_stay_within_the_bounds(recipe):
     found = distances(*trajectories(recipe))
     assert all(found[what] <= bound for what, bound in BOUNDS.items()), found

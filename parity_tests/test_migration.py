@@ -257,3 +257,16 @@ def test_every_new_call_of_the_page_is_run():
     run |= {f"{origin}: new, JAX" for origin in ("optax.contrib.muon", "MaxText (matrices)")}
     run |= {f"torch.optim.Muon and torch.optim.AdamW: new, {kind}" for kind in ("PyTorch", "JAX")}
     assert {name for name in SNIPPETS if ": new" in name} == run
+
+
+def test_an_old_call_is_run_or_says_what_it_needs():
+    installed = {
+        "optax.contrib.muon",
+        "torch.optim.Muon and torch.optim.AdamW",
+        "MaxText (matrices)",
+    }
+    run = {f"{origin}: old" for origin in installed}
+    for name in SNIPPETS.keys() - run:
+        compile(SNIPPETS[name], name, "exec")
+    old = {name for name in SNIPPETS if ": old" in name}
+    assert {name for name in old if "# needs " in SNIPPETS[name]} == old - run

@@ -8,6 +8,7 @@ import pytest
 from normuon_core import RECIPES, NormSetting, RowEquilibration
 from parity_tests.cases import SHAPES, make_trace
 from parity_tests.compare import infinity_distance
+from parity_tests.covering import covering, rules_of
 from parity_tests.jax_driver import run_jax
 from parity_tests.oracle_driver import run_oracle
 from parity_tests.torch_driver import run_torch
@@ -30,8 +31,14 @@ def distances(actual, expected) -> dict[str, float]:
     return result
 
 
+def test_the_recipes_that_cover_the_others_leave_no_rule_out():
+    few = covering()
+    assert set().union(*map(rules_of, few)) == set().union(*map(rules_of, RECIPES))
+    assert len(few) < len(RECIPES)
+
+
 @pytest.mark.parametrize("run", [run_jax, run_torch], ids=["jax", "torch"])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ["normuon", *covering()])
 def test_hard_gradients_agree_with_the_oracle(recipe, run):
     """Largest distance: JAX 1.8e-13, torch 7.9e-14."""
     shapes = SHAPES if recipe == "normuon" else {name: SHAPES[name] for name in FEWER_SHAPES}

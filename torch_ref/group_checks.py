@@ -9,7 +9,6 @@ import torch
 from normuon_core.cost import check_algorithm
 from normuon_core.hyperparameters import check_decay, check_rate
 from torch_ref.kernels.backend import check_backend
-from torch_ref.kernels.launcher import describe_device
 from torch_ref.leaves.dtensor import is_dtensor
 from torch_ref.leaves.group_keys import ADAMW, MATRIX, Group, read_adamw, settle_adamw
 from torch_ref.leaves.groups import group_recipe, parameter_name, parameter_view
@@ -126,7 +125,9 @@ def _check_parameter(param: torch.Tensor, group: Group, name: str) -> None:
 
 def _check_kernels(param: torch.Tensor, group: Group, name: str) -> None:
     """Raises a ValueError that names the parameter if the kernels cannot multiply its matrices here."""
+    # Triton is an extra, and these import it.
     from normuon_core.kernels.products import check_products
+    from torch_ref.kernels.launcher import describe_device
 
     view = parameter_view(group, param, name)
     iteration = GroupSpec.of(group, group_recipe(group), ()).iteration

@@ -1,21 +1,11 @@
-"""Names for arrays in annotations: what their axes are.
+"""Names for arrays in annotations: what their axes are. To a type checker each is `jax.Array`."""
 
-They help readers and type checkers. At run time each is `jax.Array`, so that the package needs no
-jaxtyping.
-"""
-
-from typing import TYPE_CHECKING
+from typing import Annotated
 
 import jax
 
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+Matrices = Annotated[jax.Array, "matrices, rows, columns"]
+"""A batch of matrices, or one device's parts of them; any floating dtype."""
 
-    Matrices = Float[Array, "matrices rows columns"]
-    Statistics = Float[Array, "matrices #rows #columns"]
-else:
-    Matrices = jax.Array
-    """A batch of matrices, or one device's parts of them."""
-
-    Statistics = jax.Array
-    """One or more numbers for each matrix of a batch: a side that is reduced has size 1."""
+Statistics = Annotated[jax.Array, "matrices, rows or 1, columns or 1"]
+"""One or more numbers for each matrix of a batch: a side that is reduced has size 1."""

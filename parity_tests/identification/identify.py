@@ -115,7 +115,7 @@ class _Reading:
 
 
 def _named(found: Found, matrices: list[Observed]) -> list[Nearest]:
-    return nearest(found.fit, [m.transposed() if found.in_out else m for m in matrices])
+    return nearest(found.fit, [m.transposed if found.in_out else m for m in matrices])
 
 
 def _matrices(arrays, meta) -> list[Observed]:

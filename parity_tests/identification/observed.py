@@ -5,8 +5,9 @@ predicted from the recorded weight before it, not from a predicted one: an error
 and the prediction is linear in weight decay and in a factor on the learning rate.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -32,36 +33,84 @@ class Observed:
     mu: np.ndarray
     lr_mul: float
     wd_mul: float
+    _kept: dict[tuple, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
-    @property
+    @cached_property
     def updates(self) -> np.ndarray:
         """Weight before minus weight after, (T, r, c)."""
         return self.params[:-1] - self.params[1:]
 
+    @cached_property
     def transposed(self) -> "Observed":
         """The same matrix, read as (in, out) if it was read as (out, in)."""
         return replace(self, params=self.params.swapaxes(-1, -2), grads=self.grads.swapaxes(-1, -2))
 
     def until(self, steps: int) -> "Observed":
         """Its first steps alone."""
-        return replace(self, params=self.params[: steps + 1], grads=self.grads[:steps])
+        return replace(
+            self,
+            params=self.params[: steps + 1],
+            grads=self.grads[:steps],
+            lr=self.lr[:steps],
+            mu=self.mu[:steps],
+        )
 
     def predict(self, recipe: Recipe, weight_decay: float) -> np.ndarray:
         """The updates of the recipe, each from the recorded weight before it, (T, r, c)."""
+        if weight_decay:
+            return self._applied(recipe, weight_decay)
+        stages = (_before_decay(recipe), recipe.shape_scale, recipe.hyperball)
+        return self._once(stages, lambda: self._applied(recipe, 0.0))
+
+    def _applied(self, recipe: Recipe, weight_decay: float) -> np.ndarray:
         state, result = oracle.State(), np.empty_like(self.grads)
-        for t, gradient in enumerate(self.grads):
-            result[t] = self.params[t] - oracle.step(
+        for t, direction in enumerate(self.directions(recipe)):
+            result[t] = self.params[t] - oracle.applied(
                 recipe,
                 self.params[t],
-                gradient,
+                direction,
                 state,
                 lr=self.lr[t],
-                mu=self.mu[t],
                 weight_decay=weight_decay,
                 lr_mul=self.lr_mul,
                 wd_mul=self.wd_mul,
             )
         return result
+
+    def directions(self, recipe: Recipe) -> np.ndarray:
+        """What the stages before the decay make of the gradients, (T, r, c)."""
+
+        def polar_factors():
+            state = oracle.State()
+            steps = zip(self.grads, self.mu, strict=True)
+            return np.stack([oracle.orthogonalized(recipe, g, state, mu=mu) for g, mu in steps])
+
+        def normalized():
+            state = oracle.State()
+            factors = self._once(_first_stages(recipe), polar_factors)
+            return np.stack([oracle.normalized(recipe, factor, state) for factor in factors])
+
+        return self._once(_before_decay(recipe), normalized)
+
+    def _once(self, stages: tuple, result: Callable[[], np.ndarray]) -> np.ndarray:
+        """The result, kept: thousands of candidates have their first stages in common."""
+        if stages not in self._kept:
+            if len(self._kept) * self.grads.size > _MOST:
+                self._kept.clear()
+            self._kept[stages] = result()
+        return self._kept[stages]
+
+
+_MOST = 2**23
+"""How many numbers a matrix keeps of its candidates."""
+
+
+def _first_stages(recipe: Recipe) -> tuple:
+    return recipe.momentum, recipe.row_equilibration, recipe.polar
+
+
+def _before_decay(recipe: Recipe) -> tuple:
+    return *_first_stages(recipe), recipe.norm_setting, recipe.neuron_norm
 
 
 def matrices_of(weight: Weight, lr: np.ndarray, mu: np.ndarray) -> list[Observed]:
@@ -138,43 +187,45 @@ ROUNDING = 2e-11
 """Differences below are float64's rounding. Source: parity_tests/golden/README.md finds 1.4e-12."""
 
 
-def direction_gap(
-    recipe: Recipe,
-    matrix: Observed,
-    *,
-    free: bool = True,
-    predicted: np.ndarray | None = None,
-) -> float:
+def direction_gap(recipe: Recipe, matrix: Observed, *, free: bool = True) -> float:
+    """The mean of `direction_gaps` over a matrix's steps."""
+    predicted = matrix.predict(recipe, 0.0)
+    if not np.isfinite(predicted).all():
+        return np.inf
+    gaps = direction_gaps(predicted, matrix, cautious=recipe.decay.cautious, free=free)
+    return float(gaps.sum() / len(gaps))
+
+
+def direction_gaps(
+    predicted: np.ndarray, matrix: Observed, *, cautious: bool, free: bool = True
+) -> np.ndarray:
     """|predicted - seen| / |seen|, Frobenius norms, where every step may choose its own scale and decay.
 
     Neither the shape scale nor place and power of the decay matter then, nor a norm that is set. With
-    `free=False` every step chooses its decay alone. `predicted`: the updates without decay, if known.
+    `free=False` every step chooses its decay alone.
+
+    Args:
+      predicted: (T, r, c), the updates without decay. Where `matrix` has one step, (N, r, c), those of
+        N candidates.
+
+    Returns:
+      (T,) or (N,).
     """
-    if predicted is None:
-        predicted = matrix.predict(recipe, 0.0)
-    if not np.isfinite(predicted).all():
-        return np.inf
-    params, seen = matrix.params[:-1], matrix.updates
-    x = params * (predicted * params >= 0) if recipe.decay.cautious else params
-
-    def dot(a, b):
-        return np.einsum("tij,tij->t", a, b)
-
+    params = np.broadcast_to(matrix.params[:-1], predicted.shape)
+    seen = np.broadcast_to(matrix.updates, predicted.shape)
+    x = params * (predicted * params >= 0) if cautious else params
+    columns = np.stack([predicted, x, seen])
+    (vv, vx, vy), (_, xx, xy), (_, _, yy) = np.einsum("atij,btij->abt", columns, columns)
     if free:
-        vv, vx, xx = dot(predicted, predicted), dot(predicted, x), dot(x, x)
-        vy, xy = dot(predicted, seen), dot(x, seen)
         determinant = vv * xx - vx**2
         determinant[determinant == 0] = np.inf
         a, b = (vy * xx - xy * vx) / determinant, (xy * vv - vy * vx) / determinant
         rest = seen - a[:, None, None] * predicted - b[:, None, None] * x
     else:
-        rest = seen - predicted
-        xx = dot(x, x)
         xx[xx == 0] = np.inf
-        rest = rest - (dot(rest, x) / xx)[:, None, None] * x
-    size = np.sqrt(dot(seen, seen))
-    size[size == 0] = np.inf
-    return float(np.sum(np.sqrt(dot(rest, rest)) / size) / len(size))
+        rest = seen - predicted - ((xy - vx) / xx)[:, None, None] * x
+    yy[yy == 0] = np.inf
+    return np.sqrt(np.einsum("tij,tij->t", rest, rest) / yy)
 
 
 def _one_column(y, x) -> float:

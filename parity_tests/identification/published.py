@@ -71,13 +71,15 @@ def polynomials() -> dict[Coefficients, str]:
     return found
 
 
-def polar_variants(recipe: Recipe) -> list[Recipe]:
-    """The recipe with every choice of a polar factor's further options, those beside its numbers."""
-    names = [field.name for field in fields(Polar) if field.name not in _NUMBERS]
-    choices = [get_args(get_type_hints(Polar)[name]) for name in names]
+_FREE = [f.name for f in fields(Polar) if f.name not in _NUMBERS]
+_OPTIONS = [get_args(get_type_hints(Polar)[name]) for name in _FREE]
+
+
+def polar_variants(polar: Polar) -> list[Polar]:
+    """The polar factor with every choice of its further options, those beside its numbers."""
     return [
-        replace(recipe, polar=replace(recipe.polar, **dict(zip(names, values, strict=True))))
-        for values in itertools.product(*choices)
+        replace(polar, **dict(zip(_FREE, values, strict=True)))
+        for values in itertools.product(*_OPTIONS)
     ]
 
 

@@ -12,14 +12,22 @@ not their product:
 5. A norm that is set or given back, shape scale; then place and power of the decay, and its size.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from normuon_core import RECIPES, Recipe
+from normuon_core import RECIPES, Polar, Recipe
 from parity_tests.identification import published
-from parity_tests.identification.observed import ROUNDING, Fit, Observed, direction_gap, fit
+from parity_tests.identification.observed import (
+    ROUNDING,
+    Fit,
+    Observed,
+    direction_gap,
+    direction_gaps,
+    fit,
+)
 
 KEPT = 10
 """How many candidates of a stage the next one sees."""
@@ -56,7 +64,7 @@ class _Candidate:
 
 
 def _on(matrix: Observed, in_out: bool) -> Observed:
-    return matrix.transposed() if in_out else matrix
+    return matrix.transposed if in_out else matrix
 
 
 def _best(candidates: Iterable[_Candidate], kept: int) -> list[_Candidate]:
@@ -106,34 +114,45 @@ def _direction_of_first_step(matrix: Observed) -> list[_Candidate]:
                 (replace(variant, neuron_norm=replace(norm, axis="output", eps=1e-30)), in_out)
             )
 
-    def trials(scales, sets, bases):
-        for coefficients in sets:
-            for scale in scales:
-                polar = replace(
-                    _START.polar, coefficients=coefficients, norm_scale=scale, eps=1e-30
-                )
-                for base, in_out in bases:
-                    for recipe in published.polar_variants(replace(base, polar=polar)):
-                        laid = _on(matrix, in_out)
-                        predicted = laid.predict(recipe, 0.0)
-                        for cautious in (False, True):
-                            decay = replace(recipe.decay, cautious=cautious)
-                            tried = replace(recipe, decay=decay)
-                            gap = direction_gap(tried, laid, predicted=predicted)
-                            yield _Candidate(tried, in_out, gap)
+    def best(sets, scales) -> list[_Candidate]:
+        polars = [
+            polar
+            for coefficients, scale in itertools.product(sets, scales)
+            for polar in published.polar_variants(
+                replace(_START.polar, coefficients=coefficients, norm_scale=scale, eps=1e-30)
+            )
+        ]
+        tried = [(base, in_out, cautious) for base, in_out in bases for cautious in (False, True)]
+        gaps = np.stack([_gaps(polars, matrix, *choice) for choice in tried], axis=1)
+        found = []
+        for index in np.argsort(gaps, axis=None, kind="stable")[: 12 * KEPT]:
+            of_polar, of_choice = np.unravel_index(index, gaps.shape)
+            base, in_out, cautious = tried[of_choice]
+            decay = replace(base.decay, cautious=cautious)
+            recipe = replace(base, polar=polars[of_polar], decay=decay)
+            found.append(_Candidate(recipe, in_out, float(gaps[of_polar, of_choice])))
+        return found
 
-    found = _with_ties(trials(published.NORM_SCALES, published.polynomials(), bases))
+    found = _with_ties(best(published.polynomials(), published.NORM_SCALES))
     if found[0].gap > 1e-3:
         # A large eps acts like a larger norm scale, of no published value.
-        scales = np.geomspace(1.0, 8.0, 25)[1:]
         few = list(published.polynomials())[: len(published.POLYNOMIALS)]
-        found = _best([*found, *trials(scales, few, bases)], 3 * KEPT)
+        found = _best([*found, *best(few, np.geomspace(1.0, 8.0, 25)[1:])], 3 * KEPT)
     return found
 
 
-def _with_ties(candidates: Iterable[_Candidate]) -> list[_Candidate]:
+def _gaps(
+    polars: Sequence[Polar], matrix: Observed, base: Recipe, in_out: bool, cautious: bool
+) -> np.ndarray:
+    """The first step's gap with each polar factor. Its size is free, so the direction is enough."""
+    laid = _on(matrix, in_out)
+    predicted = np.concatenate([laid.directions(replace(base, polar=polar)) for polar in polars])
+    gaps = direction_gaps(predicted, laid, cautious=cautious)
+    return np.where(np.isfinite(gaps), gaps, np.inf)
+
+
+def _with_ties(ordered: Sequence[_Candidate]) -> list[_Candidate]:
     """The best, and all that reproduce the first step: converged iterations of many lengths may."""
-    ordered = _best(candidates, 12 * KEPT)
     return [c for i, c in enumerate(ordered) if i < 3 * KEPT or c.gap <= ROUNDING]
 
 

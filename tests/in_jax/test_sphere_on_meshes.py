@@ -47,9 +47,9 @@ MAKE = {
 
 def train(tx, mesh):
     params = put(draw(SHAPES), SPECS, mesh)
-    state = tx.init(params)
+    state, step = tx.init(params), step_of(tx)
     for seed in (1, 2, 3):
-        params, state = step_of(tx)(put(draw(SHAPES, seed), SPECS, mesh), state, params)
+        params, state = step(put(draw(SHAPES, seed), SPECS, mesh), state, params)
     return params, state
 
 

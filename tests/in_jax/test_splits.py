@@ -75,8 +75,13 @@ FUSED = {
 }
 
 
-@pytest.mark.parametrize("recipe", ["normuon", "normuon_2025_11", "normuon_paper"])
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        *((name, "normuon") for name in FUSED),
+        *(("unequal blocks", recipe) for recipe in ("normuon_2025_11", "normuon_paper")),
+    ],
+)
 def test_a_fused_projection_is_its_matrices_as_separate_parameters(name, recipe):
     layout, apart = FUSED[name]
     kernel, gradients = draw(0, D, 72), [draw(seed, D, 72) for seed in (1, 2)]

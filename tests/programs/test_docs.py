@@ -3,7 +3,11 @@
 import contextlib
 import io
 import re
+import runpy
+import shlex
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import pytest
@@ -14,18 +18,20 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
-RUN = [
-    "README.md",
-    "docs/layouts.md",
-    "docs/meshes.md",
-    "docs/numerics.md",
-    "docs/performance.md",
-    "docs/sphere.md",
-]
-"""Pages whose Python blocks run from top to bottom, as one program."""
+ELSEWHERE = {"docs/migration.md"}
+"""Pages whose Python blocks another test runs: `parity_tests/test_migration.py`."""
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+NEEDS = re.compile(r"^# needs \S", re.MULTILINE)
+"""What a block that is not run says in the page: a package or a machine that the tests lack."""
+
+PYTHON = [
+    name
+    for name in (str(page.relative_to(ROOT)) for page in PAGES)
+    if name not in ELSEWHERE and "```python" in (ROOT / name).read_text()
+]
+"""Pages whose Python blocks run here, from top to bottom, as one program."""
 
 
 def anchors(page: Path) -> set[str]:
@@ -59,35 +65,73 @@ def test_a_link_to_no_file_and_one_to_no_heading_are_found(tmp_path):
     assert broken_links(page) == ["#two", "missing.md", "page.md#none"]
 
 
-def run_page(text: str) -> list[tuple[str, str]]:
-    """(what a Python block prints, what stands below it) for each block that has output below it."""
+class Ran(NamedTuple):
+    """A Python block that ran: its code, what it printed, and what the page says that it prints."""
+
+    code: str
+    printed: str
+    written: str | None
+
+
+def run_page(text: str) -> tuple[list[Ran], dict[str, object]]:
+    """The Python blocks of a page, run one after the other, and the names that they defined.
+
+    A block's output is the block without a language below it, before any other Python block.
+    """
     names: dict[str, object] = {}
-    printed = ""
-    compared = []
+    ran: list[Ran] = []
     for language, body in BLOCK.findall(text):
-        if language == "python":
+        if language == "python" and NEEDS.search(body):
+            compile(body, "a block that is not run", "exec")
+        elif language == "python":
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 exec(body, names)
-            printed = out.getvalue()
-        elif language == "":
-            compared.append((printed, body))
-    return compared
+            ran.append(Ran(body, out.getvalue(), None))
+        elif language == "" and ran and ran[-1].printed:
+            ran[-1] = ran[-1]._replace(written=body)
+    return ran, names
 
 
 def without_padding(text: str) -> list[str]:
     return [line.rstrip() for line in text.strip().splitlines()]
 
 
-@pytest.mark.parametrize("name", RUN)
+def cells(text: str) -> list[list[str]]:
+    """The cells of each line of a table, in Markdown or as a script prints it."""
+    return [line.replace("|", " ").replace("`", "").split() for line in text.splitlines()]
+
+
+TABLES = {"docs/stages.md": "image = evaluate(steps", "docs/dialects.md": "name_of = {coefficients"}
+"""By page a line of the script that prints a table of the page."""
+
+
+@pytest.mark.parametrize("name", PYTHON)
 def test_the_code_of_a_page_runs_and_prints_what_stands_below_it(name):
+    text = (ROOT / name).read_text()
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        compared = run_page((ROOT / name).read_text())
-    for printed, written in compared:
-        assert without_padding(printed) == without_padding(written)
+        ran, _ = run_page(text)
+    for block in ran:
+        if block.written is not None:
+            assert without_padding(block.printed) == without_padding(block.written)
+    if name in TABLES:
+        (printed,) = (block.printed for block in ran if TABLES[name] in block.code)
+        rows = cells(BLOCK.sub("", text))
+        assert len(cells(printed)) > 10
+        assert [row for row in cells(printed) if row not in rows] == []
 
 
 def test_another_output_below_the_code_is_seen():
-    assert run_page("```python\nprint(1)\n```\n\n```\n2\n```\n") == [("1\n", "2\n")]
+    ran, names = run_page("```python\nx = 1\nprint(x)\n```\n\n```\n2\n```\n")
+    assert ran == [Ran("x = 1\nprint(x)\n", "1\n", "2\n")]
+    assert names["x"] == 1
+
+
+def test_a_block_is_left_out_only_where_the_page_says_what_it_needs():
+    assert run_page("```python\n# needs a package\nraise ValueError\n```\n")[0] == []
+    with pytest.raises(ValueError, match="run"):
+        run_page('```python\nraise ValueError("run")\n```\n')
+    with pytest.raises(SyntaxError):
+        run_page("```python\n# needs a package\nno python\n```\n")
 
 
 def paths_of(text: str) -> set[str]:
@@ -130,32 +174,68 @@ def test_files_and_programs_that_do_not_exist_are_found():
     assert len(paths_of((ROOT / "CONTRIBUTING.md").read_text())) > 30
 
 
-def printed_by(page: str, start: str) -> list[list[str]]:
-    """The cells of each line that the page's Python block with this beginning prints."""
-    (code,) = (
-        body
-        for language, body in BLOCK.findall((ROOT / page).read_text())
-        if language == "python" and start in body
-    )
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        exec(code, {})
-    return [line.replace("|", " ").replace("`", "").split() for line in out.getvalue().splitlines()]
+OURS = "benchmarks|examples|parity_tests|tests"
+COMMAND = re.compile(rf"python -m ((?:{OURS})[a-z_.]*)([^`\n|;&]*)")
 
 
-@pytest.mark.parametrize(
-    ("page", "start"),
-    [
-        ("docs/stages.md", "image = evaluate(steps"),
-        ("docs/dialects.md", "name_of = {coefficients"),
-    ],
-)
-def test_the_table_of_polynomials_and_that_of_recipes_are_what_their_scripts_print(page, start):
-    text = (ROOT / page).read_text()
-    rows = [
-        line.replace("|", " ").replace("`", "").split()
-        for line in BLOCK.sub("", text).splitlines()
-        if line.startswith("|")
-    ]
-    printed = printed_by(page, start)
-    assert len(printed) > 10
-    assert [row for row in printed if row not in rows] == []
+def commands_of(text: str) -> set[tuple[str, str, tuple[str, ...]]]:
+    """(module, subcommand or "", options) of each command of a page that runs one of our programs."""
+    found = set()
+    for module, rest in COMMAND.findall(text):
+        told = shlex.split(rest.replace("...", ""), comments=True)
+        words = [
+            word for word, before in zip(told, ["", *told], strict=False) if before[:2] != "--"
+        ]
+        subcommand = next((word for word in words if re.fullmatch("[a-z]+", word)), "")
+        options = {word.split("=")[0] for word in told if word.startswith("--")}
+        takes_one = module in ("examples", "examples.sweep", "parity_tests")
+        found.add((module, subcommand if takes_one else "", tuple(sorted(options))))
+    return found
+
+
+def helped(module: str, *arguments: str) -> str:
+    """What a program prints for `--help`; it ends there, with success."""
+    argv, sys.argv = sys.argv, [module, *arguments, "--help"]
+    try:
+        with (
+            contextlib.redirect_stdout(io.StringIO()) as out,
+            pytest.raises(SystemExit) as ended,
+        ):
+            runpy.run_module(module, run_name="__main__", alter_sys=False)
+    finally:
+        sys.argv = argv
+    assert not ended.value.code, (module, *arguments)
+    return out.getvalue()
+
+
+COMMANDS = sorted(set.union(*(commands_of(page.read_text()) for page in PAGES)))
+WITHOUT_OPTIONS = {
+    "tests.model_trees",
+    "tests.model_trees.record",
+    "tests.programs.kill_and_resume",
+}
+"""Programs that take none, and would run."""
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("module", sorted({module for module, _, _ in COMMANDS} - WITHOUT_OPTIONS))
+def test_the_commands_of_the_pages_have_their_subcommands_and_options(module, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setenv("NO_COLOR", "1")
+    general = helped(module)
+    for _, subcommand, options in (found for found in COMMANDS if found[0] == module):
+        shown = general + (helped(module, subcommand) if subcommand else "")
+        missing = [option for option in options if not re.search(rf"{option}\b", shown)]
+        assert missing == [], (module, subcommand)
+
+
+def test_programs_that_take_no_options_are_given_none():
+    assert not any(options for module, _, options in COMMANDS if module in WITHOUT_OPTIONS)
+
+
+def test_the_parts_of_a_command_are_read():
+    text = "`python -m examples.sweep --factors 1 4 dpo RUN --steps=60` `python -m benchmarks`"
+    assert commands_of(text) == {
+        ("examples.sweep", "dpo", ("--factors", "--steps")),
+        ("benchmarks", "", ()),
+    }

@@ -16,6 +16,7 @@ MODEL = GPTConfig(width=16, depth=1, heads=2, context=12, vocabulary=32)
 BETA = 0.3
 
 
+@jax.jit
 def forward(params, tokens, segments=None):
     return apply_model(MODEL, params, tokens, segments)
 
