@@ -15,7 +15,7 @@ from examples.preferences import read_pairs
 from examples.presets import DPO, with_preset
 from examples.rows import batches, split, whole_batches
 from examples.settings import OF_THE_PROCESS, Devices, Training
-from examples.trained import load_trained
+from examples.trained import load_base
 from examples.training import Task
 
 
@@ -48,7 +48,7 @@ class Dpo:
         Raises:
           BadInput: they cannot be trained on; the message names file and line.
         """
-        base, training = load_trained(self.start, mesh=mesh), self.training
+        base, training = load_base(self.start, mesh=mesh), self.training
         tokens = base.tokens
         model = dataclasses.replace(base.model, context=self.context or base.model.context)
         optimizer = with_preset(self.optimizer, DPO, width=model.width)

@@ -5,7 +5,7 @@ attention, a squared-ReLU MLP, no biases, and an output head of its own (`lm_hea
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,10 @@ class GPTConfig:
                 " kv_heads that divide heads."
             )
 
+    def build(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The model with random weights; a subclass with a model of its own builds that."""
+        return GPT(self, rngs=rngs)
+
     @property
     def key_heads(self) -> int:
         return self.heads if self.kv_heads is None else self.kv_heads
@@ -81,9 +85,9 @@ class Attention(nnx.Module):
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         self.head_size = config.head_size
         keys = config.key_heads * config.head_size
-        self.query = _linear(config.width, config.width, config, rngs)
-        self.key = _linear(config.width, keys, config, rngs)
-        self.value = _linear(config.width, keys, config, rngs)
+        self.query = linear(config.width, config.width, config, rngs)
+        self.key = linear(config.width, keys, config, rngs)
+        self.value = linear(config.width, keys, config, rngs)
         self.query_norm = _norm(self.head_size, config, rngs)
         self.key_norm = _norm(self.head_size, config, rngs)
         self.out = _residual_output(config.width, config.width, config, rngs)
@@ -101,7 +105,7 @@ class MLP(nnx.Module):
     """relu(x U)^2 V with four times the width inside (arXiv 2109.08668)."""
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
-        self.up = _linear(config.width, 4 * config.width, config, rngs)
+        self.up = linear(config.width, 4 * config.width, config, rngs)
         self.down = _residual_output(4 * config.width, config.width, config, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -126,11 +130,11 @@ class GPT(nnx.Module):
     """Token ids (batch, time) to logits (batch, time, vocabulary) float32 of each next token."""
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
-        self.embed = nnx.Embed(config.vocabulary, config.width, **_dtypes(config), rngs=rngs)
+        self.embed = nnx.Embed(config.vocabulary, config.width, **dtypes(config), rngs=rngs)
         self.embed_norm = _norm(config.width, config, rngs)
-        self.blocks = _stacked(config, rngs) if config.scan else _listed(config, rngs)
+        self.blocks = make_blocks(Block, config, rngs)
         self.head_norm = _norm(config.width, config, rngs)
-        self.lm_head = _linear(config.width, config.vocabulary, config, rngs)
+        self.lm_head = linear(config.width, config.vocabulary, config, rngs)
 
     def __call__(self, tokens: jax.Array, segments: jax.Array | None = None) -> jax.Array:
         """Logits.
@@ -140,27 +144,19 @@ class GPT(nnx.Module):
           segments: (batch, time) integers: a token attends to earlier tokens of its own number, so that
             texts packed into one window do not see each other. None is one text a window.
         """
-        mask = None
-        if segments is not None:
-            mask = segments[:, None, :, None] == segments[:, None, None, :]
         x = self.embed_norm(self.embed(tokens.astype(jnp.int32)))
-        if isinstance(self.blocks, Block):
-            x = _through(self.blocks, x, mask)
-        else:
-            for block in self.blocks:
-                x = block(x, mask)
+        x = through(self.blocks, x, segments)
         return self.lm_head(self.head_norm(x)).astype(jnp.float32)
 
 
 def first_parameters(config: GPTConfig, seed: int | jax.Array):
     """Random weights: a dictionary of dictionaries of arrays, named as the modules are."""
-    model = GPT(config, rngs=nnx.Rngs(seed))
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    return nnx.to_pure_dict(nnx.state(config.build(nnx.Rngs(seed)), nnx.Param))
 
 
 def apply_model(config: GPTConfig, params, tokens: jax.Array, segments: jax.Array | None = None):
     """The model's logits as a function of its parameters, as `first_parameters` makes them."""
-    graph, _ = nnx.split(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0))), nnx.Param)
+    graph, _ = nnx.split(nnx.eval_shape(lambda: config.build(nnx.Rngs(0))), nnx.Param)
     return nnx.merge(graph, params)(tokens, segments)
 
 
@@ -170,45 +166,61 @@ def parameter_count(config: GPTConfig) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def _listed(config: GPTConfig, rngs: nnx.Rngs) -> nnx.List:
-    return nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
+def make_blocks(block: Any, config: GPTConfig, rngs: nnx.Rngs) -> nnx.List | nnx.Module:
+    """A list of blocks, or one of which every parameter has the layers as its first axis.
 
-
-def _stacked(config: GPTConfig, rngs: nnx.Rngs) -> Block:
-    """One `Block` whose parameters have the layers as their first axis."""
+    Args:
+      block: a class of modules, made by `block(config, rngs=rngs)`.
+    """
+    if not config.scan:
+        return nnx.List([block(config, rngs=rngs) for _ in range(config.depth)])
 
     @nnx.split_rngs(splits=config.depth)
     @nnx.vmap(in_axes=0, out_axes=0)
-    def stack(rngs: nnx.Rngs) -> Block:
-        return Block(config, rngs=rngs)
+    def stack(rngs: nnx.Rngs) -> nnx.Module:
+        return block(config, rngs=rngs)
 
     return stack(rngs)
 
 
+def through(blocks: Any, x: jax.Array, segments: jax.Array | None) -> jax.Array:
+    """What `make_blocks` made, applied to x one after the other.
+
+    Args:
+      segments: (batch, time) integers or None: a token attends to those of its own number.
+    """
+    mask = None
+    if segments is not None:
+        mask = segments[:, None, :, None] == segments[:, None, None, :]
+    if not isinstance(blocks, nnx.List):
+        return _scanned(blocks, x, mask)
+    for block in blocks:
+        x = block(x, mask)
+    return x
+
+
 @nnx.scan(in_axes=(0, nnx.Carry, None), out_axes=nnx.Carry)
-def _through(block: Block, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+def _scanned(block: Any, x: jax.Array, mask: jax.Array | None) -> jax.Array:
     return block(x, mask)
 
 
-def _dtypes(config: GPTConfig) -> dict:
+def dtypes(config: GPTConfig) -> dict:
+    """Keywords of a Flax module."""
     return dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype))
 
 
+def linear(
+    inputs: int, outputs: int, config: GPTConfig, rngs: nnx.Rngs, **keywords: Any
+) -> nnx.Linear:
+    """Without a bias; `keywords` are Flax's own."""
+    return nnx.Linear(inputs, outputs, use_bias=False, **dtypes(config), rngs=rngs, **keywords)
+
+
 def _norm(size: int, config: GPTConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(size, **_dtypes(config), rngs=rngs)
-
-
-def _linear(inputs: int, outputs: int, config: GPTConfig, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(inputs, outputs, use_bias=False, **_dtypes(config), rngs=rngs)
+    return nnx.RMSNorm(size, **dtypes(config), rngs=rngs)
 
 
 def _residual_output(inputs: int, outputs: int, config: GPTConfig, rngs: nnx.Rngs) -> nnx.Linear:
     """Variance 1 / (2 depth fan-in): the 2 depth branches together then add about unit variance."""
-    return nnx.Linear(
-        inputs,
-        outputs,
-        use_bias=False,
-        **_dtypes(config),
-        kernel_init=nnx.initializers.variance_scaling(0.5 / config.depth, "fan_in", "normal"),
-        rngs=rngs,
-    )
+    normal = nnx.initializers.variance_scaling(0.5 / config.depth, "fan_in", "normal")
+    return linear(inputs, outputs, config, rngs, kernel_init=normal)

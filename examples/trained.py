@@ -11,13 +11,14 @@ from examples.checkpoints import Checkpoints
 from examples.configuration import read_table
 from examples.errors import BadInput
 from examples.gpt import GPTConfig
+from examples.ngpt import NGPTConfig
 from examples.step import abstract_parameters
 from examples.tokens import Tokens, load_tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A model and what it was trained on. `phase` is pretrain, sft or dpo; `tokenizer` its file."""
+    """A model, its phase (pretrain, ngpt, sft or dpo) and the file of its tokenizer."""
 
     phase: str
     model: GPTConfig
@@ -46,6 +47,20 @@ def load_trained(folder: Path, *, mesh: Mesh | None = None) -> Trained:
     return Trained(phase, model, tokenizer, params)
 
 
+def load_base(folder: Path, *, mesh: Mesh | None = None) -> Trained:
+    """A model to go on training with.
+
+    Raises:
+      BadInput: as `load_trained`; or an nGPT, whose weights would leave their spheres.
+    """
+    trained = load_trained(folder, mesh=mesh)
+    if isinstance(trained.model, NGPTConfig):
+        raise BadInput(
+            f"{folder} is an nGPT: sft and dpo would take its weights off their spheres."
+        )
+    return trained
+
+
 def load_description(folder: Path) -> tuple[str, GPTConfig, Path | None]:
     """Phase, model and tokenizer of a run, without its weights.
 
@@ -57,5 +72,6 @@ def load_description(folder: Path) -> tuple[str, GPTConfig, Path | None]:
         raise BadInput(f"{folder} is no run's folder: it has no config.toml.")
     settings = tomllib.loads(path.read_text())
     tokenizer = settings.get("tokenizer")
-    model = read_table(GPTConfig(), settings["model"], f"{path}: model.")
+    default = NGPTConfig() if settings["phase"] == "ngpt" else GPTConfig()
+    model = read_table(default, settings["model"], f"{path}: model.")
     return settings["phase"], model, None if tokenizer is None else Path(tokenizer)
