@@ -1,0 +1,93 @@
+"""Where a study's trials are run: what the ledger has is not run again, and time is kept."""
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from studies.lanes import Lanes
+from studies.ledger import Ledger, Row
+from studies.machine import machine, versions
+from studies.trial import Trial
+
+
+class OutOfTime(Exception):
+    """The next trials would end behind the limit."""
+
+
+class Lab:
+    """Runs trials and keeps their rows.
+
+    Args:
+      curve: the metric that rows keep of every evaluation. minutes: the limit; None is none.
+      say: is told a line for each batch of trials.
+    """
+
+    def __init__(
+        self,
+        lanes: Lanes,
+        ledger: Ledger,
+        *,
+        curve: str,
+        minutes: float | None = None,
+        say=print,
+    ):
+        self.lanes, self.ledger = lanes, ledger
+        self._curve, self._say = curve, say
+        self._end = None if minutes is None else time.monotonic() + 60 * minutes
+        self._longest = 0.0  # seconds that a batch of lanes took an evaluation
+
+    def prepare(self, arms: Sequence[str], trials: Sequence[Trial] | None = None) -> None:
+        """Compiles arms, side by side; where trials are given only the arms of those still to run."""
+        if trials is not None:
+            open_arms = {trial.arm for trial in trials if trial not in self.ledger}
+            arms = [arm for arm in arms if arm in open_arms]
+        start = time.monotonic()
+        self.lanes.prepare(arms)
+        if (seconds := time.monotonic() - start) > 1:
+            self._say(f"compiled {', '.join(arms)} in {seconds:.0f} s")
+
+    def run(self, trials: Sequence[Trial], *, curves: bool = False) -> list[Row]:
+        """The rows of trials, in their order; trains those that have none.
+
+        Args:
+          curves: whether their rows keep the curve.
+
+        Raises:
+          OutOfTime: the limit would be passed; what was finished is kept.
+        """
+        different = {self.ledger.key(trial): trial for trial in trials}
+        missing = [trial for trial in different.values() if trial not in self.ledger]
+        while missing:
+            kind = missing[0].arm, missing[0].evaluations
+            alike = [trial for trial in missing if (trial.arm, trial.evaluations) == kind]
+            batch = alike[: self.lanes.count]
+            self._batch(batch, curves)
+            missing = [trial for trial in missing if trial not in self.ledger]
+        return [self.ledger[trial] for trial in trials]
+
+    def _batch(self, trials: Sequence[Trial], curves: bool) -> None:
+        length = trials[0].evaluations
+        if self._end is not None and time.monotonic() + self._longest * length > self._end:
+            raise OutOfTime
+        outcomes = self.lanes.run(trials)
+        seconds = outcomes[0].seconds
+        self._longest = max(self._longest, seconds / length)
+        rows = [
+            Row(
+                trial,
+                {name: float(at[-1]) for name, at in outcome.measured.items()},
+                outcome.measured[self._curve] if curves else np.array([]),
+                seconds,
+                self.lanes.count,
+                machine(),
+                versions(),
+            )
+            for trial, outcome in zip(trials, outcomes, strict=True)
+        ]
+        self.ledger.add(rows)
+        found = [row.final[self._curve] for row in rows]
+        self._say(
+            f"{trials[0].arm}: {len(trials)} trials in {seconds:.1f} s,"
+            f" {self._curve} {np.nanmin(found):.4f} to {np.nanmax(found):.4f}"
+        )
