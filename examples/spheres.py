@@ -15,7 +15,8 @@ from examples.errors import BadInput
 from examples.mesh import parameter_shardings
 from examples.ngpt import Axes, role_of, sphere_axes
 from examples.optimizers import OptimizerConfig, compute_dtype, is_matrix
-from optax_normuon import RECIPES, MatrixLayout
+from normuon_core.recipes import Recipe, find_recipe
+from optax_normuon import MatrixLayout
 
 Path = Literal["projection", "retraction", "geodesic", "hyperball"]
 Angle = Literal["rate", "tangent"]
@@ -106,7 +107,7 @@ class SphereConfig(OptimizerConfig):
 
 
 def matrix_direction(
-    recipe: str,
+    recipe: str | Recipe,
     *,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     momentum: optax.ScalarOrSchedule | None = None,
@@ -118,10 +119,10 @@ def matrix_direction(
     Args:
       keywords: of `optax_normuon.scale_by_normuon`.
     """
-    chosen = RECIPES[recipe]
+    chosen = find_recipe(recipe)
     return optax.chain(
         optax_normuon.scale_by_normuon(
-            recipe=recipe,
+            recipe=chosen,
             momentum=momentum,
             layout=matrix_layout,
             compute_dtype=compute_dtype(),
@@ -140,12 +141,13 @@ def along_spheres(
     path: Path,
     angle: Angle = "tangent",
     axes: Axes = "embedding",
-    project_every: int = 1,
+    project_every: int | jax.Array = 1,
 ) -> optax.GradientTransformation:
     """A direction of ascent as a whole optimizer that holds weights on their spheres.
 
     Args:
-      angle: of geodesic and retraction. project_every: of projection, from the first step on.
+      angle: of geodesic and retraction.
+      project_every: of projection, from the first step on; a number, which may be traced.
     """
     axis = sphere_axes(axes)
     if path == "hyperball":
@@ -155,7 +157,7 @@ def along_spheres(
         end = optax_normuon.to_sphere(learning_rate, axis=axis, path=path, angle=angle)
         return optax.chain(direction, end)
     project = optax_normuon.project_to_sphere(axis=axis)
-    if project_every > 1:
+    if not isinstance(project_every, int) or project_every > 1:
         project = optax.conditionally_transform(
             project, lambda step, **_: jnp.asarray(step) % project_every == 0
         )
