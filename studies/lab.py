@@ -1,7 +1,8 @@
 """Where a study's trials are run: what the ledger has is not run again, and time is kept."""
 
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -30,19 +31,22 @@ class Lab:
         *,
         curve: str,
         minutes: float | None = None,
-        say=print,
+        say: Callable[[str], None] = functools.partial(print, flush=True),
     ):
         self.lanes, self.ledger = lanes, ledger
         self._curve, self._say = curve, say
         self._end = None if minutes is None else time.monotonic() + 60 * minutes
         self._longest = 0.0  # seconds that a batch of lanes took an evaluation
 
-    def prepare(self, arms: Sequence[str], trials: Sequence[Trial] | None = None) -> None:
-        """Compiles arms, side by side; where trials are given only the arms of those still to run."""
-        if trials is not None:
-            open_arms = {trial.arm for trial in trials if trial not in self.ledger}
-            arms = [arm for arm in arms if arm in open_arms]
+    def prepare(self, arms: Sequence[str]) -> None:
+        """Compiles arms, side by side; `run` compiles one where this was not done.
+
+        Raises:
+          OutOfTime: the limit has passed.
+        """
         start = time.monotonic()
+        if self._end is not None and start > self._end:
+            raise OutOfTime
         self.lanes.prepare(arms)
         if (seconds := time.monotonic() - start) > 1:
             self._say(f"compiled {', '.join(arms)} in {seconds:.0f} s")

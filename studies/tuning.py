@@ -66,7 +66,9 @@ class Tuning:
           How many rounds each arm has had.
         """
         for rounds in range(at_least, at_most + 1):
-            for arm in arms:
+            behind = [arm for arm in arms if self.so_far(arm).rounds < rounds]
+            self._lab.prepare(behind)
+            for arm in behind:
                 self._reach(arm, rounds)
             if all(self.so_far(arm).inside for arm in arms):
                 return rounds
