@@ -8,8 +8,9 @@ import tyro
 
 from examples.errors import BadInput, one_line
 from studies.parts import Parts
+from studies.sphere import Sphere
 
-STUDIES: dict[str, Any] = {"parts": Parts}
+STUDIES: dict[str, Any] = {"parts": Parts, "sphere": Sphere}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -51,9 +51,7 @@ OF_SPHERES = {
     "+ second moment": Arm(_NORMUON, "projection"),
     "+ cautious decay": Arm(MUON, "projection", decays=True),
     "+ both": Arm(_NORMUON, "projection", decays=True),
-    "cubic, equal RMS": Arm(
-        _EQUAL_RMS.override(coefficients=CUBIC), "projection"
-    ),
+    "cubic, equal RMS": Arm(_EQUAL_RMS.override(coefficients=CUBIC), "projection"),
     "Polar Express, equal RMS": Arm(_EQUAL_RMS, "projection"),
 }
 GROUPS = (
