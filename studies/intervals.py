@@ -22,7 +22,7 @@ class Interval(NamedTuple):
         return f"{self.mean:+.4f} ± {self.half:.4f}"
 
 
-def interval(values: Sequence[float], level: float = 0.95) -> Interval:
+def interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Interval:
     """Student's interval of the mean: mean ± t(level, n - 1) s / sqrt(n).
 
     Of paired differences it is the paired t-test's: whatever a seed does to both arms cancels.

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -20,8 +20,8 @@ class Lab:
     """Runs trials and keeps their rows.
 
     Args:
-      curve: the metric that rows keep of every evaluation. minutes: the limit; None is none.
-      say: is told a line for each batch of trials.
+      averaged: metrics of which a row has the mean over all evaluations, and not the last.
+      minutes: the limit; None is none. say: is told a line for each batch; None prints it.
     """
 
     def __init__(
@@ -29,12 +29,13 @@ class Lab:
         lanes: Lanes,
         ledger: Ledger,
         *,
-        curve: str,
+        averaged: Sequence[str] = (),
         minutes: float | None = None,
-        say: Callable[[str], None] = functools.partial(print, flush=True),
+        say: Callable[[str], None] | None = None,
     ):
         self.lanes, self.ledger = lanes, ledger
-        self._curve, self._say = curve, say
+        self._averaged = tuple(averaged)
+        self._say = functools.partial(print, flush=True) if say is None else say
         self._end = None if minutes is None else time.monotonic() + 60 * minutes
         self._longest = 0.0  # seconds that a batch of lanes took an evaluation
 
@@ -55,7 +56,7 @@ class Lab:
         """The rows of trials, in their order; trains those that have none.
 
         Args:
-          curves: whether their rows keep the curve.
+          curves: whether their rows keep the ledger's curves.
 
         Raises:
           OutOfTime: the limit would be passed; what was finished is kept.
@@ -80,8 +81,11 @@ class Lab:
         rows = [
             Row(
                 trial,
-                {name: float(at[-1]) for name, at in outcome.measured.items()},
-                outcome.measured[self._curve] if curves else np.array([]),
+                self._final(outcome.measured),
+                {
+                    name: outcome.measured[name] if curves else np.array([])
+                    for name in self.ledger.curves
+                },
                 seconds,
                 self.lanes.count,
                 machine(),
@@ -90,8 +94,15 @@ class Lab:
             for trial, outcome in zip(trials, outcomes, strict=True)
         ]
         self.ledger.add(rows)
-        found = [row.final[self._curve] for row in rows]
+        name = self.ledger.metrics[0]
+        found = [row.final[name] for row in rows]
         self._say(
             f"{trials[0].arm}: {len(trials)} trials in {seconds:.1f} s,"
-            f" {self._curve} {np.nanmin(found):.4f} to {np.nanmax(found):.4f}"
+            f" {name} {min(found):.4f} to {max(found):.4f}"
         )
+
+    def _final(self, measured: Mapping[str, np.ndarray]) -> dict[str, float]:
+        return {
+            name: float(at.mean() if name in self._averaged else at[-1])
+            for name, at in measured.items()
+        }

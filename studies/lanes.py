@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from studies.training import Task
+from studies.training import Task, Trained
 from studies.trial import Trial
 
-Training = Callable[..., dict[str, jax.Array]]
+Training = Callable[..., Trained]
 """What `training.training` makes."""
 
 
@@ -97,4 +97,8 @@ class Lanes:
         params = jax.eval_shape(self._first, self._data, seeds, values)
         length = jax.ShapeDtypeStruct((), jnp.int32)
         side_by_side = jax.vmap(self._arms[arm], in_axes=(None, 0, 0, None, 0))
-        return jax.jit(side_by_side).lower(self._data, seeds, values, length, params).compile()
+
+        def measured(*given):
+            return side_by_side(*given).measured
+
+        return jax.jit(measured).lower(self._data, seeds, values, length, params).compile()

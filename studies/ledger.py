@@ -15,14 +15,14 @@ class Row:
     """A finished trial.
 
     Attributes:
-      final: what the last evaluation measured. curve: of one of these at each evaluation, or empty.
+      final: what the last evaluation measured. curves: what each evaluation did, or empty arrays.
       seconds: of the lanes that it ran in, all together. lanes: how many there were.
       machine, versions: where it ran.
     """
 
     trial: Trial
     final: Mapping[str, float]
-    curve: np.ndarray
+    curves: Mapping[str, np.ndarray]
     seconds: float
     lanes: int
     machine: str
@@ -34,16 +34,26 @@ class Ledger:
 
     Args:
       setup: model, data and length, in words: what a trial's arm, values and seed do not say.
-      names: of the values of a trial. metrics: what an evaluation measures.
+      names: of the values of a trial. metrics: what an evaluation measures. curves: those of them whose
+        curves are kept, where a trial is asked for with them.
       every: steps between two evaluations.
     """
 
     def __init__(
-        self, path: Path, *, setup: str, names: Sequence[str], metrics: Sequence[str], every: int
+        self,
+        path: Path,
+        *,
+        setup: str,
+        names: Sequence[str],
+        metrics: Sequence[str],
+        curves: Sequence[str],
+        every: int,
     ):
         self._path, self._setup = path, setup
-        self._names, self._metrics, self._every = tuple(names), tuple(metrics), every
-        self._columns = ["setup", "arm", *names, "seed", "steps", *metrics, "curve"]
+        self.metrics, self.curves, self.every = tuple(metrics), tuple(curves), every
+        self._names = tuple(names)
+        self._columns = ["setup", "arm", *names, "seed", "steps", *metrics]
+        self._columns += [f"{name} curve" for name in curves]
         self._columns += ["seconds", "lanes", "machine", "versions"]
         self._rows: dict[tuple[str, ...], Row] = {}
         if path.exists():
@@ -90,9 +100,12 @@ class Ledger:
             "arm": trial.arm,
             **{name: written(trial.value(name)) for name in self._names},
             "seed": str(trial.seed),
-            "steps": str(trial.evaluations * self._every),
-            **{name: f"{row.final[name]:.7g}" for name in self._metrics},
-            "curve": " ".join(f"{value:.6g}" for value in row.curve),
+            "steps": str(trial.evaluations * self.every),
+            **{name: f"{row.final[name]:.7g}" for name in self.metrics},
+            **{
+                f"{name} curve": " ".join(f"{value:.6g}" for value in row.curves[name])
+                for name in self.curves
+            },
             "seconds": f"{row.seconds:.2f}",
             "lanes": str(row.lanes),
             "machine": row.machine,
@@ -101,11 +114,11 @@ class Ledger:
 
     def _read(self, line: Mapping[str, str]) -> Row:
         values = {name: float(line[name]) for name in self._names}
-        evaluations = int(line["steps"]) // self._every
+        evaluations = int(line["steps"]) // self.every
         return Row(
             Trial(line["arm"], values, int(line["seed"]), evaluations),
-            {name: float(line[name]) for name in self._metrics},
-            np.array(line["curve"].split(), np.float64),
+            {name: float(line[name]) for name in self.metrics},
+            {name: np.array(line[f"{name} curve"].split(), np.float64) for name in self.curves},
             float(line["seconds"]),
             int(line["lanes"]),
             line["machine"],

@@ -39,6 +39,17 @@ class Task(NamedTuple):
     measure: Callable[[Data, Any], Measured]
 
 
+class Trained(NamedTuple):
+    """What a training comes to.
+
+    Attributes:
+      measured: by name (most,) float32. params: the last weights.
+    """
+
+    measured: Measured
+    params: Any
+
+
 Inspect = Callable[[optax.GradientTransformation, Any, Any, Any], Measured]
 """(optimizer, gradients, state, params) before a step -> what is measured of that step."""
 
@@ -51,7 +62,7 @@ def training(
     most: int,
     inspect: Inspect | None = None,
 ):
-    """A function (data, seed, values, evaluations, first weights) -> what was measured, (most,) float32.
+    """A function (data, seed, values, evaluations, first weights) -> `Trained`.
 
     It takes `evaluations * every` steps and measures after each `every`; `evaluations` is traced, so
     that trainings of any length up to `most` evaluations share one compiled program. Entries behind the
@@ -63,7 +74,7 @@ def training(
 
     def run(
         data: Data, seed: jax.Array, values: Values, evaluations: jax.Array, params: Any
-    ) -> Measured:
+    ) -> Trained:
         tx = make_optimizer(values, evaluations * every, seed)
 
         def gradients(params, count):
@@ -91,7 +102,8 @@ def training(
         state = tx.init(params)
         shapes = jax.eval_shape(look, params, state, jnp.int32(0))
         recorded = {name: jnp.full(most, jnp.nan, jnp.float32) for name in shapes}
-        return jax.lax.fori_loop(0, evaluations, interval, (params, state, recorded))[-1]
+        params, _, recorded = jax.lax.fori_loop(0, evaluations, interval, (params, state, recorded))
+        return Trained(recorded, params)
 
     return run
 

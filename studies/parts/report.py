@@ -70,7 +70,7 @@ class Report:
         figure, (left, right) = panels(2)
         for color, arm in zip(COLORS, [ADAMW, "Muon", "all"], strict=False):
             if rows := self.finals[arm]:
-                mean = np.mean([row.curve for row in rows], axis=0)
+                mean = np.mean([row.curves["loss"] for row in rows], axis=0)
                 steps = self._setup.every * np.arange(1, len(mean) + 1)
                 start = len(mean) // 5
                 left.plot(steps[start:], mean[start:], color=color, label=arm)
@@ -108,15 +108,12 @@ class Report:
         loss = interval([row.final["loss"] for row in rows])
         ratio, time = self._ratio(arm), self._milliseconds(rows)
         adamw = self.finals[ADAMW]
-        slower = time / self._milliseconds(adamw) if adamw else None
-        return [
-            arm,
-            f"{loss.mean:.4f} ± {loss.half:.4f}",
-            MISSING if ratio is None else f"{100 * ratio.mean:.1f} ± {100 * ratio.half:.1f} %",
-            f"{time:.2f}",
-            MISSING if ratio is None or slower is None else f"{100 * ratio.mean * slower:.0f} %",
-            *tuned,
-        ]
+        if ratio is None:
+            reached, costs = "not in every seed" if adamw else MISSING, MISSING
+        else:
+            reached = f"{100 * ratio.mean:.1f} ± {100 * ratio.half:.1f} %"
+            costs = f"{100 * ratio.mean * time / self._milliseconds(adamw):.0f} %"
+        return [arm, f"{loss.mean:.4f} ± {loss.half:.4f}", reached, f"{time:.2f}", costs, *tuned]
 
     def _milliseconds(self, rows: Sequence[Row]) -> float:
         """Of a step of all lanes side by side, evaluations included."""
@@ -130,7 +127,7 @@ class Report:
             return None
         every, steps = self._setup.every, self._setup.steps
         reached = [
-            steps_to(row.curve, other.final["loss"], every=every)
+            steps_to(row.curves["loss"], other.final["loss"], every=every)
             for row, other in zip(rows, adamw, strict=True)
         ]
         if any(value is None for value in reached):

@@ -106,10 +106,11 @@ class Parts(Options):
             setup=str(setup),
             names=NAMES,
             metrics=("loss",),
+            curves=("loss",),
             every=setup.every,
         )
         lanes = Lanes(task, trainings, names=NAMES, data=text(setup), count=size.lanes)
-        return Lab(lanes, ledger, curve="loss", minutes=self.minutes)
+        return Lab(lanes, ledger, minutes=self.minutes)
 
     def _trials(self, size: Size, lab: Lab, tuning: Tuning) -> None:
         rounds = size.rounds

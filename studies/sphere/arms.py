@@ -74,7 +74,7 @@ SWEPT = (PROJECTION, GEODESIC, RETRACTION, "hyperball (MuonH)", "Adam")
 
 def axes(arm: str) -> tuple[Axis, ...]:
     """Where tuning starts."""
-    adam = Axis("adam_rate", 0.008)
+    adam = Axis("adam_rate", 0.016)
     if arm == FROZEN:
         return (adam,)
     found = (Axis("rate", 0.002 if arm == "Adam" else 0.02), adam)

@@ -102,10 +102,11 @@ class Sphere(Options):
             setup=f"nGPT {setup}",
             names=NAMES,
             metrics=("loss", "drift"),
+            curves=(),
             every=setup.every,
         )
         lanes = Lanes(task, trainings, names=NAMES, data=text(setup), count=size.lanes)
-        return Lab(lanes, ledger, curve="loss", minutes=self.minutes)
+        return Lab(lanes, ledger, minutes=self.minutes)
 
 
 def run_all(plan: Comparisons) -> None:

@@ -74,10 +74,15 @@ def new_lab(folder, minutes=None, setup="a quadratic"):
         for name, make in {"sgd": sgd, "sign": sign}.items()
     }
     ledger = Ledger(
-        folder / "rows.csv", setup=setup, names=("rate",), metrics=("loss", "first"), every=EVERY
+        folder / "rows.csv",
+        setup=setup,
+        names=("rate",),
+        metrics=("loss", "first"),
+        curves=("loss",),
+        every=EVERY,
     )
     lanes = Counted(TASK, arms, names=("rate",), data=DATA, count=LANES)
-    return Lab(lanes, ledger, curve="loss", minutes=minutes, say=lambda line: None)
+    return Lab(lanes, ledger, minutes=minutes, say=lambda line: None)
 
 
 def trials(arm="sgd", rate=0.1, seeds=range(LANES), evaluations=MOST):
@@ -102,7 +107,7 @@ def test_lanes_equal_single_runs_whatever_their_seed_rate_and_length(lab):
     mixed = [Trial("sgd", {"rate": rate}, seed, 3) for seed, rate in [(0, 0.1), (7, 0.3), (2, 0.1)]]
     for trial, row in zip(mixed, lab.run(mixed, curves=True), strict=True):
         wanted = alone(sgd, trial.seed, trial.values["rate"], 3)
-        np.testing.assert_allclose(row.curve, wanted, rtol=1e-5)
+        np.testing.assert_allclose(row.curves["loss"], wanted, rtol=1e-5)
         assert row.final["loss"] == pytest.approx(wanted[-1], rel=1e-5)
     assert lab.run(mixed)[0].final["loss"] != lab.run(mixed)[2].final["loss"]
 
@@ -147,7 +152,7 @@ def test_a_rerun_skips_rows_and_another_setup_does_not(tmp_path):
     found = again.run(trials(seeds=range(5)))
     assert (before.lanes.asked, again.lanes.asked) == (3, 2)
     assert [row.final for row in found[:3]] == [row.final for row in rows]
-    np.testing.assert_array_equal(found[1].curve, rows[1].curve)
+    np.testing.assert_array_equal(found[1].curves["loss"], rows[1].curves["loss"])
     assert new_lab(tmp_path, setup="another").ledger.__contains__(trials()[0]) is False
 
 
