@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 import torch_ref
+from benchmarks.captured import Captured
 from benchmarks.race import Pace, Prepared, Race, race
 from benchmarks.rows import Row
 from benchmarks.workloads import Stack
@@ -46,7 +47,4 @@ def _prepared(shape: Stack, form: Form) -> Prepared:
 
     # In a graph, so that no launch is timed; kernels compile before it is captured.
     run()
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        run()
-    return Prepared(captured.replay, torch.cuda.synchronize)
+    return Prepared(Captured(run), torch.cuda.synchronize)

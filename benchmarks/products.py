@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.captured import Captured
 from benchmarks.race import Pace, Prepared, Race, race
 from benchmarks.rows import Row
 from normuon_core.kernels.products import KernelProducts
@@ -117,10 +118,7 @@ class Operands:
         if self.device.type != "cuda":
             return Prepared(run, lambda: None)
         run()
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            run()
-        return Prepared(captured.replay, torch.cuda.synchronize)
+        return Prepared(Captured(run), torch.cuda.synchronize)
 
 
 def races(problems: Sequence[Problem], pace: Pace) -> Iterator[Race]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 import torch_ref
+from benchmarks.captured import Captured
 from benchmarks.race import Prepared
 from benchmarks.workloads import DECAY, OUT_IN, RATE, Stack, matrix_sizes
 
@@ -80,10 +81,7 @@ def graph(make: MakeOptimizer) -> Step:
 
     def prepare(matrices: Matrices) -> Prepared:
         optimizer, more = matrices.optimizer(make, for_graph=True)
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            optimizer.step()
-        return Prepared(captured.replay, matrices.wait, more)
+        return Prepared(Captured(optimizer.step), matrices.wait, more)
 
     return prepare
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from examples.embedding import Embedding
 from examples.errors import BadInput
 
 Dtype = Literal["float32", "bfloat16"]
@@ -130,7 +131,7 @@ class GPT(nnx.Module):
     """Token ids (batch, time) to logits (batch, time, vocabulary) float32 of each next token."""
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
-        self.embed = nnx.Embed(config.vocabulary, config.width, **dtypes(config), rngs=rngs)
+        self.embed = Embedding(config.vocabulary, config.width, **dtypes(config), rngs=rngs)
         self.embed_norm = _norm(config.width, config, rngs)
         self.blocks = make_blocks(Block, config, rngs)
         self.head_norm = _norm(config.width, config, rngs)

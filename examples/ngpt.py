@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from examples.embedding import Embedding
 from examples.gpt import GPTConfig, dtypes, linear, make_blocks, rotate, through
 
 Axes = Literal["embedding", "inputs"]
@@ -258,9 +259,9 @@ def _unit_linear(
     return linear(inputs, outputs, config, rngs, kernel_init=_unit_slices(role))
 
 
-def _unit_embed(count: int, config: NGPTConfig, rngs: nnx.Rngs) -> nnx.Embed:
+def _unit_embed(count: int, config: NGPTConfig, rngs: nnx.Rngs) -> Embedding:
     init = _unit_slices("embed")
-    return nnx.Embed(count, config.width, embedding_init=init, **dtypes(config), rngs=rngs)
+    return Embedding(count, config.width, embedding_init=init, **dtypes(config), rngs=rngs)
 
 
 def _unit_slices(role: str) -> Callable[..., jax.Array]:

@@ -1,9 +1,12 @@
 """What the loop costs beside its step: `python -m examples.overhead`, with `pretrain`'s options.
 
-Repeats the compiled step alone on one batch, then trains, without and with diagnostics.
+Repeats the compiled step alone on batches that lie on the device, and trains on the same ones from the
+same first weights, without and with diagnostics: by turns, several times. The same batches, because the
+time of a step depends on them.
 """
 
 import dataclasses
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -21,31 +24,47 @@ from examples.runs import read_run
 from examples.settings import OPTIONS
 from examples.step import Setup, compiled_step, first_state, shapes_of
 
+ROUNDS = 3
 
-def measure(config: Pretrain) -> dict[str, float]:
-    """Seconds a step: of the bare step, of a run, of a run with diagnostics."""
-    mesh = open_mesh(config)
-    return {
-        "the compiled step alone": _bare(config, mesh),
-        "training": _trained(config, diagnostics=False),
-        "training with diagnostics": _trained(config, diagnostics=True),
+
+def measure(config: Pretrain, *, rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Seconds a step in each round: of the bare step, of a run, of a run with diagnostics."""
+    bare = _Bare(config)
+    ways = {
+        "the compiled step alone": bare.seconds,
+        "training": lambda: _trained(config, diagnostics=False),
+        "training with diagnostics": lambda: _trained(config, diagnostics=True),
     }
+    # The first of each compiles; its first executions load kernels.
+    for way in ways.values():
+        way()
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            found[name].append(way())
+    return found
 
 
-def _bare(config: Pretrain, mesh) -> float:
-    prepared = config.prepare(mesh)
-    task, told = prepared.task, prepared.config
-    setup = Setup(task.model, told.optimizer, told.training.steps, task.loss, mesh)
-    host = task.batch(0)
-    step = compiled_step(setup, shapes_of(host), frozen=False, diagnostics=False)
-    state, batch = first_state(setup, 0), place_batch(host, mesh)
-    state, _ = step(state, None, batch)
-    jax.block_until_ready(state)
-    begun = time.perf_counter()
-    for _ in range(told.training.steps):
-        state, _ = step(state, None, batch)
-    jax.block_until_ready(state)
-    return (time.perf_counter() - begun) / told.training.steps
+class _Bare:
+    def __init__(self, config: Pretrain):
+        mesh = open_mesh(config)
+        prepared = config.prepare(mesh)
+        task, told = prepared.task, prepared.config
+        batches = [task.batch(step) for step in range(told.training.steps)]
+        self.setup = Setup(task.model, told.optimizer, told.training.steps, task.loss, mesh)
+        self.seed = told.training.seed
+        self.step = compiled_step(
+            self.setup, shapes_of(batches[0]), frozen=False, diagnostics=False
+        )
+        self.batches = [place_batch(batch, mesh) for batch in batches]
+
+    def seconds(self) -> float:
+        state = jax.block_until_ready(first_state(self.setup, self.seed))
+        begun = time.perf_counter()
+        for batch in self.batches:
+            state, _ = self.step(state, None, batch)
+        jax.block_until_ready(state)
+        return (time.perf_counter() - begun) / len(self.batches)
 
 
 def _trained(config: Pretrain, *, diagnostics: bool) -> float:
@@ -55,11 +74,18 @@ def _trained(config: Pretrain, *, diagnostics: bool) -> float:
         return read_run(launch(told, console=Console(quiet=True))).step_seconds
 
 
-def _table(seconds: dict[str, float]) -> Table:
-    table = Table("what", "ms a step", "over the step alone")
-    bare = next(iter(seconds.values()))
-    for name, each in seconds.items():
-        table.add_row(name, f"{1e3 * each:.2f}", f"{100 * (each / bare - 1):+.1f} %")
+def _table(found: dict[str, list[float]]) -> Table:
+    """Medians, and the median over the rounds of each one's ratio to the step alone."""
+    table = Table("what", "ms a step", "over the step alone", "least to most")
+    bare = next(iter(found.values()))
+    for name, seconds in found.items():
+        over = sorted(100 * (each / alone - 1) for each, alone in zip(seconds, bare, strict=True))
+        table.add_row(
+            name,
+            f"{1e3 * statistics.median(seconds):.2f}",
+            f"{statistics.median(over):+.1f} %",
+            f"{over[0]:+.1f} to {over[-1]:+.1f} %",
+        )
     return table
 
 

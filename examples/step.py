@@ -73,14 +73,21 @@ def abstract_parameters(model: GPTConfig, mesh: Mesh | None = None):
 
 def first_state(setup: Setup, seed: int, params: Any = None) -> State:
     """A state before its first step: of random weights, or of given ones."""
+    program = _first_state_program(setup, drawn=params is None)
+    return program(seed if params is None else params)
+
+
+@functools.cache
+def _first_state_program(setup: Setup, *, drawn: bool):
+    """A seed, or parameters, to a state."""
     places = _shardings(abstract_state(setup))
-    if params is not None:
-        return jax.jit(functools.partial(_first_state, setup), out_shardings=places)(params)
+    if not drawn:
+        return jax.jit(functools.partial(_first_state, setup), out_shardings=places)
 
     def draw(seed):
         return _first_state(setup, first_parameters(setup.model, jax.random.key(seed)))
 
-    return jax.jit(draw, out_shardings=places)(seed)
+    return jax.jit(draw, out_shardings=places)
 
 
 @functools.cache

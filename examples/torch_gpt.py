@@ -2,12 +2,15 @@
 
 from typing import Any
 
-import numpy as np
+import jax
 import torch
 from torch import nn
 from torch.nn import functional
 
-from examples.gpt import GPTConfig
+import torch_ref
+from examples.gpt import GPTConfig, first_parameters
+from normuon_core.moving import NameTable, derive_table
+from optax_normuon import parameter_shapes, parameters_to_arrays
 
 EPS = 1e-6  # Flax's, of the norms
 
@@ -97,17 +100,17 @@ class GPT(nn.Module):
         return self.lm_head(self.head_norm(x))
 
 
-def state_dict_of(params: Any, prefix: str = "") -> dict[str, torch.Tensor]:
-    """The weights of `examples.gpt.first_parameters` (`scan=False`) under PyTorch's names.
+def name_table(config: GPTConfig) -> NameTable:
+    """The table between the names and axes here and those of `examples.gpt`, for weights and runs."""
+    with torch.device("meta"):
+        named = dict(GPT(config).named_parameters())
+    params = jax.eval_shape(lambda: first_parameters(config, 0))
+    return derive_table(
+        {name: param.shape for name, param in named.items()}, parameter_shapes(params)
+    )
 
-    Flax keeps a linear layer as `kernel`, (in, out), PyTorch as `weight`, (out, in).
-    """
-    found = {}
-    for name, value in params.items():
-        if isinstance(value, dict):
-            found |= state_dict_of(value, f"{prefix}{name}.")
-        else:
-            array = np.asarray(value)
-            weight = array.T if name == "kernel" else array
-            found[f"{prefix}weight"] = torch.tensor(weight)
-    return found
+
+def load_weights(model: GPT, config: GPTConfig, params: Any) -> None:
+    """Puts the weights of `examples.gpt.first_parameters` into the model."""
+    arrays = name_table(config).to_torch(parameters_to_arrays(params))
+    torch_ref.parameters_from_arrays(arrays, model.named_parameters())

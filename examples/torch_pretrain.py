@@ -27,7 +27,7 @@ from examples.optimizers import OptimizerConfig, make_optimizer
 from examples.pretrain import Pretrain
 from examples.runs import new_folder
 from examples.settings import OPTIONS, Devices
-from examples.torch_gpt import GPT, state_dict_of
+from examples.torch_gpt import GPT, load_weights
 from normuon_core import RECIPES
 
 
@@ -51,7 +51,7 @@ def pretrain(told: Pretrain) -> Path:
         )
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     model = GPT(task.model).to(device)
-    model.load_state_dict(state_dict_of(first_parameters(task.model, training.seed)))
+    load_weights(model, task.model, first_parameters(task.model, training.seed))
     optimizer = make_torch_optimizer(model, config.optimizer, ranks=ranks)
     followed = make_optimizer(config.optimizer, training.steps).followed
     folder = told.output or Path()

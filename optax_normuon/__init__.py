@@ -19,6 +19,13 @@ from optax_normuon.mesh.state_specs import state_specs
 from optax_normuon.older_states import older_state
 from optax_normuon.optimizer import normuon
 from optax_normuon.remainder import with_bf16_remainder
+from optax_normuon.run_arrays import (
+    parameter_shapes,
+    parameters_from_arrays,
+    parameters_to_arrays,
+    state_from_arrays,
+    state_to_arrays,
+)
 from optax_normuon.sphere import project_to_sphere, project_to_tangent, to_sphere
 from optax_normuon.stages.hyperball import to_hyperball
 from optax_normuon.stages.momentum import (
@@ -62,6 +69,9 @@ __all__ = [
     "orthogonality_error",
     "orthogonality_errors",
     "orthogonalize",
+    "parameter_shapes",
+    "parameters_from_arrays",
+    "parameters_to_arrays",
     "polar_express",
     "polar_factor",
     "project_to_sphere",
@@ -69,7 +79,9 @@ __all__ = [
     "scale_by_normuon",
     "scale_by_shape",
     "set_norm",
+    "state_from_arrays",
     "state_specs",
+    "state_to_arrays",
     "to_hyperball",
     "to_sphere",
     "update_diagnostics",

@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 
 from normuon_core.cost import Algorithm
 from normuon_core.hyperparameters import check_decay, check_rate
+from normuon_core.moving.settings import settings_of_adamw, settings_of_recipe
 from normuon_core.polynomials import Coefficients
 from normuon_core.recipes import Recipe, find_recipe
 from normuon_core.shape_rules import ShapeRule
@@ -19,6 +20,7 @@ from optax_normuon.leaves.others import check_no_multipliers
 from optax_normuon.leaves.parameters import check_leaves, require_params
 from optax_normuon.leaves.paths import named_leaves
 from optax_normuon.leaves.precision import as_schedule, in_working_precision
+from optax_normuon.mesh.found_views import note_settings
 from optax_normuon.mesh.specs import Specs, SpecTree, resolve_specs
 from optax_normuon.plans import Execution
 from optax_normuon.stages.adamw import scale_by_adam
@@ -158,6 +160,11 @@ def normuon(
     if chosen.decay.rate_power == 2:
         decay_rate = _product_of(as_schedule(learning_rate), decay_rate)
 
+    settings = settings_of_recipe(chosen)
+    adamw_settings = settings_of_adamw(
+        b1=adam_b1, b2=adam_b2, eps=adam_eps, eps_root=adam_eps_root, nesterov=adam_nesterov
+    )
+
     def matrices(
         by_kernels: bool,
         views: Views,
@@ -225,6 +232,13 @@ def normuon(
             check_no_multipliers(params, views, lr_factors, "lr_mul")
             check_no_multipliers(params, views, wd_factors, "wd_mul")
         rest = "adamw" if others is None else "others"
+        note_settings(
+            lambda: {
+                path: settings if path in views else adamw_settings
+                for path, _, _ in named_leaves(params)
+                if path in views or others is None
+            }
+        )
         labels = _labels(params, views, rest)
         return optax.partition(
             {

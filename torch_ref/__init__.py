@@ -11,6 +11,12 @@ from torch_ref.diagnostics import (
 )
 from torch_ref.optimizer import NorMuon
 from torch_ref.parameter_groups import param_groups
+from torch_ref.run_arrays import (
+    parameters_from_arrays,
+    parameters_to_arrays,
+    state_from_arrays,
+    state_to_arrays,
+)
 from torch_ref.sphere import project_to_sphere, project_to_tangent, to_sphere
 from torch_ref.stages.adamw import adamw
 from torch_ref.stages.hyperball import to_hyperball
@@ -41,6 +47,8 @@ __all__ = [
     "orthogonality_error",
     "orthogonality_errors",
     "param_groups",
+    "parameters_from_arrays",
+    "parameters_to_arrays",
     "polar_factor",
     "product",
     "project_to_sphere",
@@ -48,6 +56,8 @@ __all__ = [
     "scale_by_shape",
     "set_norm",
     "split_remainder",
+    "state_from_arrays",
+    "state_to_arrays",
     "to_hyperball",
     "to_sphere",
     "update_diagnostics",

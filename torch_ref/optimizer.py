@@ -256,8 +256,9 @@ class NorMuon(torch.optim.Optimizer):
 
         An older file's missing options are filled in, and its second moments of a split weight, one
         array a block, are joined. State dicts of `torch.optim.Muon`, of Keller Jordan's Muon (with or
-        without its auxiliary Adam) and of AdamW go into groups of the same kind and recipe
-        ("torch_muon", "muon_keller"), and the run goes on as it would have there.
+        without its auxiliary Adam), of microsoft/dion's Muon and NorMuon, and of AdamW go into groups of
+        the same kind and recipe ("torch_muon", "muon_keller", "dion_muon", "dion_normuon"), and the run
+        goes on as it would have there. dion's files do not say which polynomial made them.
 
         Raises:
           ValueError: groups, options or state that do not fit; nothing is then changed.

@@ -36,7 +36,8 @@ def read_state_dict(groups: list[Group], saved: StateDict, defaults: Group) -> S
     """A state dict as this version would have saved it, checked against the optimizer's groups.
 
     Options that the file lacks are the group's own: it is an older version's. The files of
-    `torch.optim.Muon`, of Keller Jordan's Muon and of AdamW are translated, see `foreign_state`.
+    `torch.optim.Muon`, of Keller Jordan's and of dion's Muon and of AdamW are translated, see
+    `foreign_state`.
 
     Args:
       groups: the optimizer's.
@@ -70,7 +71,9 @@ def read_state_dict(groups: list[Group], saved: StateDict, defaults: Group) -> S
             param, name = own["params"][position], parameter_name(options, index, position)
             state = saved["state"].get(number, {})
             if state and not is_ours:
-                state = read["state"][number] = translated_state(state, param, options, name)
+                state = read["state"][number] = translated_state(
+                    state, param, options, name, saved=group
+                )
             _check_state(state, param, options["optimizer"], name)
         # The orthogonalizer is code: it is put back, not copied.
         read["param_groups"].append({**options, "params": group["params"], "orthogonalizer": None})

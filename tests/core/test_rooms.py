@@ -16,9 +16,9 @@ WINGS = ["leaves", "mesh", "matrices", "kernels", "stages", "steps"]
 
 OWN = {"normuon_core", "optax_normuon", "torch_ref"}
 MAY_IMPORT = {
-    "normuon_core": {"normuon_core", "numpy", "triton"},
+    "normuon_core": {"normuon_core", "ml_dtypes", "numpy", "triton"},
     "optax_normuon": {"normuon_core", "optax_normuon", "jax", "numpy", "optax", "triton"},
-    "torch_ref": {"normuon_core", "torch_ref", "torch", "numpy", "triton"},
+    "torch_ref": {"normuon_core", "torch_ref", "torch", "ml_dtypes", "numpy", "triton"},
 }
 
 

@@ -18,6 +18,7 @@ RUN = [
     "README.md",
     "docs/layouts.md",
     "docs/meshes.md",
+    "docs/moving.md",
     "docs/numerics.md",
     "docs/performance.md",
     "docs/sphere.md",

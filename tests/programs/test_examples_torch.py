@@ -19,7 +19,7 @@ from examples.optimizers import OptimizerConfig
 from examples.pretrain import Pretrain
 from examples.runs import read_run
 from examples.settings import Training
-from examples.torch_gpt import GPT, state_dict_of
+from examples.torch_gpt import GPT, load_weights
 from examples.torch_pretrain import pretrain
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +61,7 @@ def in_jax(tmp_path_factory):
 def test_the_models_have_the_same_logits():
     params = first_parameters(MODEL, 0)
     model = GPT(MODEL)
-    model.load_state_dict(state_dict_of(params))
+    load_weights(model, MODEL, params)
     tokens = np.random.default_rng(0).integers(0, 256, (2, 32))
     mine = np.asarray(jax.jit(apply_model, static_argnums=0)(MODEL, params, tokens))
     theirs = model(torch.tensor(tokens)).detach().numpy()

@@ -14,7 +14,7 @@ from torch_ref.leaves.groups import Group
 from torch_ref.matrices.views import from_stack, to_stack
 
 
-def _moment_keys(count: int) -> list[str]:
+def moment_keys(count: int) -> list[str]:
     """The keys of a weight's `count` second moments in its state.
 
     A list under one key is more than some forms of checkpoint take, so that each moment has a key. They
@@ -73,7 +73,7 @@ def with_moments_joined(
     if len(blocks) > 1 and whole and len(moment_shapes(view, rule)) == 1:
         stacks = [to_stack(block, view) for block in blocks]
         blocks = [from_stack(torch.cat(stacks, dim=view.output_stack_axis), view)]
-    return rest | dict(zip(_moment_keys(len(blocks)), blocks, strict=True)) if blocks else rest
+    return rest | dict(zip(moment_keys(len(blocks)), blocks, strict=True)) if blocks else rest
 
 
 def create_matrix_state(
@@ -96,6 +96,6 @@ def create_matrix_state(
     if rule is None or second_moments(state):
         return
     shapes = moment_shapes(view, rule)
-    for key, shape in zip(_moment_keys(len(shapes)), shapes, strict=True):
+    for key, shape in zip(moment_keys(len(shapes)), shapes, strict=True):
         if key not in state:
             state[key] = zeros(shape, dtype)

@@ -1,0 +1,64 @@
+"""What the ranks of `test_torch_run_arrays.py` run; nothing here imports JAX."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from tests.in_torch.distributed_cases import build, build_fsdp, build_replicas, train
+from torch_ref import (
+    parameters_from_arrays,
+    parameters_to_arrays,
+    state_from_arrays,
+    state_to_arrays,
+)
+
+DTYPES = {"float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+def keywords_of(name):
+    return {"bf16_remainder": True, "compute_dtype": torch.float32} if name == "bfloat16" else {}
+
+
+def named(weights):
+    return list(weights.named_parameters())
+
+
+def saved(weights, optimizer):
+    return parameters_to_arrays(named(weights)) | state_to_arrays(optimizer, named(weights))
+
+
+def loaded(weights, optimizer, arrays):
+    parameters_from_arrays(arrays, named(weights))
+    state_from_arrays(optimizer, arrays, named(weights))
+    return weights, optimizer
+
+
+def one_process(place, name):
+    """The arrays of a run on one process."""
+    weights, optimizer = build(place, DTYPES[name], **keywords_of(name))
+    train(weights, optimizer, range(2))
+    return saved(weights, optimizer)
+
+
+def moved_over_ranks(folder: Path) -> dict[str, list[str]]:
+    """For each way of working and dtype, the arrays that were changed by being divided and gathered."""
+    result = {}
+    for name in DTYPES:
+        with np.load(folder / f"{name}.npz") as file:
+            arrays = dict(file)
+        for way, make in (("fully_shard", build_fsdp), ("process_group", build_replicas)):
+            weights, optimizer = loaded(*make(DTYPES[name], **keywords_of(name)), arrays)
+            back = saved(weights, optimizer)
+            unlike = [key for key in arrays if not same_bits(arrays[key], back.get(key))]
+            own = [state["momentum"] for state in optimizer.state.values() if "momentum" in state]
+            held = sum(each.to_local().numel() for each in own)
+            whole = sum(each.numel() for each in own)
+            assert 0 < held < whole, (held, whole, dist.get_rank())
+            result[f"{way}, {name}"] = unlike + sorted(back.keys() - arrays.keys())
+    return result
+
+
+def same_bits(read, own) -> bool:
+    return own is not None and read.shape == own.shape and read.tobytes() == own.tobytes()
