@@ -15,7 +15,7 @@ from examples.preferences import read_pairs
 from examples.presets import DPO, with_preset
 from examples.rows import batches, split, whole_batches
 from examples.settings import OF_THE_PROCESS, Devices, Training
-from examples.trained import load_trained
+from examples.trained import load_base
 from examples.training import Task
 
 
@@ -49,7 +49,7 @@ class Dpo:
         Raises:
           BadInput: they cannot be trained on; the message names file and line.
         """
-        base = load_trained(self.start, mesh=mesh, step=self.start_step)
+        base = load_base(self.start, mesh=mesh, step=self.start_step)
         training = self.training
         tokens = base.tokens
         model = dataclasses.replace(base.model, context=self.context or base.model.context)

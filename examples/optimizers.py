@@ -3,8 +3,8 @@
 import dataclasses
 import difflib
 import functools
-from collections.abc import Callable
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ class OptimizerConfig:
     decay: float = 0.6
     """Fraction of the steps over which the rates fall to zero."""
     clip: float = 1.0
-    """Global norm that gradients are clipped to."""
+    """Global norm that gradients are clipped to; 0 leaves them as they are."""
     accumulation: int = 1
     """Parts in which a batch is taken, one after the other; the update is the same."""
 
@@ -76,6 +76,33 @@ class OptimizerConfig:
                 " 1 at most."
             )
 
+    @property
+    def peaks(self) -> dict[str, float | None]:
+        """Peak rates by the name under which a run logs them."""
+        if self.optimizer == "adamw":
+            return {"lr_adamw": self.learning_rate}
+        return {"lr_muon": self.learning_rate, "lr_adamw": self.adam_learning_rate}
+
+    def transformation(
+        self, followed: Mapping[str, optax.Schedule], mesh: Mesh | None
+    ) -> optax.GradientTransformation:
+        """What follows clipping.
+
+        Args:
+          followed: the schedules of `peaks`, and `momentum` for a recipe.
+        """
+        make: Callable = {"adamw": _adamw, OPTAX_MUON: _optax_muon}.get(self.optimizer, _recipe)
+        return make(self, followed, mesh)
+
+    def description(self, params: Any) -> str:
+        """Which optimizer trains what, with each one's share of the parameters."""
+        if self.optimizer == "adamw":
+            return "adamw trains every parameter."
+        ours = self.optimizer in RECIPES
+        recipe = self.optimizer if ours else "muon"
+        table = optax_normuon.describe(params, recipe=recipe, compute_dtype=compute_dtype())
+        return table if ours else f"{self.optimizer} on what is Muon's here:\n{table}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
@@ -99,23 +126,22 @@ def make_optimizer(config: OptimizerConfig, steps: int, mesh: Mesh | None = None
     """
     if config.learning_rate is None:
         raise BadInput("learning_rate is missing: give it, or take a phase's preset.")
-    peaks = {"lr_muon": config.learning_rate, "lr_adamw": config.adam_learning_rate}
-    if config.optimizer == "adamw":
-        peaks = {"lr_adamw": config.learning_rate}
-    elif config.adam_learning_rate is None:
-        raise BadInput(f"{config.optimizer} lacks adam_learning_rate, of the AdamW beside it.")
-    followed = {
-        name: warm_stay_decay(peak, steps, warmup=config.warmup, decay=config.decay)
-        for name, peak in peaks.items()
-        if peak is not None
-    }
+    followed = {}
+    for name, peak in config.peaks.items():
+        if peak is None:
+            raise BadInput(f"{config.optimizer} lacks adam_learning_rate, of the AdamW beside it.")
+        followed[name] = warm_stay_decay(peak, steps, warmup=config.warmup, decay=config.decay)
     if config.optimizer in RECIPES:
         followed["momentum"] = _momentum(config, steps)
     elif config.momentum_warmup or config.momentum_cooldown:
         raise BadInput(f"{config.optimizer} takes no schedule of its momentum.")
-    make: Callable = {"adamw": _adamw, OPTAX_MUON: _optax_muon}.get(config.optimizer, _recipe)
-    inner = make(config, followed, mesh)
-    return Optimizer(optax.chain(optax.clip_by_global_norm(config.clip), inner), followed)
+    inner = config.transformation(followed, mesh)
+    return Optimizer(optax.chain(clipping(config), inner), followed)
+
+
+def clipping(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Of gradients, before everything else."""
+    return optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
 
 
 def compute_dtype():

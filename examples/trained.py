@@ -11,6 +11,7 @@ from examples.checkpoints import Checkpoints
 from examples.configuration import read_table
 from examples.errors import BadInput
 from examples.gpt import GPTConfig
+from examples.ngpt import NGPTConfig
 from examples.step import abstract_parameters
 from examples.tokens import Tokens, load_tokens
 
@@ -20,7 +21,7 @@ class Trained:
     """A model and what it was trained on.
 
     Attributes:
-      phase: pretrain, sft or dpo.
+      phase: pretrain, ngpt, sft or dpo.
       step: of the run, that the weights are from.
       tokenizer: its file.
     """
@@ -64,6 +65,20 @@ def load_trained(folder: Path, *, mesh: Mesh | None = None, step: int | None = N
     return Trained(phase, step, model, tokenizer, params)
 
 
+def load_base(folder: Path, *, mesh: Mesh | None = None, step: int | None = None) -> Trained:
+    """A model to go on training with.
+
+    Raises:
+      BadInput: as `load_trained`; or an nGPT, whose weights would leave their spheres.
+    """
+    trained = load_trained(folder, mesh=mesh, step=step)
+    if isinstance(trained.model, NGPTConfig):
+        raise BadInput(
+            f"{folder} is an nGPT: sft and dpo would take its weights off their spheres."
+        )
+    return trained
+
+
 def load_description(folder: Path) -> tuple[str, GPTConfig, Path | None]:
     """Phase, model and tokenizer of a run, without its weights.
 
@@ -75,5 +90,6 @@ def load_description(folder: Path) -> tuple[str, GPTConfig, Path | None]:
         raise BadInput(f"{folder} is no run's folder: it has no config.toml.")
     settings = tomllib.loads(path.read_text())
     tokenizer = settings.get("tokenizer")
-    model = read_table(GPTConfig(), settings["model"], f"{path}: model.")
+    default = NGPTConfig() if settings["phase"] == "ngpt" else GPTConfig()
+    model = read_table(default, settings["model"], f"{path}: model.")
     return settings["phase"], model, None if tokenizer is None else Path(tokenizer)

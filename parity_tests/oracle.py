@@ -168,13 +168,15 @@ def step(
     Args:
       keep: what of the momentum is read back in the next step.
     """
-    v = normalized(recipe, orthogonalized(recipe, g, state, mu=mu), state)
+    v = normalized(recipe, orthogonalized(recipe, g, state, mu=mu, keep=keep), state)
     return applied(
         recipe, p, v, state, lr=lr, weight_decay=weight_decay, lr_mul=lr_mul, wd_mul=wd_mul
     )
 
 
-def orthogonalized(recipe: Recipe, g, state: State, *, mu=None) -> np.ndarray:
+def orthogonalized(
+    recipe: Recipe, g, state: State, *, mu=None, keep: Callable = lambda momentum: momentum
+) -> np.ndarray:
     """Momentum and stage 2, with what stands before it; `state` changes in place."""
     mu = recipe.momentum.momentum if mu is None else mu
     state.step += 1

@@ -10,8 +10,14 @@ from examples.errors import BadInput, one_line
 from studies.finetune import Finetune
 from studies.mechanism import Mechanism
 from studies.parts import Parts
+from studies.sphere import Sphere
 
-STUDIES: dict[str, Any] = {"parts": Parts, "finetune": Finetune, "mechanism": Mechanism}
+STUDIES: dict[str, Any] = {
+    "parts": Parts,
+    "finetune": Finetune,
+    "mechanism": Mechanism,
+    "sphere": Sphere,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
