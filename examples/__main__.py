@@ -9,6 +9,7 @@ import tyro
 from rich.console import Console
 
 from examples.compare import Compare, compare
+from examples.comparison import result_table
 from examples.configuration import read_config
 from examples.curves import Plot, plot
 from examples.dpo import Dpo
@@ -16,6 +17,7 @@ from examples.errors import BadInput
 from examples.launch import PHASES, Resume, launch, resume
 from examples.pretrain import Pretrain
 from examples.pretrain_ngpt import PretrainNGPT
+from examples.runs import read_run
 from examples.sampling import Sample, sample
 from examples.settings import OPTIONS
 from examples.sft import Sft
@@ -78,6 +80,7 @@ def _run(command: Any) -> None:
             for text in sample(command):
                 print(text)
         case Plot():
+            Console().print(result_table([read_run(folder) for folder in command.runs]))
             print(f"Written: {plot(command)}")
         case Compare():
             compare(command)

@@ -36,7 +36,7 @@ def write_report(
     """
     report = Report(ledger, plan)
     machines = sorted({f"{row.machine}; {row.versions}" for row in ledger})
-    before = ", ".join(f"{name} {np.mean(losses):.4f}" for name, losses in old.items())
+    before = ", ".join(f"{name} {np.mean(losses):.4f}" for name, losses in old.items()) or MISSING
     sections = {
         "The best update size of each optimizer": report.best(),
         "Differences at the best sizes, paired by seed": report.differences(),

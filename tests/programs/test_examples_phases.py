@@ -136,6 +136,13 @@ def test_a_tuned_model_is_asked_and_a_pretrained_one_goes_on(runs, capsys):
     assert "→" in (runs / "dpo" / "samples.txt").read_text()
 
 
+def test_a_plot_of_any_runs_comes_with_their_table(runs, tmp_path, capsys):
+    picture = tmp_path / "curves.png"
+    assert run("plot", runs / "base", f"--output={picture}") == 0
+    assert f"{read_run(runs / 'base').final_loss:.4f}" in capsys.readouterr().out
+    assert picture.stat().st_size > 1000
+
+
 def test_a_sweep_has_a_loss_and_right_answers_at_each_multiple_of_the_rates(runs, problems):
     training = Training(steps=2, batch=4, evaluation_batches=1)
     phase = Sft(runs / "base", problems / "sft.jsonl", training=training)
