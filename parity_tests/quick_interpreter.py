@@ -1,9 +1,9 @@
 """Triton's interpreter at a third of its time, for kernels that run a few small programs each.
 
-Most of its time goes into Python objects that are made anew for every operation, equal every time. It
-patches `triton.language` for every call of a device function, of which a program makes dozens; it computes
-each integer twice, the second time in 64 bits, to see whether 32 were enough, which they are for the sizes
-of tests; and it derives shapes, types and constants again for every tensor. Here each of these is made
+Most of its time goes into Python objects that are made anew for every operation, equal every time.
+It patches `triton.language` for every call of a device function, of which a program makes dozens.
+It computes each integer twice, the second time in 64 bits, to see whether 32 were enough, as they are
+in tests. And it derives shapes, types and constants again for every tensor. Here each of these is made
 once and kept. No number that a kernel computes is another one.
 """
 

@@ -27,15 +27,17 @@ LAYOUT = {
     "c": MatrixLayout(1, 0),
     "experts": MatrixLayout(-2, -1),
     "heads": MatrixLayout(0, (1, 2)),
-    "qkv": MatrixLayout(0, 1, (8, 4, 4)),
+    "qkv": MatrixLayout(0, 1, (3, 2, 2)),
 }
+# A side is halved into eight cells if it can be, and the interpreter runs a program for each pair of them:
+# these sides can be halved as often as the mesh divides them, and no more.
 SHAPES = {
-    "a": (16, 40),
-    "b": (16, 40),
-    "c": (16, 40),
-    "experts": (4, 24, 8),
-    "heads": (16, 4, 4),
-    "qkv": (8, 16),
+    "a": (12, 20),
+    "b": (12, 20),
+    "c": (12, 20),
+    "experts": (4, 12, 4),
+    "heads": (12, 2, 6),
+    "qkv": (8, 7),
 }
 SPECS = {
     "a": P("fsdp", "tp"),
@@ -136,7 +138,7 @@ def test_a_step_may_have_no_matrix_for_the_kernels(interpreted):
 
 def test_a_device_multiplies_only_the_matrices_that_it_is_dealt(interpreted, monkeypatch):
     """Of three shapes two matrices each, on eight devices: six have one of them and two have none."""
-    sizes = {"a": (16, 40), "b": (16, 64), "c": (24, 40)}
+    sizes = {"a": (8, 20), "b": (8, 28), "c": (24, 20)}
     rng = np.random.default_rng(0)
     params = {
         f"{name}{i}": rng.standard_normal(size).astype(np.float32)
