@@ -27,17 +27,17 @@ LAYOUT = {
     "c": MatrixLayout(1, 0),
     "experts": MatrixLayout(-2, -1),
     "heads": MatrixLayout(0, (1, 2)),
-    "qkv": MatrixLayout(0, 1, (3, 2, 2)),
+    "qkv": MatrixLayout(0, 1, (7, 5, 5)),
 }
-# A side is halved into eight cells if it can be, and the interpreter runs a program for each pair of them:
-# these sides can be halved as often as the mesh divides them, and no more.
+# A side is halved into eight cells if it can be, and the interpreter runs a program for each pair of
+# them: these sides can be halved as often as the mesh divides them, and no more.
 SHAPES = {
-    "a": (12, 20),
-    "b": (12, 20),
-    "c": (12, 20),
+    "a": (12, 44),
+    "b": (12, 44),
+    "c": (12, 44),
     "experts": (4, 12, 4),
     "heads": (12, 2, 6),
-    "qkv": (8, 7),
+    "qkv": (8, 17),
 }
 SPECS = {
     "a": P("fsdp", "tp"),
