@@ -50,7 +50,9 @@ def _patch_language_once_a_launch(function):
             scope.set_attr(*patch)
     else:
         scope = _patch_language(function)
-        _patches[namespace] = [(owner, name, vars(owner)[name]) for owner, name, _ in scope._changes]
+        _patches[namespace] = [
+            (owner, name, vars(owner)[name]) for owner, name, _ in scope._changes
+        ]
     if not _patched:
         # The launch's own scope: the interpreter takes its patches back when the launch ends.
         restore = scope.restore
