@@ -82,9 +82,13 @@ def steps(tx, mesh=None, *, count=2):
     return jax.tree.map(np.asarray, (params, state))
 
 
+# In float16 a norm whose last bit is another one mostly leaves every product the same.
+in_float32 = functools.partial(optimizer, compute_dtype=jnp.float32)
+
+
 @functools.cache
 def on_one_device(recipe):
-    return steps(optimizer(recipe=recipe))
+    return steps(in_float32(recipe=recipe))
 
 
 def mesh_of(fsdp: int, tp: int):
@@ -100,12 +104,12 @@ def assert_equal(one, other):
 
 @pytest.mark.parametrize("shape", [(4, 1), (2, 2)])
 def test_every_mesh_makes_the_bits_of_one_device(interpreted, shape):
-    assert_equal(on_one_device("normuon"), steps(optimizer(), mesh_of(*shape)))
+    assert_equal(on_one_device("normuon"), steps(in_float32(), mesh_of(*shape)))
 
 
 def test_the_norm_of_the_rms_rule_comes_home_with_the_statistics(interpreted):
     paper = on_one_device("normuon_paper")
-    assert_equal(paper, steps(optimizer(recipe="normuon_paper"), mesh_of(2, 2)))
+    assert_equal(paper, steps(in_float32(recipe="normuon_paper"), mesh_of(2, 2)))
 
 
 def test_a_matrix_without_twins_stays_divided_and_the_others_keep_their_bits(interpreted):
