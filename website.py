@@ -35,8 +35,13 @@ def _expanded(entries: list) -> list:
         if isinstance(target, list):
             target = _expanded(target)
         elif "*" in target:
-            docs = ROOT / "docs"
-            target = [path.relative_to(docs).as_posix() for path in sorted(docs.glob(target))]
+            # On the site `docs/` is the root, and the rest of the repository lies beside its pages.
+            found = {
+                path.relative_to(root).as_posix()
+                for root in (ROOT / "docs", ROOT)
+                for path in root.glob(target)
+            }
+            target = sorted(found)
         if target:
             result.append({title: target})
     return result

@@ -20,6 +20,8 @@ from benchmarks import (
     kernel_times,
     machine,
     orthogonalization,
+    polar_errors,
+    polynomials,
     products,
     ratios,
     report,
@@ -35,6 +37,7 @@ class Part(Enum):
     STEPS = "steps"
     SHAPES = "shapes"
     FORMS = "forms"
+    POLYNOMIALS = "polynomials"
     PRODUCTS = "products"
     KERNELS = "kernels"
     COMPILATION = "compilation"
@@ -74,6 +77,7 @@ def main(
     shapes = workloads.QUICK_SHAPES if quick else workloads.SHAPES
     near_square = workloads.QUICK_SHAPES if quick else workloads.NEAR_SQUARE
     models = workloads.QUICK_MODELS if quick else workloads.MODELS
+    for_sets = workloads.QUICK_SHAPES if quick else workloads.FOR_POLYNOMIALS
     problems = products.QUICK_PROBLEMS if quick else products.PROBLEMS
     layers = 1 if quick else workloads.LAYERS
     parts = {
@@ -84,6 +88,7 @@ def main(
             orthogonalization.races(shapes, rates, pace),
         ),
         Part.FORMS: ("Forms of the iteration", "standard", forms.races(near_square, pace)),
+        Part.POLYNOMIALS: ("Polynomials", polar_errors.BASE, polynomials.races(for_sets, pace)),
         Part.PRODUCTS: ("Products", "cuBLAS", products.races(problems, pace)),
         Part.KERNELS: ("Kernels of a step", kernel_times.WHOLE, kernel_times.races(models, rates)),
         Part.COMPILATION: (

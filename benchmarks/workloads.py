@@ -31,6 +31,9 @@ NEAR_SQUARE = [
 ]
 """Where the two forms of the iteration take about as long."""
 
+FOR_POLYNOMIALS = [(12, 768, 3072), (32, 1024, 1024), (16, 2048, 8192)]
+"""Of sets of polynomials: wide and square, small and large."""
+
 MODELS = {
     "GPT-2 124M": [(48, 768, 768), (12, 3072, 768), (12, 768, 3072)],
     "1B Llama": [(32, 2048, 2048), (32, 512, 2048), (32, 8192, 2048), (16, 2048, 8192)],

@@ -1,4 +1,4 @@
-"""`python -m examples pretrain | sft | dpo | resume | sample | plot | compare`: `--help` after each."""
+"""`python -m examples COMMAND`: pretrain, ngpt, sft, dpo, resume, sample, plot or compare."""
 
 import sys
 from collections.abc import Sequence
@@ -9,12 +9,15 @@ import tyro
 from rich.console import Console
 
 from examples.compare import Compare, compare
+from examples.comparison import result_table
 from examples.configuration import read_config
 from examples.curves import Plot, plot
 from examples.dpo import Dpo
 from examples.errors import BadInput
 from examples.launch import PHASES, Resume, launch, resume
 from examples.pretrain import Pretrain
+from examples.pretrain_ngpt import PretrainNGPT
+from examples.runs import read_run
 from examples.sampling import Sample, sample
 from examples.settings import OPTIONS
 from examples.sft import Sft
@@ -34,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parsed(arguments: list[str]) -> Any:
     """The command, its defaults from `--config FILE` if that is given."""
-    kinds: dict[str, Any] = {"pretrain": Pretrain, "sft": Sft, "dpo": Dpo}
+    kinds: dict[str, Any] = {"pretrain": Pretrain, "ngpt": PretrainNGPT, "sft": Sft, "dpo": Dpo}
     defaults = {}
     phase = arguments[0] if arguments else ""
     if phase in kinds and (path := _taken(arguments, "--config")) is not None:
@@ -77,6 +80,7 @@ def _run(command: Any) -> None:
             for text in sample(command):
                 print(text)
         case Plot():
+            Console().print(result_table([read_run(folder) for folder in command.runs]))
             print(f"Written: {plot(command)}")
         case Compare():
             compare(command)

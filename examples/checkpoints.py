@@ -17,18 +17,25 @@ class Checkpoints:
     """The checkpoints of one run, by step.
 
     Args:
-      keep: how many stay.
+      keep: how many stay. None only reads: what the run itself is still writing is left alone.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 1):
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
-        )
+    def __init__(self, folder: Path, *, keep: int | None = 1):
+        if keep is None:
+            options = ocp.CheckpointManagerOptions(read_only=True)
+        else:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+            )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def latest(self) -> int | None:
         """The step of the last complete one."""
         return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """Those of all complete ones."""
+        return sorted(self._manager.all_steps())
 
     def save(self, state: State, step: int) -> None:
         """Begins to write; waits for the one before, if that is still being written."""
@@ -50,10 +57,10 @@ class Checkpoints:
         rest = found["rest"]
         return State(rest["step"], found["params"], rest["opt_state"])
 
-    def restore_params(self, abstract_params: Any) -> Any:
-        """The last complete one's parameters alone."""
+    def restore_params(self, abstract_params: Any, step: int) -> Any:
+        """A step's parameters alone."""
         items = ocp.args.Composite(params=ocp.args.StandardRestore(abstract_params))
-        return self._manager.restore(self.latest(), args=items)["params"]
+        return self._manager.restore(step, args=items)["params"]
 
     def close(self) -> None:
         """Waits until all is written."""

@@ -16,12 +16,13 @@ from examples.curves import draw, write_csv
 from examples.errors import BadInput
 from examples.gpt import GPTConfig
 from examples.launch import launch
-from examples.optimizers import NAMES, OptimizerConfig
+from examples.optimizers import MOMENTUM_DTYPES, NAMES, OptimizerConfig
 from examples.presets import Rates
 from examples.pretrain import Pretrain
 from examples.runs import Run, new_folder, read_run
 from examples.settings import OF_THE_PROCESS, Devices, Training
 from examples.tuning import Grid, tune
+from optax_normuon import RECIPES
 
 RATES = Path(__file__).parent / "learning_rates.json"
 COLUMNS = 100  # of the tables, also where the output is no terminal
@@ -35,6 +36,8 @@ class Compare:
     """As for pretrain."""
     optimizers: str = "adamw,muon,normuon"
     """Names, with commas between."""
+    momentum_dtypes: str = "float32"
+    """In which momentum is kept, with commas between: every recipe runs with each of them."""
     seeds: int = 1
     """Runs of each."""
     tune: bool = False
@@ -61,18 +64,21 @@ def compare(config: Compare) -> Path:
     console = Console(record=True, quiet=not first)
     console.width = max(console.width, COLUMNS)
     grid = _grid(config, console)
-    told = {name: _told(config, name, grid.best(name)) for name in names}
+    told = {
+        label: _told(config, optimizer, grid.best(optimizer.optimizer))
+        for label, optimizer in _optimizers(names, config.momentum_dtypes).items()
+    }
     folder = new_folder(config.output, "compare")
-    console.print(f"{', '.join(names)}, {config.seeds} seed(s) each, into {folder}", soft_wrap=True)
+    console.print(f"{', '.join(told)}, {config.seeds} seed(s) each, into {folder}", soft_wrap=True)
     runs = []
     for seed in range(config.seeds):
-        for name in names:
+        for label, pretrain in told.items():
             training = dataclasses.replace(config.training, seed=seed)
-            output = folder / f"{name}-{seed}"
-            run = dataclasses.replace(told[name], training=training, output=output)
+            output = folder / f"{label}-{seed}"
+            run = dataclasses.replace(pretrain, training=training, output=output)
             runs.append(read_run(launch(run, console=_bar_alone(first))))
     console.print(result_table(runs))
-    if len(names) > 1:
+    if len(told) > 1:
         console.print(difference_table(runs))
     if first:
         _write(folder, console, runs)
@@ -87,11 +93,28 @@ def _names(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _told(config: Compare, name: str, rates: Rates) -> Pretrain:
+def _optimizers(names: Sequence[str], dtypes: str) -> dict[str, OptimizerConfig]:
+    """What is to run, by the names of its folders: a recipe with each dtype, all else once."""
+    asked = {dtype.strip() for dtype in dtypes.split(",")}
+    if unknown := asked - {*MOMENTUM_DTYPES}:
+        raise BadInput(
+            f"--momentum-dtypes: {', '.join(sorted(unknown))} is none of {', '.join(MOMENTUM_DTYPES)}."
+        )
+    result = {}
+    for name in names:
+        for dtype in MOMENTUM_DTYPES:
+            if dtype not in (asked if name in RECIPES else {"float32"}):
+                continue
+            label = name if dtype == "float32" else f"{name}-{dtype}"
+            result[label] = OptimizerConfig(name, momentum_dtype=dtype)
+    return result
+
+
+def _told(config: Compare, optimizer: OptimizerConfig, rates: Rates) -> Pretrain:
     return Pretrain(
         data=config.data,
         model=config.model,
-        optimizer=OptimizerConfig(name, **dataclasses.asdict(rates)),
+        optimizer=dataclasses.replace(optimizer, **dataclasses.asdict(rates)),
         training=config.training,
         devices=config.devices,
     )

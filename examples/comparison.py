@@ -32,7 +32,7 @@ def steps_to_reach(run: Run, loss: float) -> float | None:
 def result_table(runs: Sequence[Run]) -> Table:
     """A row for each optimizer: mean and spread over its seeds."""
     table = Table(
-        title="Validation loss in nats a byte, at the end of the decay",
+        title="Validation loss in nats, at the end of the decay",
         caption="Times are of training alone, without compilation and evaluation.",
     )
     for heading in (

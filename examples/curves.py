@@ -20,7 +20,7 @@ DROP = 0.8  # of the way down that is left out of the picture: it looks the same
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """Draw the validation losses of runs."""
+    """Draw the validation losses of runs, and print a table of them."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of runs; runs of one optimizer and several seeds make one curve with a band."""

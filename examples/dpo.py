@@ -15,7 +15,7 @@ from examples.preferences import read_pairs
 from examples.presets import DPO, with_preset
 from examples.rows import batches, split, whole_batches
 from examples.settings import OF_THE_PROCESS, Devices, Training
-from examples.trained import load_trained
+from examples.trained import load_base
 from examples.training import Task
 
 
@@ -41,6 +41,7 @@ class Dpo:
     # What `start` has; kept with the run, and no choice of the caller.
     model: Annotated[GPTConfig, tyro.conf.Suppress] = dataclasses.field(default_factory=GPTConfig)
     tokenizer: Annotated[Path | None, tyro.conf.Suppress] = None
+    start_step: Annotated[int | None, tyro.conf.Suppress] = None
 
     def prepare(self, mesh: Mesh | None) -> Prepared:
         """Reads and checks the data and the weights.
@@ -48,7 +49,8 @@ class Dpo:
         Raises:
           BadInput: they cannot be trained on; the message names file and line.
         """
-        base, training = load_trained(self.start, mesh=mesh), self.training
+        base = load_base(self.start, mesh=mesh, step=self.start_step)
+        training = self.training
         tokens = base.tokens
         model = dataclasses.replace(base.model, context=self.context or base.model.context)
         optimizer = with_preset(self.optimizer, DPO, width=model.width)
@@ -68,7 +70,11 @@ class Dpo:
         )
         return Prepared(
             config=dataclasses.replace(
-                self, model=model, tokenizer=base.tokenizer, optimizer=optimizer
+                self,
+                model=model,
+                tokenizer=base.tokenizer,
+                start_step=base.step,
+                optimizer=optimizer,
             ),
             task=task,
             tokens=tokens,

@@ -1,11 +1,12 @@
 """A GPT in Flax NNX, small enough to read and to train on a laptop.
 
-Pre-norm blocks, rotary positions, RMS-normalised queries and keys (as in Qwen3), grouped-query
-attention, a squared-ReLU MLP, no biases, and an output head of its own (`lm_head`, not tied to `embed`).
+Pre-norm blocks, rotary positions, RMS-normalised queries and keys (QK-norm, as in Qwen3) unless that is
+switched off, grouped-query attention, a squared-ReLU MLP, no biases, and an output head of its own
+(`lm_head`, not tied to `embed`).
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,8 @@ class GPTConfig:
     """Of activations."""
     param_dtype: Dtype = "float32"
     """Of parameters. In bfloat16 the optimizer keeps the lower half of a float32 weight beside each."""
+    qk_norm: bool = True
+    """Whether queries and keys are RMS-normalised, which bounds their products."""
     scan: bool = False
     """Keep the blocks as one stack, which a loop goes through: many compile as fast as one."""
 
@@ -51,6 +54,10 @@ class GPTConfig:
                 f"heads={self.heads} queries cannot share kv_heads={self.kv_heads} keys evenly: choose"
                 " kv_heads that divide heads."
             )
+
+    def build(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The model with random weights; a subclass with a model of its own builds that."""
+        return GPT(self, rngs=rngs)
 
     @property
     def key_heads(self) -> int:
@@ -82,18 +89,37 @@ class Attention(nnx.Module):
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         self.head_size = config.head_size
         keys = config.key_heads * config.head_size
-        self.query = _linear(config.width, config.width, config, rngs)
-        self.key = _linear(config.width, keys, config, rngs)
-        self.value = _linear(config.width, keys, config, rngs)
-        self.query_norm = _norm(self.head_size, config, rngs)
-        self.key_norm = _norm(self.head_size, config, rngs)
+        self.query = linear(config.width, config.width, config, rngs)
+        self.key = linear(config.width, keys, config, rngs)
+        self.value = linear(config.width, keys, config, rngs)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.query_norm = _norm(self.head_size, config, rngs)
+            self.key_norm = _norm(self.head_size, config, rngs)
         self.out = _residual_output(config.width, config.width, config, rngs)
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    def queries_and_keys(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Both (batch, time, heads, size), normalised if they are to be, and turned."""
         by_head = (*x.shape[:2], -1, self.head_size)
-        query = rotate(self.query_norm(self.query(x).reshape(by_head)))
-        key = rotate(self.key_norm(self.key(x).reshape(by_head)))
-        value = self.value(x).reshape(by_head)
+        query, key = self.query(x).reshape(by_head), self.key(x).reshape(by_head)
+        if self.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        return rotate(query), rotate(key)
+
+    def largest_logits(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """(heads,) float32: the largest q k / sqrt(size) of a token with one that it attends to."""
+        query, key = self.queries_and_keys(x)
+        batch, time, heads, size = query.shape
+        grouped = query.reshape(batch, time, key.shape[2], -1, size)
+        s = jnp.einsum("btkgc,bskc->bkgts", grouped, key, preferred_element_type=jnp.float32)
+        s = s.reshape(batch, heads, time, time) * size**-0.5
+        seen = jnp.tril(jnp.ones((1, 1, time, time), bool))
+        seen = seen if mask is None else seen & mask
+        return jnp.where(seen, s, -jnp.inf).max(axis=(0, 2, 3))
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        query, key = self.queries_and_keys(x)
+        value = self.value(x).reshape(*x.shape[:2], -1, self.head_size)
         mixed = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=True)
         return self.out(mixed.reshape(x.shape))
 
@@ -102,7 +128,7 @@ class MLP(nnx.Module):
     """relu(x U)^2 V with four times the width inside (arXiv 2109.08668)."""
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
-        self.up = _linear(config.width, 4 * config.width, config, rngs)
+        self.up = linear(config.width, 4 * config.width, config, rngs)
         self.down = _residual_output(4 * config.width, config.width, config, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -122,47 +148,65 @@ class Block(nnx.Module):
         x = x + self.attention(self.attention_norm(x), mask)
         return x + self.mlp(self.mlp_norm(x))
 
+    def largest_logits(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """Of its attention on the same x."""
+        return self.attention.largest_logits(self.attention_norm(x), mask)
+
 
 class GPT(nnx.Module):
     """Token ids (batch, time) to logits (batch, time, vocabulary) float32 of each next token."""
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
-        self.embed = Embedding(config.vocabulary, config.width, **_dtypes(config), rngs=rngs)
+        self.embed = Embedding(config.vocabulary, config.width, **dtypes(config), rngs=rngs)
         self.embed_norm = _norm(config.width, config, rngs)
-        self.blocks = _stacked(config, rngs) if config.scan else _listed(config, rngs)
+        self.blocks = make_blocks(Block, config, rngs)
         self.head_norm = _norm(config.width, config, rngs)
-        self.lm_head = _linear(config.width, config.vocabulary, config, rngs)
+        self.lm_head = linear(config.width, config.vocabulary, config, rngs)
 
-    def __call__(self, tokens: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        tokens: jax.Array,
+        segments: jax.Array | None = None,
+        *,
+        largest_logits: dict[str, jax.Array] | None = None,
+    ) -> jax.Array:
         """Logits.
 
         Args:
           tokens: (batch, time), an integer dtype.
           segments: (batch, time) integers: a token attends to earlier tokens of its own number, so that
             texts packed into one window do not see each other. None is one text a window.
+          largest_logits: is filled with every head's largest attention logit, (heads,) by the path of
+            the attention, or (depth, heads) where blocks are scanned: what `qk_clip` takes.
         """
-        mask = None
-        if segments is not None:
-            mask = segments[:, None, :, None] == segments[:, None, None, :]
         x = self.embed_norm(self.embed(tokens.astype(jnp.int32)))
-        if isinstance(self.blocks, Block):
-            x = _through(self.blocks, x, mask)
-        else:
-            for block in self.blocks:
-                x = block(x, mask)
+        if largest_logits is not None:
+            largest_logits |= _largest_logits(self.blocks, x, segments)
+        x = through(self.blocks, x, segments)
         return self.lm_head(self.head_norm(x)).astype(jnp.float32)
 
 
 def first_parameters(config: GPTConfig, seed: int | jax.Array):
     """Random weights: a dictionary of dictionaries of arrays, named as the modules are."""
-    model = GPT(config, rngs=nnx.Rngs(seed))
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    return nnx.to_pure_dict(nnx.state(config.build(nnx.Rngs(seed)), nnx.Param))
 
 
 def apply_model(config: GPTConfig, params, tokens: jax.Array, segments: jax.Array | None = None):
     """The model's logits as a function of its parameters, as `first_parameters` makes them."""
-    graph, _ = nnx.split(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0))), nnx.Param)
-    return nnx.merge(graph, params)(tokens, segments)
+    return _model_of(config, params)(tokens, segments)
+
+
+def apply_with_largest_logits(
+    config: GPTConfig, params, tokens: jax.Array, segments: jax.Array | None = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(logits, every head's largest attention logit by the path of its attention)."""
+    found: dict[str, jax.Array] = {}
+    return _model_of(config, params)(tokens, segments, largest_logits=found), found
+
+
+def _model_of(config: GPTConfig, params) -> Any:
+    graph, _ = nnx.split(nnx.eval_shape(lambda: config.build(nnx.Rngs(0))), nnx.Param)
+    return nnx.merge(graph, params)
 
 
 def parameter_count(config: GPTConfig) -> int:
@@ -171,45 +215,86 @@ def parameter_count(config: GPTConfig) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def _listed(config: GPTConfig, rngs: nnx.Rngs) -> nnx.List:
-    return nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
+def make_blocks(block: Any, config: GPTConfig, rngs: nnx.Rngs) -> nnx.List | nnx.Module:
+    """A list of blocks, or one of which every parameter has the layers as its first axis.
 
-
-def _stacked(config: GPTConfig, rngs: nnx.Rngs) -> Block:
-    """One `Block` whose parameters have the layers as their first axis."""
+    Args:
+      block: a class of modules, made by `block(config, rngs=rngs)`.
+    """
+    if not config.scan:
+        return nnx.List([block(config, rngs=rngs) for _ in range(config.depth)])
 
     @nnx.split_rngs(splits=config.depth)
     @nnx.vmap(in_axes=0, out_axes=0)
-    def stack(rngs: nnx.Rngs) -> Block:
-        return Block(config, rngs=rngs)
+    def stack(rngs: nnx.Rngs) -> nnx.Module:
+        return block(config, rngs=rngs)
 
     return stack(rngs)
 
 
+def through(blocks: Any, x: jax.Array, segments: jax.Array | None) -> jax.Array:
+    """What `make_blocks` made, applied to x one after the other.
+
+    Args:
+      segments: (batch, time) integers or None: a token attends to those of its own number.
+    """
+    mask = _mask_of(segments)
+    if not isinstance(blocks, nnx.List):
+        return _scanned(blocks, x, mask)
+    for block in blocks:
+        x = block(x, mask)
+    return x
+
+
+def _mask_of(segments: jax.Array | None) -> jax.Array | None:
+    """(batch, 1, time, time): whether a token may attend to another."""
+    if segments is None:
+        return None
+    return segments[:, None, :, None] == segments[:, None, None, :]
+
+
 @nnx.scan(in_axes=(0, nnx.Carry, None), out_axes=nnx.Carry)
-def _through(block: Block, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+def _scanned(block: Any, x: jax.Array, mask: jax.Array | None) -> jax.Array:
     return block(x, mask)
 
 
-def _dtypes(config: GPTConfig) -> dict:
+def _largest_logits(blocks: Any, x: jax.Array, segments: jax.Array | None) -> dict[str, jax.Array]:
+    """By the path of each attention, as `GPT` goes through its blocks."""
+    mask = _mask_of(segments)
+    if not isinstance(blocks, nnx.List):
+        _, largest = _scanned_for_logits(blocks, x, mask)
+        return {"blocks/attention": largest}
+    found = {}
+    for index, block in enumerate(blocks):
+        found[f"blocks/{index}/attention"] = block.largest_logits(x, mask)
+        x = block(x, mask)
+    return found
+
+
+@nnx.scan(in_axes=(0, nnx.Carry, None), out_axes=(nnx.Carry, 0))
+def _scanned_for_logits(
+    block: Any, x: jax.Array, mask: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    return block(x, mask), block.largest_logits(x, mask)
+
+
+def dtypes(config: GPTConfig) -> dict:
+    """Keywords of a Flax module."""
     return dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype))
 
 
+def linear(
+    inputs: int, outputs: int, config: GPTConfig, rngs: nnx.Rngs, **keywords: Any
+) -> nnx.Linear:
+    """Without a bias; `keywords` are Flax's own."""
+    return nnx.Linear(inputs, outputs, use_bias=False, **dtypes(config), rngs=rngs, **keywords)
+
+
 def _norm(size: int, config: GPTConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(size, **_dtypes(config), rngs=rngs)
-
-
-def _linear(inputs: int, outputs: int, config: GPTConfig, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(inputs, outputs, use_bias=False, **_dtypes(config), rngs=rngs)
+    return nnx.RMSNorm(size, **dtypes(config), rngs=rngs)
 
 
 def _residual_output(inputs: int, outputs: int, config: GPTConfig, rngs: nnx.Rngs) -> nnx.Linear:
     """Variance 1 / (2 depth fan-in): the 2 depth branches together then add about unit variance."""
-    return nnx.Linear(
-        inputs,
-        outputs,
-        use_bias=False,
-        **_dtypes(config),
-        kernel_init=nnx.initializers.variance_scaling(0.5 / config.depth, "fan_in", "normal"),
-        rngs=rngs,
-    )
+    normal = nnx.initializers.variance_scaling(0.5 / config.depth, "fan_in", "normal")
+    return linear(inputs, outputs, config, rngs, kernel_init=normal)

@@ -12,15 +12,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 
-import optax_normuon
 from examples.configuration import read_config, write_config
 from examples.dpo import Dpo
 from examples.errors import BadInput
 from examples.gpt import parameter_count
 from examples.mesh import batch_parts, read_mesh
-from examples.optimizers import OptimizerConfig, compute_dtype
 from examples.phase import Phase, Prepared
 from examples.pretrain import Pretrain
+from examples.pretrain_ngpt import PretrainNGPT
 from examples.processes import is_first, join
 from examples.runs import new_folder
 from examples.sampling import generate
@@ -28,10 +27,10 @@ from examples.settings import Devices
 from examples.sft import Sft
 from examples.step import State, abstract_parameters
 from examples.training import train
-from optax_normuon import RECIPES
 
 PHASES: dict[str, Any] = {
     "pretrain": Pretrain(),
+    "ngpt": PretrainNGPT(),
     "sft": Sft(Path(), Path()),
     "dpo": Dpo(Path(), Path()),
 }
@@ -114,7 +113,7 @@ def _run(prepared: Prepared, folder: Path, mesh: Mesh | None, console: Console) 
         f" on {jax.devices()[0].device_kind}{'' if mesh is None else f', {_described(mesh)}'}",
         highlight=False,
     )
-    console.print(_routing(config.optimizer, abstract_parameters(model)), soft_wrap=True)
+    console.print(config.optimizer.description(abstract_parameters(model)), soft_wrap=True)
     state = train(
         prepared.task, config.training, config.optimizer, folder, mesh=mesh, console=console
     )
@@ -145,16 +144,6 @@ def _samples(prepared: Prepared, state: State, mesh: Mesh | None) -> list[str]:
     )
     pairs = zip(prompts, texts, strict=True)
     return [f"{tokens.decode(prompt)} → {tokens.decode(text)}" for prompt, text in pairs]
-
-
-def _routing(optimizer: OptimizerConfig, params: Any) -> str:
-    """Which optimizer trains what, with each one's share of the parameters."""
-    name = optimizer.optimizer
-    if name == "adamw":
-        return "adamw trains every parameter."
-    recipe = name if name in RECIPES else "muon"
-    table = optax_normuon.describe(params, recipe=recipe, compute_dtype=compute_dtype())
-    return table if name in RECIPES else f"{name} on what is Muon's here:\n{table}"
 
 
 def _shared_folder(config: Any) -> Path:

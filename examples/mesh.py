@@ -17,7 +17,7 @@ from examples.errors import BadInput
 BATCH_AXES = ("data", "fsdp")
 # Kernels are (in, out), the embedding is (bytes, width). A layer divided by columns hands its divided
 # output to one divided by rows, whose products are summed over `tensor`.
-BY_COLUMNS = ("embed", "query", "key", "value", "up", "lm_head")
+BY_COLUMNS = ("embed", "query", "key", "value", "up", "gate", "lm_head")
 BY_ROWS = ("out", "down")
 
 

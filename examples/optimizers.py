@@ -3,7 +3,8 @@
 import dataclasses
 import difflib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from optax_normuon import RECIPES
 
 OPTAX_MUON = "optax.contrib.muon"
 NAMES = ("adamw", OPTAX_MUON, *RECIPES)
+MomentumDtype = Literal["float32", "bfloat16", "int8"]
+MOMENTUM_DTYPES = get_args(MomentumDtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,8 @@ class OptimizerConfig:
     """Of the matrices, or of everything with adamw, as the recipe has it."""
     momentum: float | None = None
     """Of the matrices. None is the recipe's own."""
+    momentum_dtype: MomentumDtype = "float32"
+    """In which the matrices' momentum is kept: 4, 2 or about 1 byte a parameter."""
     momentum_low: float = 0.85
     """Where momentum starts before its warmup and ends after its cooldown."""
     momentum_warmup: int = 0
@@ -45,7 +50,7 @@ class OptimizerConfig:
     decay: float = 0.6
     """Fraction of the steps over which the rates fall to zero."""
     clip: float = 1.0
-    """Global norm that gradients are clipped to."""
+    """Global norm that gradients are clipped to; 0 leaves them as they are."""
     accumulation: int = 1
     """Parts in which a batch is taken, one after the other; the update is the same."""
 
@@ -54,6 +59,15 @@ class OptimizerConfig:
             near = difflib.get_close_matches(self.optimizer, NAMES, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(NAMES)}."
             raise BadInput(f"optimizer={self.optimizer!r} is unknown: {hint}")
+        if self.momentum_dtype not in MOMENTUM_DTYPES:
+            raise BadInput(
+                f"momentum_dtype={self.momentum_dtype!r} is none of {', '.join(MOMENTUM_DTYPES)}."
+            )
+        if self.momentum_dtype != "float32" and self.optimizer not in RECIPES:
+            raise BadInput(
+                f"momentum_dtype={self.momentum_dtype!r}: {self.optimizer} keeps its momentum in float32"
+                " here; take a recipe of optax_normuon."
+            )
         if self.accumulation < 1:
             raise BadInput(f"accumulation={self.accumulation}: a batch has one part at least.")
         if not (self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1):
@@ -61,6 +75,33 @@ class OptimizerConfig:
                 f"warmup={self.warmup} and decay={self.decay} are fractions of the steps that add up to"
                 " 1 at most."
             )
+
+    @property
+    def peaks(self) -> dict[str, float | None]:
+        """Peak rates by the name under which a run logs them."""
+        if self.optimizer == "adamw":
+            return {"lr_adamw": self.learning_rate}
+        return {"lr_muon": self.learning_rate, "lr_adamw": self.adam_learning_rate}
+
+    def transformation(
+        self, followed: Mapping[str, optax.Schedule], mesh: Mesh | None
+    ) -> optax.GradientTransformation:
+        """What follows clipping.
+
+        Args:
+          followed: the schedules of `peaks`, and `momentum` for a recipe.
+        """
+        make: Callable = {"adamw": _adamw, OPTAX_MUON: _optax_muon}.get(self.optimizer, _recipe)
+        return make(self, followed, mesh)
+
+    def description(self, params: Any) -> str:
+        """Which optimizer trains what, with each one's share of the parameters."""
+        if self.optimizer == "adamw":
+            return "adamw trains every parameter."
+        ours = self.optimizer in RECIPES
+        recipe = self.optimizer if ours else "muon"
+        table = optax_normuon.describe(params, recipe=recipe, compute_dtype=compute_dtype())
+        return table if ours else f"{self.optimizer} on what is Muon's here:\n{table}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,23 +126,22 @@ def make_optimizer(config: OptimizerConfig, steps: int, mesh: Mesh | None = None
     """
     if config.learning_rate is None:
         raise BadInput("learning_rate is missing: give it, or take a phase's preset.")
-    peaks = {"lr_muon": config.learning_rate, "lr_adamw": config.adam_learning_rate}
-    if config.optimizer == "adamw":
-        peaks = {"lr_adamw": config.learning_rate}
-    elif config.adam_learning_rate is None:
-        raise BadInput(f"{config.optimizer} lacks adam_learning_rate, of the AdamW beside it.")
-    followed = {
-        name: warm_stay_decay(peak, steps, warmup=config.warmup, decay=config.decay)
-        for name, peak in peaks.items()
-        if peak is not None
-    }
+    followed = {}
+    for name, peak in config.peaks.items():
+        if peak is None:
+            raise BadInput(f"{config.optimizer} lacks adam_learning_rate, of the AdamW beside it.")
+        followed[name] = warm_stay_decay(peak, steps, warmup=config.warmup, decay=config.decay)
     if config.optimizer in RECIPES:
         followed["momentum"] = _momentum(config, steps)
     elif config.momentum_warmup or config.momentum_cooldown:
         raise BadInput(f"{config.optimizer} takes no schedule of its momentum.")
-    make: Callable = {"adamw": _adamw, OPTAX_MUON: _optax_muon}.get(config.optimizer, _recipe)
-    inner = make(config, followed, mesh)
-    return Optimizer(optax.chain(optax.clip_by_global_norm(config.clip), inner), followed)
+    inner = config.transformation(followed, mesh)
+    return Optimizer(optax.chain(clipping(config), inner), followed)
+
+
+def clipping(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Of gradients, before everything else."""
+    return optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
 
 
 def compute_dtype():
@@ -145,6 +185,7 @@ def _recipe(config, followed, mesh):
         momentum=followed["momentum"],
         weight_decay=config.weight_decay,
         adam_learning_rate=followed["lr_adamw"],
+        momentum_dtype=config.momentum_dtype,
         compute_dtype=compute_dtype(),
         param_specs=None if mesh is None else functools.partial(parameter_shardings, mesh=mesh),
     )

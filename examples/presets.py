@@ -8,6 +8,7 @@ rate / sqrt(inputs).
 
 import dataclasses
 import math
+from typing import TypeVar
 
 from examples.optimizers import OPTAX_MUON, OptimizerConfig
 from normuon_core.shape_rules import shape_factor
@@ -24,6 +25,7 @@ class Rates:
 
 
 Presets = dict[str, Rates]
+Config = TypeVar("Config", bound=OptimizerConfig)
 
 # Searched by `python -m examples compare --tune` (learning_rates.json). Embedding and head alone bear,
 # and like, twice the rate that AdamW takes for a whole model.
@@ -32,6 +34,13 @@ PRETRAIN: Presets = {
     "muon": Rates(0.02, 8e-3),
     "normuon": Rates(0.04, 8e-3),
     OPTAX_MUON: Rates(0.02, 8e-3),
+}
+
+# Of nGPT: the matrices' rate is about the angle by which their slices turn in a step.
+NGPT: Presets = {
+    "adamw": Rates(1e-3, 1e-3),
+    "muon": Rates(0.02, 4e-3),
+    "normuon": Rates(0.02, 4e-3),
 }
 
 # Half of pretraining's for the matrices and the AdamW beside them, all of it for AdamW alone: a small
@@ -54,7 +63,7 @@ DPO: Presets = {
 }
 
 
-def with_preset(config: OptimizerConfig, presets: Presets, *, width: int) -> OptimizerConfig:
+def with_preset(config: Config, presets: Presets, *, width: int) -> Config:
     """The configuration with the preset's rates where it has none.
 
     A recipe without an entry takes the rate of Muon or NorMuon, scaled so that a square matrix of the

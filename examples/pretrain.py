@@ -12,7 +12,7 @@ from examples.gpt import GPTConfig
 from examples.losses import next_token
 from examples.optimizers import OptimizerConfig
 from examples.phase import Prepared
-from examples.presets import PRETRAIN, with_preset
+from examples.presets import PRETRAIN, Presets, with_preset
 from examples.settings import OF_THE_PROCESS, Devices, Training
 from examples.tokens import load_tokens
 from examples.training import Task
@@ -25,6 +25,7 @@ class Pretrain:
     """Train a model on text."""
 
     phase: ClassVar[str] = "pretrain"
+    presets: ClassVar[Presets] = PRETRAIN
 
     data: Path | None = None
     """A folder of text files, a text file, Parquet (column `text`) or FineWeb's .bin shards. None is the
@@ -47,13 +48,13 @@ class Pretrain:
         tokens, training = load_tokens(self.tokenizer), self.training
         size = max(self.model.vocabulary, tokens.vocabulary)
         model = dataclasses.replace(self.model, vocabulary=size)
-        optimizer = with_preset(self.optimizer, PRETRAIN, width=model.width)
+        optimizer = with_preset(self.optimizer, self.presets, width=model.width)
         corpus = load_corpus(self.data, tokens, vocabulary=size)
         count = training.evaluation_batches * training.batch
         held_out = corpus.validation_windows(count=count, context=model.context)
         sizes = dict(seed=training.seed, batch=training.batch, context=model.context)
         task = Task(
-            name=f"pretrain {optimizer.optimizer}",
+            name=f"{self.phase} {optimizer.optimizer}",
             model=model,
             loss=next_token,
             batch=lambda step: {"tokens": corpus.batch(step, **sizes)},

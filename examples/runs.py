@@ -63,7 +63,10 @@ class Run:
 
     @property
     def optimizer(self) -> str:
-        return self.settings["optimizer"]["optimizer"]
+        """Its name, and the dtype of the momentum where that is not float32."""
+        told = self.settings["optimizer"]
+        dtype = told.get("momentum_dtype", "float32")
+        return told["optimizer"] + ("" if dtype == "float32" else f"-{dtype}")
 
     @property
     def seed(self) -> int:

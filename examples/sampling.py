@@ -44,7 +44,7 @@ def sample(config: Sample) -> list[str]:
     """
     trained = load_trained(config.run)
     tokens = trained.tokens
-    if trained.phase == "pretrain":
+    if trained.phase in ("pretrain", "ngpt"):
         prompt = [tokens.end, *tokens.encode(config.prompt)]
     else:
         prompt = prompt_ids([("user", config.prompt)], tokens)

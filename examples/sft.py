@@ -16,7 +16,7 @@ from examples.phase import Prepared
 from examples.presets import SFT, with_preset
 from examples.rows import batches, split, whole_batches
 from examples.settings import OF_THE_PROCESS, Devices, Training
-from examples.trained import load_trained
+from examples.trained import load_base
 from examples.training import Task
 
 
@@ -47,7 +47,7 @@ class Sft:
         Raises:
           BadInput: they cannot be trained on; the message names file and line.
         """
-        base, training = load_trained(self.start, mesh=mesh), self.training
+        base, training = load_base(self.start, mesh=mesh), self.training
         tokens = base.tokens
         model = dataclasses.replace(base.model, context=self.context or base.model.context)
         optimizer = with_preset(self.optimizer, SFT, width=model.width)

@@ -13,7 +13,7 @@ import optax_normuon
 from examples.gpt import GPTConfig, apply_model, first_parameters
 from examples.losses import Batch, Loss, Sums
 from examples.mesh import batch_sharding, parameter_shardings
-from examples.optimizers import OptimizerConfig, compute_dtype, make_optimizer
+from examples.optimizers import OptimizerConfig, clipping, compute_dtype, make_optimizer
 from optax_normuon import RECIPES
 
 
@@ -190,7 +190,7 @@ def _diagnostics(setup: Setup, state: State, gradients, updates):
     }
     name = setup.optimizer.optimizer
     if name in RECIPES:
-        clip = optax.clip_by_global_norm(setup.optimizer.clip)
+        clip = clipping(setup.optimizer)
         clipped, _ = clip.update(gradients, clip.init(state.params))
         followed = make_optimizer(setup.optimizer, setup.steps, setup.mesh).followed
         errors = optax_normuon.orthogonality_errors(

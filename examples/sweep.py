@@ -1,4 +1,4 @@
-"""Where the presets of fine-tuning come from: a phase again and again, with multiples of its rates.
+"""Where the presets come from, and how far they reach: a phase with multiples of its rates.
 
 `python -m examples.sweep --factors 0.5 1 2 sft RUN --data FILE`: after `sft` as `python -m examples`.
 Both rates are multiplied together: the AdamW beside the matrices keeps its share. Beside the loss stands
@@ -18,7 +18,8 @@ from examples.dpo import Dpo
 from examples.errors import one_line
 from examples.launch import launch
 from examples.phases import ask
-from examples.presets import DPO, SFT, Presets, with_preset
+from examples.presets import DPO, PRETRAIN, SFT, Presets, with_preset
+from examples.pretrain import Pretrain
 from examples.runs import read_run
 from examples.settings import OPTIONS
 from examples.sft import Sft
@@ -29,7 +30,11 @@ from examples.trained import load_description
 class Sweep:
     """Train a phase with multiples of its preset's rates."""
 
-    phase: Annotated[Sft, tyro.conf.subcommand("sft")] | Annotated[Dpo, tyro.conf.subcommand("dpo")]
+    phase: (
+        Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
+        | Annotated[Sft, tyro.conf.subcommand("sft")]
+        | Annotated[Dpo, tyro.conf.subcommand("dpo")]
+    )
     optimizers: tuple[str, ...] = ("adamw", "muon", "normuon")
     """Names, as for `--optimizer`."""
     factors: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -50,11 +55,10 @@ class Found:
 def sweep(config: Sweep, console: Console) -> dict[str, list[Found]]:
     """What each optimizer comes to at each multiple of its preset's rates; no run is kept."""
     phase, found = config.phase, {}
-    presets: Presets = SFT if isinstance(phase, Sft) else DPO
-    _, model, _ = load_description(phase.start)
+    presets, width = _known_of(phase)
     for name in config.optimizers:
         told = dataclasses.replace(phase.optimizer, optimizer=name)
-        preset = with_preset(told, presets, width=model.width)
+        preset = with_preset(told, presets, width=width)
         for factor in config.factors:
             beside = preset.adam_learning_rate
             optimizer = dataclasses.replace(
@@ -68,13 +72,22 @@ def sweep(config: Sweep, console: Console) -> dict[str, list[Found]]:
     return found
 
 
-def _trained(config: Sft | Dpo) -> Found:
-    quiet, questions = Console(quiet=True), config.data.with_name("held_out.jsonl")
+def _known_of(phase: Pretrain | Sft | Dpo) -> tuple[Presets, int]:
+    """The presets, and the width of the model."""
+    if isinstance(phase, Pretrain):
+        return PRETRAIN, phase.model.width
+    _, model, _ = load_description(phase.start)
+    return SFT if isinstance(phase, Sft) else DPO, model.width
+
+
+def _trained(config: Pretrain | Sft | Dpo) -> Found:
+    quiet, data = Console(quiet=True), config.data
+    questions = None if isinstance(config, Pretrain) else data and data.with_name("held_out.jsonl")
     with tempfile.TemporaryDirectory() as folder:
         training = dataclasses.replace(config.training, samples=0)
         told = dataclasses.replace(config, training=training, output=Path(folder))
         run = launch(told, console=quiet)
-        right = ask(run, questions, quiet).right if questions.exists() else None
+        right = ask(run, questions, quiet).right if questions and questions.exists() else None
         return Found(read_run(run).final_loss, right)
 
 

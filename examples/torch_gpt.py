@@ -35,14 +35,18 @@ class Attention(nn.Module):
         self.query = nn.Linear(config.width, config.width, bias=False)
         self.key = nn.Linear(config.width, keys, bias=False)
         self.value = nn.Linear(config.width, keys, bias=False)
-        self.query_norm = nn.RMSNorm(self.head_size, eps=EPS)
-        self.key_norm = nn.RMSNorm(self.head_size, eps=EPS)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.query_norm = nn.RMSNorm(self.head_size, eps=EPS)
+            self.key_norm = nn.RMSNorm(self.head_size, eps=EPS)
         self.out = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         by_head = (*x.shape[:2], -1, self.head_size)
-        query = rotate(self.query_norm(self.query(x).reshape(by_head)))
-        key = rotate(self.key_norm(self.key(x).reshape(by_head)))
+        query, key = self.query(x).reshape(by_head), self.key(x).reshape(by_head)
+        if self.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = rotate(query), rotate(key)
         value = self.value(x).reshape(by_head)
         # PyTorch has heads before time.
         mixed = functional.scaled_dot_product_attention(

@@ -108,6 +108,7 @@ def make_torch_optimizer(
         adam_lr=config.adam_learning_rate or 0.0,
         recipe=config.optimizer,
         weight_decay=config.weight_decay,
+        momentum_dtype=getattr(torch, config.momentum_dtype),
         compute_dtype=torch.float32 if on_cpu else None,
     )
     world = distributed.group.WORLD if ranks > 1 else None

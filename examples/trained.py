@@ -11,15 +11,23 @@ from examples.checkpoints import Checkpoints
 from examples.configuration import read_table
 from examples.errors import BadInput
 from examples.gpt import GPTConfig
+from examples.ngpt import NGPTConfig
 from examples.step import abstract_parameters
 from examples.tokens import Tokens, load_tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A model and what it was trained on. `phase` is pretrain, sft or dpo; `tokenizer` its file."""
+    """A model and what it was trained on.
+
+    Attributes:
+      phase: pretrain, ngpt, sft or dpo.
+      step: of the run, that the weights are from.
+      tokenizer: its file.
+    """
 
     phase: str
+    step: int
     model: GPTConfig
     tokenizer: Path | None
     params: Any
@@ -29,21 +37,46 @@ class Trained:
         return load_tokens(self.tokenizer)
 
 
-def load_trained(folder: Path, *, mesh: Mesh | None = None) -> Trained:
-    """The weights of a run's last checkpoint.
+def load_trained(folder: Path, *, mesh: Mesh | None = None, step: int | None = None) -> Trained:
+    """The weights of one of a run's checkpoints.
+
+    Args:
+      step: which. None is the last.
 
     Raises:
-      BadInput: the folder is no run's, or has no complete checkpoint.
+      BadInput: the folder is no run's, or has no complete checkpoint, or none of that step.
     """
     phase, model, tokenizer = load_description(folder)
-    checkpoints = Checkpoints(folder / "checkpoints")
+    checkpoints = Checkpoints(folder / "checkpoints", keep=None)
     try:
-        if checkpoints.latest() is None:
+        steps = checkpoints.steps()
+        if not steps:
             raise BadInput(f"{folder} has no complete checkpoint yet.")
-        params = checkpoints.restore_params(abstract_parameters(model, mesh))
+        if step is None:
+            step = steps[-1]
+        if step not in steps:
+            raise BadInput(
+                f"{folder} has no checkpoint of step {step} any more, only of"
+                f" {', '.join(map(str, steps))}: it was trained on since. Start anew from it."
+            )
+        params = checkpoints.restore_params(abstract_parameters(model, mesh), step)
     finally:
         checkpoints.close()
-    return Trained(phase, model, tokenizer, params)
+    return Trained(phase, step, model, tokenizer, params)
+
+
+def load_base(folder: Path, *, mesh: Mesh | None = None, step: int | None = None) -> Trained:
+    """A model to go on training with.
+
+    Raises:
+      BadInput: as `load_trained`; or an nGPT, whose weights would leave their spheres.
+    """
+    trained = load_trained(folder, mesh=mesh, step=step)
+    if isinstance(trained.model, NGPTConfig):
+        raise BadInput(
+            f"{folder} is an nGPT: sft and dpo would take its weights off their spheres."
+        )
+    return trained
 
 
 def load_description(folder: Path) -> tuple[str, GPTConfig, Path | None]:
@@ -57,5 +90,6 @@ def load_description(folder: Path) -> tuple[str, GPTConfig, Path | None]:
         raise BadInput(f"{folder} is no run's folder: it has no config.toml.")
     settings = tomllib.loads(path.read_text())
     tokenizer = settings.get("tokenizer")
-    model = read_table(GPTConfig(), settings["model"], f"{path}: model.")
+    default = NGPTConfig() if settings["phase"] == "ngpt" else GPTConfig()
+    model = read_table(default, settings["model"], f"{path}: model.")
     return settings["phase"], model, None if tokenizer is None else Path(tokenizer)

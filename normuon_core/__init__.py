@@ -1,5 +1,6 @@
 """What `optax_normuon` and `torch_ref` share; imports neither framework."""
 
+from normuon_core.attention_heads import HeadLayout
 from normuon_core.layout import MatrixLayout, MatrixView
 from normuon_core.polynomials import (
     POLYNOMIALS,
@@ -28,6 +29,7 @@ __all__ = [
     "RECIPES",
     "Coefficients",
     "Decay",
+    "HeadLayout",
     "Hyperball",
     "MatrixLayout",
     "MatrixView",

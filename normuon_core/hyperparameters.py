@@ -6,7 +6,7 @@ they are given, and to read it would wait for a device.
 
 import difflib
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, get_args
 
 
@@ -20,6 +20,12 @@ def check_decay(name: str, value: object) -> None:
     """Raises a ValueError for a number outside [0, 1): the decay of a running mean."""
     if isinstance(value, Real) and not 0 <= float(value) < 1:
         raise ValueError(f"{name}={value}; use a number in [0, 1).")
+
+
+def check_count(name: str, value: object) -> None:
+    """Raises a ValueError for what is no whole number of at least 1: a program is compiled for it."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name}={value!r}; use a whole number of at least 1.")
 
 
 def check_radius(name: str, value: object) -> None:

@@ -77,13 +77,17 @@ class KernelsSupport:
         return f"the kernels cannot run {', '.join(self.lacking)}"
 
 
-def kernels_support(recipe: Recipe | Polar) -> KernelsSupport:
+def kernels_support(recipe: Recipe | Polar, *, momentum_dtype: str | None = None) -> KernelsSupport:
     """Whether the kernels can run a recipe, or the polar factor alone, and what they lack.
 
     A field that they do not know is no obstacle while it has its default, which stands for the recipes
     that were there before it.
+
+    Args:
+      momentum_dtype: the name of the dtype in which momentum is kept. No kernel reads int8 with scales.
     """
-    return KernelsSupport(tuple(_lacking(recipe)))
+    scaled = ["momentum_dtype='int8'"] if momentum_dtype == "int8" else []
+    return KernelsSupport((*_lacking(recipe), *scaled))
 
 
 def _lacking(record: Any, name: str = "") -> list[str]:

@@ -1,6 +1,14 @@
 """NorMuon and the Muon family of optimizers as Optax transformations."""
 
-from normuon_core import POLYNOMIALS, RECIPES, MatrixLayout, Recipe, __version__, polar_express
+from normuon_core import (
+    POLYNOMIALS,
+    RECIPES,
+    HeadLayout,
+    MatrixLayout,
+    Recipe,
+    __version__,
+    polar_express,
+)
 from optax_normuon.alias import muon
 from optax_normuon.description import describe
 from optax_normuon.diagnostics import (
@@ -18,6 +26,7 @@ from optax_normuon.matrices.stack import MatrixStack, MatrixStage, chain_stages
 from optax_normuon.mesh.state_specs import state_specs
 from optax_normuon.older_states import older_state
 from optax_normuon.optimizer import normuon
+from optax_normuon.qk_clip import qk_clip
 from optax_normuon.remainder import with_bf16_remainder
 from optax_normuon.run_arrays import (
     parameter_shapes,
@@ -45,6 +54,7 @@ __all__ = [
     "POLYNOMIALS",
     "RECIPES",
     "STATIC_ARGS",
+    "HeadLayout",
     "MatrixDiagnostics",
     "MatrixLayout",
     "MatrixStack",
@@ -77,6 +87,7 @@ __all__ = [
     "polar_factor",
     "project_to_sphere",
     "project_to_tangent",
+    "qk_clip",
     "scale_by_normuon",
     "scale_by_shape",
     "set_norm",

@@ -9,11 +9,12 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normuon_core.layout import MatrixView
 from normuon_core.recipes import Recipe, find_recipe
-from optax_normuon.leaves.layout import LayoutTree, resolve_layouts
+from optax_normuon.leaves.layout import LayoutTree, Views, resolve_layouts
 from optax_normuon.leaves.paths import KeyPath, named_leaves
-from optax_normuon.leaves.precision import working_dtype
+from optax_normuon.leaves.precision import lift, working_dtype
 from optax_normuon.matrices.views import split_blocks
-from optax_normuon.stages.momentum import MomentumState, momentum_stage
+from optax_normuon.stages.int8_momentum import Int8Leaves
+from optax_normuon.stages.momentum import Int8MomentumState, MomentumState, momentum_stage
 from optax_normuon.stages.orthogonalization import polar_factor
 from optax_normuon.stages.row_equilibration import equilibrate_rows
 
@@ -99,7 +100,7 @@ def orthogonality_errors(
     chosen = find_recipe(recipe).override(momentum=momentum)
     views = resolve_layouts(layout, params)
     given = {path: leaf for path, _, leaf in named_leaves(grads)}
-    count, kept = _momentum_in(state)
+    count, kept = _momentum_in(state, params, views)
     missing = [name for path, name, _ in named_leaves(params) if path in views and path not in kept]
     if missing:
         raise ValueError(
@@ -199,13 +200,21 @@ def _over(above: jax.Array, below: jax.Array) -> jax.Array:
     )
 
 
-def _momentum_in(state: optax.OptState) -> tuple[jax.Array, dict[KeyPath, jax.Array]]:
+def _momentum_in(
+    state: optax.OptState, params: optax.Params, views: Views
+) -> tuple[jax.Array, dict[KeyPath, jax.Array]]:
     """The step count and, by path, the momentum of every leaf in a state that has one."""
-    leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, MomentumState))
-    found = [leaf for leaf in leaves if isinstance(leaf, MomentumState)]
+    kinds = (MomentumState, Int8MomentumState)
+    leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
+    found = [leaf for leaf in leaves if isinstance(leaf, kinds)]
     if not found:
         raise ValueError("the state holds no momentum: give the state of `normuon` or `muon`.")
     kept = {}
     for each in found:
-        kept |= {path: leaf for path, _, leaf in named_leaves(each.momentum)}
+        momentum = each.momentum
+        if isinstance(each, Int8MomentumState):
+            momentum = Int8Leaves.of(views, None, params).read(
+                momentum, each.momentum_scale, lift(params)
+            )
+        kept |= {path: leaf for path, _, leaf in named_leaves(momentum)}
     return jnp.asarray(found[0].count), kept

@@ -71,11 +71,16 @@ def direction_of(
 ) -> Callable[[LayoutTree | Views, SpecTree | Specs], optax.GradientTransformation]:
     """Stages 1 to 3, as a function of a layout and of how the leaves lie on a mesh."""
     stages = execution.stages()
-    momentum = momentum_stage(execution.recipe.momentum, momentum_dtype=execution.momentum_dtype)
 
     def direction(
         layout: LayoutTree | Views, specs: SpecTree | Specs
     ) -> optax.GradientTransformation:
+        momentum = momentum_stage(
+            execution.recipe.momentum,
+            momentum_dtype=execution.momentum_dtype,
+            layout=layout,
+            param_specs=specs,
+        )
         return optax.chain(
             momentum,
             on_matrices(

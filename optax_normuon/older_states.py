@@ -8,6 +8,7 @@ from optax_normuon.leaves.boxes import unbox
 from optax_normuon.leaves.paths import KeyPath
 from optax_normuon.matrices.views import as_stack, statistic_leaf_shape
 from optax_normuon.mesh.found_views import found_views
+from optax_normuon.mesh.scales import is_scale
 
 
 def older_state(tx: optax.GradientTransformation, params: optax.Params) -> optax.OptState:
@@ -33,7 +34,8 @@ def older_state(tx: optax.GradientTransformation, params: optax.Params) -> optax
 
     def apart(path: KeyPath, leaf: jax.ShapeDtypeStruct):
         for place, view in split.items():
-            if path[len(path) - len(place) :] == place and leaf.shape != view.stored_shape:
+            own = path[len(path) - len(place) :] == place and not is_scale(path)
+            if own and leaf.shape != view.stored_shape:
                 return tuple(leaf.update(shape=shape) for shape in _block_shapes(leaf, view))
         return leaf
 

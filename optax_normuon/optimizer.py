@@ -6,7 +6,7 @@ import optax
 from jax.typing import DTypeLike
 
 from normuon_core.cost import Algorithm
-from normuon_core.hyperparameters import check_decay, check_rate
+from normuon_core.hyperparameters import check_count, check_decay, check_rate
 from normuon_core.moving.settings import settings_of_adamw, settings_of_recipe
 from normuon_core.polynomials import Coefficients
 from normuon_core.recipes import Recipe, find_recipe
@@ -25,6 +25,7 @@ from optax_normuon.mesh.specs import Specs, SpecTree, resolve_specs
 from optax_normuon.plans import Execution
 from optax_normuon.stages.adamw import scale_by_adam
 from optax_normuon.stages.chain import chain_of_stages
+from optax_normuon.stages.every_steps import every_steps
 from optax_normuon.stages.hyperball import to_hyperball
 from optax_normuon.stages.increment import decay_and_scale
 from optax_normuon.stages.orthogonalization import Orthogonalizer
@@ -58,6 +59,8 @@ def normuon(
     adam_nesterov: bool = False,
     adam_eps_root: float = 0.0,
     adam_moment_dtype: DTypeLike | None = None,
+    adam_cautious: bool = False,
+    adam_every: int | None = None,
     others: optax.GradientTransformation | None = None,
     momentum_dtype: DTypeLike | None = None,
     compute_dtype: DTypeLike | None = None,
@@ -98,6 +101,10 @@ def normuon(
       adam_b1, adam_b2, adam_eps, adam_weight_decay, adam_nesterov, adam_eps_root: see `optax.adamw`.
       adam_moment_dtype: dtype in which AdamW's first moment is kept (Optax's `mu_dtype`); None is
         float32, or the parameter's dtype where that is wider. The second moment is always that.
+      adam_cautious: AdamW's decay reaches only the entries that its update pulls towards zero as well,
+        or does not move (`add_cautious_weight_decay`).
+      adam_every: k: AdamW updates at the k-th, 2k-th, ... step, by the mean of the gradients since the
+        last update; matrices are stepped at every one. Its schedules count all steps. None is 1.
       others: a transformation in AdamW's place for the leaves that are no matrices, with its own
         learning rate inside, such as `optax.lion(1e-4)`. It is given these leaves as `optax.partition`
         would give them, in their own dtypes; `lr_mul` and `wd_mul` are then for matrices only.
@@ -115,11 +122,11 @@ def normuon(
 
     Raises:
       ValueError: here: an unknown recipe (with the nearest name), rule, algorithm or backend, a number
-        out of its range (a negative rate, a momentum or beta outside [0, 1)), "triton" where it cannot
-        run or beside an `orthogonalizer`, `beta2` for a recipe without neuron normalization, or AdamW's
-        keywords beside `others`; in `init` and `update`: a layout or a multiplier that does not fit its
-        leaf or the tree, or is for a leaf of `others`, a leaf that can be read in two ways, a dtype that
-        "triton" does not take, or missing parameters.
+        out of its range (a negative rate, a momentum or beta outside [0, 1), a count below 1), "triton"
+        where it cannot run or beside an `orthogonalizer`, `beta2` for a recipe without neuron
+        normalization, or AdamW's keywords beside `others`; in `init` and `update`: a layout or a
+        multiplier that does not fit its leaf or the tree, or is for a leaf of `others`, a leaf that can
+        be read in two ways, a dtype that "triton" does not take, or missing parameters.
       TypeError: a complex or integer leaf, a leaf that is no array, a schedule of `beta2`, or `others`
         that is no transformation.
 
@@ -135,6 +142,8 @@ def normuon(
         "adam_eps": adam_eps,
     }.items():
         check_rate(name, rate)
+    if adam_every is not None:
+        check_count("adam_every", adam_every)
     check_decay("adam_b1", adam_b1)
     check_decay("adam_b2", adam_b2)
     chosen = find_recipe(recipe).override(
@@ -202,20 +211,21 @@ def normuon(
 
     def adamw(lr_factors: Multipliers, wd_factors: Multipliers) -> optax.GradientTransformation:
         rate = learning_rate if adam_learning_rate is None else adam_learning_rate
-        return in_working_precision(
-            optax.chain(
-                scale_by_adam(
-                    *(adam_b1, adam_b2, adam_eps, adam_eps_root),
-                    nesterov=adam_nesterov,
-                    moment_dtype=adam_moment_dtype,
-                ),
-                add_cautious_weight_decay(
-                    adam_weight_decay, cautious=False, wd_mul=wd_factors, layout=Views()
-                ),
-                scale_by_shape("none", lr_mul=lr_factors, layout=Views()),
-                _scale_by_rate(rate),
-            )
+        moments = scale_by_adam(
+            *(adam_b1, adam_b2, adam_eps, adam_eps_root),
+            nesterov=adam_nesterov,
+            moment_dtype=adam_moment_dtype,
         )
+        increment = (
+            add_cautious_weight_decay(
+                adam_weight_decay, cautious=adam_cautious, wd_mul=wd_factors, layout=Views()
+            ),
+            scale_by_shape("none", lr_mul=lr_factors, layout=Views()),
+            _scale_by_rate(rate),
+        )
+        if adam_every in (None, 1):
+            return in_working_precision(optax.chain(moments, *increment))
+        return in_working_precision(every_steps(adam_every, moments, optax.chain(*increment)))
 
     def partition(
         params: optax.Params, *trees: optax.Params

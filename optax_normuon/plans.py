@@ -21,6 +21,7 @@ from optax_normuon.matrices.stack import MatrixStage, chain_stages
 from optax_normuon.matrices.stages_on_xla import StagesOnXla
 from optax_normuon.mesh.leaf_on_mesh import leaf_on_mesh
 from optax_normuon.mesh.specs import Specs
+from optax_normuon.stages.momentum import check_momentum_dtype
 from optax_normuon.stages.neuron_norm import neuron_norm_stage
 from optax_normuon.stages.norm_setting import norm_setting_stage
 from optax_normuon.stages.orthogonalization import (
@@ -39,7 +40,8 @@ class Execution:
     """How the stages of matrices are run, as `normuon`'s keywords of these names say.
 
     Raises:
-      ValueError: `backend="triton"` beside an `orthogonalizer`, or for a recipe that no kernel can run.
+      ValueError: a `momentum_dtype` that cannot hold momentum, or `backend="triton"` beside an
+        `orthogonalizer` or for what no kernel can run.
     """
 
     recipe: Recipe
@@ -51,6 +53,7 @@ class Execution:
     max_stack_bytes: int | None = None
 
     def __post_init__(self):
+        check_momentum_dtype(self.momentum_dtype)
         if self.backend != "triton":
             return
         if self.orthogonalizer is not None:
@@ -60,14 +63,15 @@ class Execution:
             )
         if not self.support:
             raise ValueError(
-                f"backend='triton': {self.support}; use backend='auto', which leaves this recipe to"
-                " XLA, or another recipe."
+                f"backend='triton': {self.support}; use backend='auto', which leaves that to XLA."
             )
 
     @property
     def support(self) -> KernelsSupport:
-        """Whether the kernels can run the recipe."""
-        return kernels_support(self.recipe)
+        """Whether the kernels can run the recipe, with its momentum in that dtype."""
+        dtype = self.momentum_dtype
+        name = None if dtype is None else jnp.dtype(dtype).name
+        return kernels_support(self.recipe, momentum_dtype=name)
 
     def stages(self) -> MatrixStage:
         """Stages 2 and 3, and what the recipe has before and between them, for XLA."""

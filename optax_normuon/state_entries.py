@@ -11,8 +11,9 @@ from optax_normuon.leaves.boxes import unbox
 from optax_normuon.leaves.paths import KeyPath, named_leaves
 from optax_normuon.remainder import Bf16RemainderState
 from optax_normuon.sphere import ProjectionState
+from optax_normuon.stages.every_steps import EveryStepsState
 from optax_normuon.stages.hyperball import SphereState
-from optax_normuon.stages.momentum import MomentumState
+from optax_normuon.stages.momentum import Int8MomentumState, MomentumState
 from optax_normuon.stages.neuron_norm import NeuronNormState
 from optax_normuon.stages.weight_decay import WeightDecayState
 
@@ -33,6 +34,18 @@ _COUNTING_STEPS = (MomentumState, optax.ScaleByAdamState, MuonState)
 _COUNTING_SCHEDULES = (SphereState, WeightDecayState, optax.ScaleByScheduleState)
 
 _STATES = (*_BY_LEAF, *_COUNTING_SCHEDULES)
+
+_NOT_MOVED: dict[type, str] = {
+    Int8MomentumState: (
+        "momentum_dtype='int8' keeps integers and scales, for which the common format has no place:"
+        " train the run with momentum in floats, or go on where it began."
+    ),
+    EveryStepsState: (
+        "adam_every keeps a sum of gradients, for which the common format has no place: move a run"
+        " without it."
+    ),
+}
+"""States of this package that the common format does not keep, and why."""
 
 _CONSTANTS = {(MuonState, "ns_coeffs")}
 """Fields that are settings of the transformation, the same at every step."""
@@ -96,9 +109,12 @@ def _names(params: optax.Params) -> dict[KeyPath, str]:
 
 def _entries(node: Any, path: KeyPath, names: Mapping[KeyPath, str]) -> Iterator[Entry]:
     states, _ = jax.tree_util.tree_flatten_with_path(
-        node, is_leaf=lambda each: isinstance(each, _STATES)
+        node, is_leaf=lambda each: isinstance(each, (*_STATES, *_NOT_MOVED))
     )
     for inner, each in states:
+        if type(each) in _NOT_MOVED:
+            place = jax.tree_util.keystr((*path, *inner))
+            raise ValueError(f"the state at {place}: {_NOT_MOVED[type(each)]}")
         if not isinstance(each, _STATES):
             raise ValueError(
                 f"the state has an array at {jax.tree_util.keystr((*path, *inner))} that is neither"

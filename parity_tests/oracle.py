@@ -5,12 +5,21 @@ matrix is (outputs, inputs) everywhere; `step` is one optimizer step of one matr
 applies it to every matrix that a layout finds in a weight.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from normuon_core import MatrixLayout, NeuronNorm, NormSetting, Polar, Recipe, RowEquilibration
+from normuon_core import (
+    HeadLayout,
+    MatrixLayout,
+    NeuronNorm,
+    NormSetting,
+    Polar,
+    Recipe,
+    RowEquilibration,
+)
 
 
 @dataclass
@@ -37,6 +46,18 @@ def momentum(rule, m, g, mu, nesterov, step):
             return m, m / (1 - mu**step)
         return m, mu * m / (1 - mu ** (step + 1)) + (1 - mu) * g / (1 - mu**step)
     raise ValueError(rule)
+
+
+def through_int8(m: np.ndarray) -> np.ndarray:
+    """A momentum (outputs, inputs) that was kept in int8: blocks of 32 inputs with a bfloat16 scale."""
+    result = np.empty_like(m)
+    for first in range(0, m.shape[1], 32):
+        block = m[:, first : first + 32]
+        largest = np.float32(np.abs(block).max(axis=1, keepdims=True) / 127)
+        mantissa, exponent = np.frexp(np.float64(largest))
+        scale = np.maximum(np.ldexp(np.round(mantissa * 256) / 256, exponent), 2.0**-126)
+        result[:, first : first + 32] = np.round(block / scale) * scale
+    return result
 
 
 def equilibrate_rows(u: np.ndarray, rule: RowEquilibration) -> np.ndarray:
@@ -138,24 +159,31 @@ def step(
     mu=None,
     lr_mul: Any = 1.0,
     wd_mul: Any = 1.0,
+    keep: Callable = lambda momentum: momentum,
 ):
     """One step of one (outputs, inputs) matrix: the new parameter; `state` changes in place.
 
     A tie of the two sides counts as output in the `longer` rule.
+
+    Args:
+      keep: what of the momentum is read back in the next step.
     """
-    v = normalized(recipe, orthogonalized(recipe, g, state, mu=mu), state)
+    v = normalized(recipe, orthogonalized(recipe, g, state, mu=mu, keep=keep), state)
     return applied(
         recipe, p, v, state, lr=lr, weight_decay=weight_decay, lr_mul=lr_mul, wd_mul=wd_mul
     )
 
 
-def orthogonalized(recipe: Recipe, g, state: State, *, mu=None) -> np.ndarray:
+def orthogonalized(
+    recipe: Recipe, g, state: State, *, mu=None, keep: Callable = lambda momentum: momentum
+) -> np.ndarray:
     """Momentum and stage 2, with what stands before it; `state` changes in place."""
     mu = recipe.momentum.momentum if mu is None else mu
     state.step += 1
     state.momentum, u = momentum(
         recipe.momentum.rule, state.momentum, g, mu, recipe.momentum.nesterov, state.step
     )
+    state.momentum = keep(state.momentum)
     if recipe.row_equilibration is not None:
         u = equilibrate_rows(u, recipe.row_equilibration)
     return polar_factor(u, recipe.polar)
@@ -202,17 +230,37 @@ def applied(
 
 @dataclass
 class AdamState:
-    """What a weight that is no matrix carries from step to step; all of it starts at zero."""
+    """What a weight that is no matrix carries from step to step; all of it starts at zero.
+
+    `step` counts updates; `waiting` has the gradients since the last one."""
 
     step: int = 0
     first: np.ndarray | float = 0.0
     second: np.ndarray | float = 0.0
+    waiting: list[np.ndarray] = field(default_factory=list)
 
 
 def adamw(
-    p, g, state: AdamState, *, lr, b1, b2, eps, weight_decay=0.0, nesterov=False, eps_root=0.0
+    p,
+    g,
+    state: AdamState,
+    *,
+    lr,
+    b1,
+    b2,
+    eps,
+    weight_decay=0.0,
+    nesterov=False,
+    eps_root=0.0,
+    cautious=False,
+    every=1,
 ):
     """One step of AdamW, or of NAdam with plain decay: the new parameter; `state` changes in place."""
+    state.waiting.append(g)
+    if len(state.waiting) < every:
+        return p
+    g = sum(state.waiting) / every
+    state.waiting.clear()
     state.step += 1
     t = state.step
     state.first = b1 * state.first + (1 - b1) * g
@@ -221,7 +269,31 @@ def adamw(
     if nesterov:
         mean = b1 * state.first / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1**t)
     direction = mean / (np.sqrt(state.second / (1 - b2**t) + eps_root) + eps)
-    return p - lr * (direction + weight_decay * p)
+    mask = (direction * p >= 0) if cautious else np.ones(p.shape)
+    return p - lr * (direction + weight_decay * mask * p)
+
+
+def qk_clip(p, largest_logits, tau, heads: HeadLayout):
+    """After a step: one layer's weight of queries or keys, with `largest_logits` of its query heads."""
+    axis = heads.axis % p.ndim
+    merged = heads.heads is not None
+    # Heads first, and their channels second.
+    if merged:
+        first = np.moveaxis(p, axis, 0)
+        by_head = first.reshape(heads.heads, -1, *first.shape[1:]).copy()
+    else:
+        by_head = np.moveaxis(p, (axis, axis + 1), (0, 1)).copy()
+    share = len(largest_logits) // len(by_head)
+    for head in range(len(by_head)):
+        shared_by = largest_logits[head * share : (head + 1) * share]
+        gamma = min(min(1, tau / s) if s > 0 else 1 for s in shared_by)
+        channel = 0
+        for size, power in heads.channels or ((by_head.shape[1], 0.5),):
+            by_head[head, channel : channel + size] *= gamma**power
+            channel += size
+    if merged:
+        return np.moveaxis(by_head.reshape(first.shape), 0, axis)
+    return np.moveaxis(by_head, (0, 1), (axis, axis + 1))
 
 
 @dataclass

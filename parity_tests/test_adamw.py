@@ -18,6 +18,9 @@ OPTIONS = {
     "nesterov": dict(adam_nesterov=True),
     "eps_root": dict(adam_eps_root=0.1),
     "both": dict(adam_nesterov=True, adam_eps_root=0.1),
+    "cautious": dict(adam_cautious=True),
+    "every third step": dict(adam_every=3),
+    "all": dict(adam_nesterov=True, adam_eps_root=0.1, adam_cautious=True, adam_every=3),
 }
 RATES = dict(adam_b1=0.8, adam_b2=0.97, adam_eps=1e-6, adam_weight_decay=0.3)
 
@@ -55,7 +58,7 @@ def run_torch(dtype, moment=None, **options) -> np.ndarray:
     return param.detach().numpy()
 
 
-def run_oracle(*, adam_nesterov=False, adam_eps_root=0.0) -> np.ndarray:
+def run_oracle(**options) -> np.ndarray:
     params, state = START, oracle.AdamState()
     for gradient in draws():
         params = oracle.adamw(
@@ -67,8 +70,7 @@ def run_oracle(*, adam_nesterov=False, adam_eps_root=0.0) -> np.ndarray:
             b2=0.97,
             eps=1e-6,
             weight_decay=0.3,
-            nesterov=adam_nesterov,
-            eps_root=adam_eps_root,
+            **{name.removeprefix("adam_"): value for name, value in options.items()},
         )
     return params
 
@@ -103,6 +105,8 @@ def test_both_frameworks_round_a_half_precision_first_moment_alike():
     ("keywords", "message"),
     [
         ({"adam_moment_dtype": torch.int32}, "adam_moment_dtype=torch.int32 .*floating"),
+        ({"adam_every": 0}, "adam_every=0; use a whole number of at least 1"),
+        ({"adam_every": 2.0}, "adam_every=2.0; use a whole number of at least 1"),
         ({"adam_eps_root": -1.0}, "adam_eps_root=-1.0; use a finite number of at least 0"),
     ],
 )

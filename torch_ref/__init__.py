@@ -1,6 +1,6 @@
 """NorMuon and the Muon family in PyTorch, the twin of `optax_normuon`: one function a stage."""
 
-from normuon_core import MatrixLayout, __version__
+from normuon_core import HeadLayout, MatrixLayout, __version__
 from torch_ref.description import describe
 from torch_ref.diagnostics import (
     MatrixDiagnostics,
@@ -11,6 +11,7 @@ from torch_ref.diagnostics import (
 )
 from torch_ref.optimizer import NorMuon
 from torch_ref.parameter_groups import param_groups
+from torch_ref.qk_clip import qk_clip
 from torch_ref.run_arrays import (
     parameters_from_arrays,
     parameters_to_arrays,
@@ -31,6 +32,7 @@ from torch_ref.stages.shape_scaling import scale_by_shape
 from torch_ref.stages.weight_decay import add_cautious_weight_decay
 
 __all__ = [
+    "HeadLayout",
     "MatrixDiagnostics",
     "MatrixLayout",
     "NorMuon",
@@ -54,6 +56,7 @@ __all__ = [
     "product",
     "project_to_sphere",
     "project_to_tangent",
+    "qk_clip",
     "scale_by_shape",
     "set_norm",
     "split_remainder",

@@ -80,7 +80,8 @@ def describe(
     optimizer, originals = _stepped_on_meta(routes, rates, keywords)
     if planned := _plan(optimizer, originals, keywords):
         sections.append(table([_PLAN, *planned]))
-        support = kernels_support(chosen)
+        kept = dtype_name(keywords.get("momentum_dtype"))
+        support = kernels_support(chosen, momentum_dtype=kept)
         if backend == "auto" and orthogonalizer is None and not support:
             sections.append(f"Engine eager steps all matrices: {support}.")
     if asked := question(routes):

@@ -8,7 +8,8 @@ import torch
 from normuon_core import MatrixView
 from torch_ref.leaves.dtypes import working_dtype
 from torch_ref.leaves.group_keys import ADAMW, Group
-from torch_ref.leaves.groups import group_recipe, parameter_view
+from torch_ref.leaves.groups import group_recipe, parameter_view, whole_part
+from torch_ref.matrices.quantization import dequantized
 from torch_ref.matrices.views import to_blocks
 from torch_ref.optimizer import NorMuon
 from torch_ref.stages.momentum import bias_corrected_momentum, heavy_ball_momentum, lerp_momentum
@@ -139,6 +140,9 @@ def _direction(optimizer: NorMuon, group: Group, param: torch.Tensor) -> torch.T
     gradient = param.grad.to(working_dtype(param.dtype))
     state = optimizer.state.get(param, {})
     buffer = state.get("momentum", torch.zeros_like(gradient))
+    if buffer.dtype == torch.int8:
+        part = whole_part(parameter_view(group, param))
+        buffer = dequantized(buffer, state["momentum_scale"], part, gradient.dtype)
     rule = group_recipe(group).momentum
     keywords = {"momentum": rule.momentum, "nesterov": rule.nesterov}
     match rule.rule:

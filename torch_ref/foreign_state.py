@@ -15,7 +15,8 @@ from normuon_core import RECIPES, MatrixLayout, NeuronNorm, Recipe
 from normuon_core.shape_rules import ShapeRule, shape_factor
 from torch_ref.leaves.dtypes import working_dtype
 from torch_ref.leaves.group_keys import ADAMW, MATRIX, NOTES, Group
-from torch_ref.leaves.groups import group_recipe, parameter_name, parameter_view
+from torch_ref.leaves.groups import group_recipe, parameter_name, parameter_view, whole_part
+from torch_ref.matrices.quantization import quantized
 
 _TORCH_MUON = {"lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "ns_steps"}
 _KELLER = {"lr", "weight_decay", "momentum"}
@@ -249,8 +250,9 @@ def translated_state(
     dtype = working_dtype(param.dtype)
     of_dion = "algorithm" in saved
     if group["optimizer"] == MATRIX:
+        own = group["momentum_dtype"] or dtype
         buffer = "momentum" if of_dion else "momentum_buffer"
-        kept = {buffer: ("momentum", group["momentum_dtype"] or dtype)}
+        kept = {buffer: ("momentum", dtype if own == torch.int8 else own)}
         if group_recipe(group).neuron_norm is not None:
             kept["variance_neuron"] = ("second_moment", dtype)
     else:
@@ -266,6 +268,9 @@ def translated_state(
             " the file's order, or start with a new optimizer state."
         )
     result = {new: state[old].to(own) for old, (new, own) in kept.items() if old in state}
+    if group["optimizer"] == MATRIX and group["momentum_dtype"] == torch.int8 and result:
+        part = whole_part(parameter_view(group, param, name))
+        result["momentum"], result["momentum_scale"] = quantized(result["momentum"], part)
     steps = saved["step"] if of_dion else state.get("step")
     if state and steps is not None:
         result["step"] = torch.as_tensor(steps).to(torch.int64)

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 
 from normuon_core.cost import check_algorithm
-from normuon_core.hyperparameters import check_decay, check_rate
+from normuon_core.hyperparameters import check_count, check_decay, check_rate
 from torch_ref.kernels.backend import check_backend
 from torch_ref.leaves.dtensor import is_dtensor
 from torch_ref.leaves.group_keys import ADAMW, MATRIX, Group, read_adamw, settle_adamw
@@ -41,6 +41,8 @@ def settle_group(group: Group, index: int, given: Collection[str]) -> None:
     for key in ("momentum", "beta2", "adam_b1", "adam_b2"):
         if group[key] is not None:
             check_decay(f"group {index}: {key}", float(group[key]))
+    if group["adam_every"] is not None:
+        check_count(f"group {index}: adam_every", group["adam_every"])
     if group["max_stack_bytes"] is not None and group["max_stack_bytes"] <= 0:
         raise ValueError(
             f"group {index}: max_stack_bytes={group['max_stack_bytes']}; use a positive number."
@@ -51,6 +53,12 @@ def settle_group(group: Group, index: int, given: Collection[str]) -> None:
             f"group {index}: adam_moment_dtype={moment} cannot hold a mean of gradients; use a floating"
             " dtype, such as torch.bfloat16, or None."
         )
+    kept = group["momentum_dtype"]
+    if kept is not None and not (kept.is_floating_point or kept == torch.int8):
+        raise ValueError(
+            f"group {index}: momentum_dtype={kept} cannot hold a mean of gradients; use a floating"
+            " dtype, such as torch.bfloat16, or torch.int8, or None."
+        )
     for key in ("lr_mul", "wd_mul"):
         many = np.ndim(group[key]) > 0
         group[key] = _array(group[key]) if many else float(group[key])
@@ -58,7 +66,7 @@ def settle_group(group: Group, index: int, given: Collection[str]) -> None:
         recipe = group_recipe(group)
         group["momentum"] = recipe.momentum.momentum
         check_algorithm(group["algorithm"])
-        check_backend(group["backend"], recipe)
+        check_backend(group["backend"], recipe, kept)
         if group["backend"] == "triton" and group["orthogonalizer"] is not None:
             raise ValueError(
                 f"group {index}: backend='triton' has its own orthogonalization; leave the"
@@ -111,9 +119,11 @@ def _check_parameter(param: torch.Tensor, group: Group, name: str) -> None:
         view = parameter_view(group, param, name)
         batch_shape = view.batch_shape
         if is_dtensor(param):
-            from torch_ref.mesh.rectangles import check_unfolding
+            from torch_ref.mesh.rectangles import check_blocks, check_unfolding
 
             check_unfolding(param, view, name)
+            if group["momentum_dtype"] == torch.int8:
+                check_blocks(param, view, name)
     for key in ("lr_mul", "wd_mul"):
         shape = tuple(np.shape(group[key]))
         if not _broadcasts(shape, batch_shape):

@@ -105,8 +105,13 @@ class NorMuon(torch.optim.Optimizer):
         in `optax.adamw`, see `torch_ref.stages.adamw.adamw`.
       adam_moment_dtype: of AdamW's first moment, a floating dtype; None is float32, or the
         parameter's where that is wider.
-      momentum_dtype: of the momentum buffer; None is float32, or the parameter's where that is
-        wider.
+      adam_cautious: AdamW's decay reaches only the entries that its update pulls towards zero as well,
+        or does not move.
+      adam_every: k: AdamW updates at the k-th, 2k-th, ... step, by the mean of the gradients since the
+        last update; matrices are stepped at every one. None is 1.
+      momentum_dtype: of the momentum buffer: a floating dtype, or torch.int8, in blocks of 32 along a
+        matrix's inputs with a scale each (PyTorch's own operations step it, and a DTensor must not
+        divide a block); None is float32, or the parameter's where that is wider.
       compute_dtype: of the orthogonalization; None is bfloat16, and float16 where the Gram form
         runs.
       algorithm: "standard", "gram", or "auto", see `polar_factor`.
@@ -152,6 +157,8 @@ class NorMuon(torch.optim.Optimizer):
         adam_nesterov: bool = False,
         adam_eps_root: float = 0.0,
         adam_moment_dtype: torch.dtype | None = None,
+        adam_cautious: bool = False,
+        adam_every: int | None = None,
         momentum_dtype: torch.dtype | None = None,
         compute_dtype: torch.dtype | None = None,
         algorithm: Algorithm = "auto",
@@ -185,6 +192,8 @@ class NorMuon(torch.optim.Optimizer):
             "adam_nesterov": adam_nesterov,
             "adam_eps_root": adam_eps_root,
             "adam_moment_dtype": adam_moment_dtype,
+            "adam_cautious": adam_cautious,
+            "adam_every": adam_every,
             "momentum_dtype": momentum_dtype,
             "compute_dtype": compute_dtype,
             "algorithm": algorithm,

@@ -1,6 +1,8 @@
 """The groups of a whole model, to be handed to `NorMuon`."""
 
 import inspect
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -12,7 +14,8 @@ from torch_ref.leaves.group_keys import ADAMW, Group, unknown_key
 from torch_ref.leaves.routing import Layouts, Owned, Route, question, route
 from torch_ref.optimizer import NorMuon
 
-_SHARED = ("lr_mul", "wd_mul", "bf16_remainder")
+_MULTIPLIERS = {"lr_mul", "wd_mul"}
+_SHARED = (*sorted(_MULTIPLIERS), "bf16_remainder")
 _DECIDED = {"self", "params", "lr", "layout", "optimizer", "process_group"}
 
 
@@ -40,10 +43,12 @@ def param_groups(
         layout of the parameters whose names fit, or None for AdamW. The first that fits counts.
       **keywords: options of `NorMuon`, put into the groups that they concern: those that start with
         `adam_` into AdamW's, `lr_mul`, `wd_mul` and `bf16_remainder` into all, others (`recipe`,
-        `weight_decay`, ...) into those of matrices.
+        `weight_decay`, ...) into those of matrices. `lr_mul` and `wd_mul` may be by name pattern too, as
+        in `lr_mul={"*embed*": 0.3}`: the first that fits counts, and a parameter that fits none has 1.
 
     Returns:
-      One group for each layout, then one for AdamW, each with `param_names`; none is empty.
+      One group for each layout, then one for AdamW, each with `param_names`; none is empty. Parameters
+      with multipliers of their own by pattern have groups of their own.
 
     Raises:
       ValueError: parameters that can be read in more than one way, all at once with a dictionary to
@@ -94,19 +99,44 @@ def grouped(
     of_all = {key: value for key, value in keywords.items() if key in _SHARED}
     of_adamw = {key: value for key, value in keywords.items() if key.startswith("adam_")}
     of_matrices = {key: keywords[key] for key in keywords if key not in of_adamw}
-    by_layout: dict[MatrixLayout | None, list[Owned]] = {}
+    names = [each.name for each, _ in routes]
+    by_name = {key: _by_name(key, of_all[key], names) for key in _MULTIPLIERS & of_all.keys()}
+    alike: dict[tuple[MatrixLayout | None, tuple], list[Owned]] = {}
     for each, found in routes:
         if not found.readings:
-            by_layout.setdefault(found.layout, []).append(each)
-    others = by_layout.pop(None, [])
-    groups = [
-        {**_named(members), "lr": lr, "layout": layout, **of_matrices}
-        for layout, members in by_layout.items()
-    ]
-    if others:
-        adamw = {"optimizer": ADAMW, "lr": adam_lr, **of_all, **of_adamw}
-        groups.append({**_named(others), **adamw})
-    return groups
+            patterns = tuple((key, of[each.name]) for key, of in sorted(by_name.items()))
+            alike.setdefault((found.layout, patterns), []).append(each)
+    matrices, others = [], []
+    for (layout, patterns), members in alike.items():
+        own = {
+            key: 1.0 if pattern is None else of_all[key][pattern]
+            for key, pattern in patterns
+            if isinstance(of_all[key], Mapping)
+        }
+        if layout is None:
+            adamw = {"optimizer": ADAMW, "lr": adam_lr, **of_all, **of_adamw, **own}
+            others.append({**_named(members), **adamw})
+        else:
+            matrices.append({**_named(members), "lr": lr, "layout": layout, **of_matrices, **own})
+    return matrices + others
+
+
+def _by_name(key: str, factors: Any, names: list[str]) -> dict[str, str | None]:
+    """For each parameter's name the first pattern that it fits, where `factors` are by pattern.
+
+    Raises:
+      ValueError: a pattern that fits no name.
+    """
+    patterns = list(factors) if isinstance(factors, Mapping) else []
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"param_groups: the pattern {pattern!r} of {key} meets no parameter; they are"
+                f" {', '.join(names)}."
+            )
+    return {
+        name: next((each for each in patterns if fnmatchcase(name, each)), None) for name in names
+    }
 
 
 def _named(members: list[Owned]) -> Group:

@@ -148,6 +148,11 @@ def _owned(optimizer: NorMuon, named_parameters: NamedParameters) -> Iterator[_O
                     f"{parameter_name(group, index, position)}: the named parameters do not have it;"
                     " hand over model.named_parameters() of the model that the optimizer steps."
                 )
+            if group["optimizer"] == MATRIX and group["momentum_dtype"] == torch.int8:
+                raise ValueError(
+                    f"{names[param]}: a run with momentum_dtype=torch.int8 cannot be moved yet; train it"
+                    " with momentum in floats, or go on where it began."
+                )
             yield _Owned(names[param], param, group)
 
 
@@ -169,6 +174,11 @@ def _wanted(each: _Owned) -> Wanted:
     else:
         settle_adamw(group)
         group = adamw_keywords(group)
+        if (group["adam_every"] or 1) > 1:
+            raise ValueError(
+                f"adam_every={group['adam_every']} keeps a sum of gradients, for which the common format"
+                " of a run's arrays has no place; move a run without adam_every."
+            )
         names = ("b1", "b2", "eps", "eps_root", "nesterov")
         kept = Kept(settings_of_adamw(**{name: group[f"adam_{name}"] for name in names}))
         arrays = {

@@ -26,10 +26,10 @@ from torch_ref.matrices.state import with_moments_joined
 from torch_ref.steps.state import KeptState
 
 _KEPT = {
-    MATRIX: ("momentum", "second_moment", "radius", "remainder", "step"),
-    ADAMW: ("exp_avg", "exp_avg_sq", "remainder", "step"),
+    MATRIX: ("momentum", "momentum_scale", "second_moment", "radius", "remainder", "step"),
+    ADAMW: ("exp_avg", "exp_avg_sq", "gradient_sum", "remainder", "step"),
 }
-_SHAPED = ("momentum", "exp_avg", "exp_avg_sq", "remainder")
+_SHAPED = ("momentum", "exp_avg", "exp_avg_sq", "gradient_sum", "remainder")
 
 
 def read_state_dict(groups: list[Group], saved: StateDict, defaults: Group) -> StateDict:

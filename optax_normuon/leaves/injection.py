@@ -31,6 +31,8 @@ STATIC_ARGS = (
     "orthogonalizer",
     "adam_nesterov",
     "adam_moment_dtype",
+    "adam_cautious",
+    "adam_every",
     "others",
     "momentum_dtype",
     "compute_dtype",

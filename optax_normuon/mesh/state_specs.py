@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from normuon_core.layout import MatrixView
 from optax_normuon.leaves.boxes import unbox
 from optax_normuon.leaves.paths import KeyPath, named_leaves
 from optax_normuon.mesh.found_views import found_views
+from optax_normuon.mesh.scales import is_scale, scale_axes
 from optax_normuon.mesh.specs import (
     MeshAxes,
     SpecTree,
@@ -18,6 +19,7 @@ from optax_normuon.mesh.specs import (
     as_partition_spec,
     check_rank,
     given_specs,
+    own_shardings,
     partition_spec,
 )
 from optax_normuon.mesh.statistics import matrix_statistic_axes, statistic_axes
@@ -32,7 +34,9 @@ def state_specs(
     """PartitionSpecs of an optimizer's state: for `jax.jit`, `jax.device_put` and Orbax.
 
     What belongs to a parameter lies as the parameter does. A statistic is not divided along axes that it
-    has reduced, nor along the output axes of a leaf with `output_splits`. Counters are on every device.
+    has reduced, nor along the output axes of a leaf with `output_splits`. The scales of an int8 momentum
+    are divided as it is, but not along their blocks where the mesh divides one of these, or where its
+    size is not known from specs, parameters or `jax.set_mesh`. Counters are on every device.
 
         shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(tx, params, specs))
         state = jax.jit(tx.init, out_shardings=shardings)(params)
@@ -66,11 +70,26 @@ def state_specs(
     owners.sort(key=lambda owner: len(owner[0]), reverse=True)
 
     def spec_of(path: KeyPath, leaf: jax.ShapeDtypeStruct) -> PartitionSpec | NamedSharding:
-        spec = _spec_of_state(path, np.shape(leaf), owners, views)
+        if is_scale(path):
+            own, _, axes = next(owner for owner in owners if _ends_with(path, owner[0]))
+            spec = partition_spec(scale_axes(scaled[own], axes, sizes))
+        else:
+            spec = _spec_of_state(path, np.shape(leaf), owners, views)
         return spec if mesh is None else NamedSharding(mesh, spec)
 
     state, views = found_views(tx, params)
+    scaled = views | {boxes[path]: view for path, view in views.items()}
+    sizes = _sizes_of_mesh(mesh, params)
     return jax.tree_util.tree_map_with_path(spec_of, state)
+
+
+def _sizes_of_mesh(mesh: Mesh | AbstractMesh | None, params: optax.Params) -> Mapping[str, int]:
+    """The sizes of the mesh axes: of the specs', of the one that is set, or the parameters'."""
+    own = [sharding.mesh for sharding in jax.tree.leaves(own_shardings(params))]
+    for each in (mesh, jax.sharding.get_abstract_mesh(), *own):
+        if each is not None and not each.empty:
+            return each.shape
+    return {}
 
 
 def _spec_of_state(

@@ -1,7 +1,7 @@
 """Stage 1: the momentum of each leaf, whatever its shape."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,12 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normuon_core.hyperparameters import check_decay
 from normuon_core.recipes import Momentum
+from optax_normuon.leaves.injection import refuse_injection_of_static_arguments
+from optax_normuon.leaves.layout import LayoutTree, Views
 from optax_normuon.leaves.parameters import check_trainable
 from optax_normuon.leaves.precision import as_schedule, lift, map_updates, working_dtype
+from optax_normuon.mesh.specs import Specs, SpecTree
+from optax_normuon.stages.int8_momentum import Int8Leaves
 
 
 class MomentumState(NamedTuple):
@@ -26,11 +30,29 @@ class MomentumState(NamedTuple):
     momentum: optax.Params
 
 
+class Int8MomentumState(NamedTuple):
+    """The state of a momentum that is kept in int8.
+
+    Attributes:
+      count: steps done, int32.
+      momentum: a tree like the parameters: int8 for matrices, floats for leaves that are none.
+      momentum_scale: a tree like the parameters without their boxes: for matrices bfloat16 of the leaf's
+        rank, one number for each block; `optax.MaskedNode` for other leaves.
+    """
+
+    count: ArrayLike
+    momentum: optax.Params
+    momentum_scale: optax.Params
+
+
+@refuse_injection_of_static_arguments
 def lerp_momentum(
     momentum: optax.ScalarOrSchedule = 0.95,
     *,
     nesterov: bool = True,
     momentum_dtype: DTypeLike | None = None,
+    layout: LayoutTree | Views = None,
+    param_specs: SpecTree | Specs = None,
 ) -> optax.GradientTransformation:
     """An exponential mean of the gradients: m <- m + (1 - mu)(g - m), from m = 0.
 
@@ -41,7 +63,9 @@ def lerp_momentum(
     Args:
       momentum: mu, a number or a schedule.
       nesterov: whether u looks one step ahead.
-      momentum_dtype: dtype of m; None is float32, or the leaf's where that is wider.
+      momentum_dtype: dtype in which m is kept: a floating one, or "int8", which is for matrices, in
+        blocks of 32 with a scale each; None is float32, or the leaf's where that is wider.
+      layout, param_specs: for "int8" alone, whose blocks lie along a matrix's inputs: see `normuon`.
 
     Returns:
       A transformation of any tree. u is float32, or the leaf's dtype where that is wider.
@@ -51,14 +75,17 @@ def lerp_momentum(
         del t
         return g + mu * (m - g) if nesterov else m
 
-    return _momentum(_lerp, direction, momentum, momentum_dtype)
+    return _momentum(_lerp, direction, momentum, _Keeping(momentum_dtype, layout, param_specs))
 
 
+@refuse_injection_of_static_arguments
 def heavy_ball_momentum(
     momentum: optax.ScalarOrSchedule = 0.95,
     *,
     nesterov: bool = True,
     momentum_dtype: DTypeLike | None = None,
+    layout: LayoutTree | Views = None,
+    param_specs: SpecTree | Specs = None,
 ) -> optax.GradientTransformation:
     """A decaying sum of the gradients: m <- mu m + g, from m = 0.
 
@@ -73,14 +100,17 @@ def heavy_ball_momentum(
         del t
         return g + mu * m if nesterov else m
 
-    return _momentum(accumulate, direction, momentum, momentum_dtype)
+    return _momentum(accumulate, direction, momentum, _Keeping(momentum_dtype, layout, param_specs))
 
 
+@refuse_injection_of_static_arguments
 def bias_corrected_momentum(
     momentum: optax.ScalarOrSchedule = 0.95,
     *,
     nesterov: bool = True,
     momentum_dtype: DTypeLike | None = None,
+    layout: LayoutTree | Views = None,
+    param_specs: SpecTree | Specs = None,
 ) -> optax.GradientTransformation:
     """Optax's own: `lerp_momentum` with its terms corrected for the start at zero.
 
@@ -94,7 +124,7 @@ def bias_corrected_momentum(
             return m / (1 - mu**t)
         return mu * m / (1 - mu ** (t + 1)) + (1 - mu) * g / (1 - mu**t)
 
-    return _momentum(_lerp, direction, momentum, momentum_dtype)
+    return _momentum(_lerp, direction, momentum, _Keeping(momentum_dtype, layout, param_specs))
 
 
 _RULES = {
@@ -104,46 +134,68 @@ _RULES = {
 }
 
 
-def momentum_stage(
-    record: Momentum, *, momentum_dtype: DTypeLike | None
-) -> optax.GradientTransformation:
-    """Stage 1 as a recipe's record describes it."""
-    return _RULES[record.rule](
-        record.momentum, nesterov=record.nesterov, momentum_dtype=momentum_dtype
+def momentum_stage(record: Momentum, **keywords: Any) -> optax.GradientTransformation:
+    """Stage 1 as a recipe's record describes it; keywords as `lerp_momentum`'s."""
+    return _RULES[record.rule](record.momentum, nesterov=record.nesterov, **keywords)
+
+
+def check_momentum_dtype(dtype: DTypeLike | None) -> None:
+    """Raises a ValueError unless momentum can be kept in this dtype."""
+    if dtype is None or jnp.issubdtype(dtype, jnp.floating) or is_int8(dtype):
+        return
+    raise ValueError(
+        f"momentum_dtype={jnp.dtype(dtype).name!r} cannot hold a mean of gradients; use a floating"
+        " dtype, such as jnp.bfloat16, or 'int8', or None."
     )
+
+
+def is_int8(dtype: DTypeLike | None) -> bool:
+    """Whether momentum is kept in int8."""
+    return dtype is not None and jnp.dtype(dtype) == jnp.int8
 
 
 def _lerp(m: jax.Array, g: jax.Array, mu: jax.Array) -> jax.Array:
     return m + (1 - mu) * (g - m)
 
 
+class _Keeping(NamedTuple):
+    """How a momentum is kept between steps: the keywords of these names."""
+
+    momentum_dtype: DTypeLike | None
+    layout: LayoutTree | Views
+    param_specs: SpecTree | Specs
+
+
 def _momentum(
     accumulate: Callable[..., jax.Array],
     direction: Callable[..., jax.Array],
     momentum: optax.ScalarOrSchedule,
-    momentum_dtype: DTypeLike | None,
+    keeping: _Keeping,
 ) -> optax.GradientTransformation:
     """The momentum m <- accumulate(m, g, mu) that hands on u = direction(m, g, mu, t), t = 1 at first.
 
-    mu is rounded to the working dtype before use, so that a number, a tracer and a schedule agree.
+    mu is rounded to the working dtype before use, so that a number, a tracer and a schedule agree. u is
+    of the m that is not rounded yet.
 
     Raises:
-      ValueError: `momentum` is a number outside [0, 1).
+      ValueError: `momentum` is a number outside [0, 1), or a dtype that cannot hold it.
     """
     check_decay("momentum", momentum)
+    check_momentum_dtype(keeping.momentum_dtype)
     schedule = as_schedule(momentum)
 
-    def init(params: optax.Params) -> MomentumState:
+    def init(params: optax.Params) -> MomentumState | Int8MomentumState:
         check_trainable(params)
-        return MomentumState(
-            count=jnp.zeros([], jnp.int32),
-            momentum=map_updates(
-                lambda p: jnp.zeros_like(p, dtype=momentum_dtype or working_dtype(p.dtype)), params
-            ),
+        count, dtype = jnp.zeros([], jnp.int32), keeping.momentum_dtype
+        if is_int8(dtype):
+            leaves = Int8Leaves.of(keeping.layout, keeping.param_specs, params)
+            return Int8MomentumState(count, *leaves.zeros(params))
+        zeros = map_updates(
+            lambda p: jnp.zeros_like(p, dtype=dtype or working_dtype(p.dtype)), params
         )
+        return MomentumState(count, zeros)
 
     def update(updates, state, params=None):
-        del params
         mu = schedule(state.count)
         count = optax.safe_increment(state.count)
         gradients = lift(updates)
@@ -154,6 +206,14 @@ def _momentum(
         def direction_leaf(g: jax.Array, m: jax.Array) -> jax.Array:
             return direction(m, g, jnp.asarray(mu, g.dtype), jnp.asarray(count, g.dtype))
 
+        if is_int8(keeping.momentum_dtype):
+            like = updates if params is None else params
+            leaves = Int8Leaves.of(keeping.layout, keeping.param_specs, like)
+            before = leaves.read(state.momentum, state.momentum_scale, gradients)
+            accumulated = map_updates(accumulate_leaf, gradients, before)
+            directions = map_updates(direction_leaf, gradients, accumulated)
+            kept = leaves.kept(accumulated, state.momentum, state.momentum_scale)
+            return directions, Int8MomentumState(count, *kept)
         accumulated = map_updates(accumulate_leaf, gradients, state.momentum)
         directions = map_updates(direction_leaf, gradients, accumulated)
         kept = jax.tree.map(

@@ -35,6 +35,7 @@ STAGES = {
     "lerp_momentum": lambda layout=None: optax_normuon.lerp_momentum(),
     "heavy_ball_momentum": lambda layout=None: optax_normuon.heavy_ball_momentum(),
     "bias_corrected_momentum": lambda layout=None: optax_normuon.bias_corrected_momentum(),
+    "lerp_momentum in int8": functools.partial(optax_normuon.lerp_momentum, momentum_dtype="int8"),
     "equilibrate_rows": optax_normuon.equilibrate_rows,
     "orthogonalize": optax_normuon.orthogonalize,
     "set_norm": optax_normuon.set_norm,

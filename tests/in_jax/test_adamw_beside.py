@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import optax_normuon
 from optax_normuon import STATIC_ARGS, multipliers_by_path, muon, normuon
+from tests.in_jax.meshes import mesh_of
 from tests.in_jax.trees import at, random_tree
 
 # These tests are not about matrices, so a stage that compiles quickly takes the iteration's place.
@@ -114,14 +117,106 @@ def test_a_first_moment_of_integers_is_refused():
 )
 @pytest.mark.parametrize("make", [normuon, muon])
 def test_injection_leaves_the_options_of_adamw_as_they_are(inject, make):
-    keywords = dict(adam_nesterov=True, adam_eps_root=0.3, adam_moment_dtype=jnp.float32)
+    keywords: dict[str, Any] = dict(
+        adam_nesterov=True, adam_eps_root=0.3, adam_moment_dtype=jnp.float32, adam_cautious=True
+    )
+    keywords |= dict(adam_every=2)
     with jax.numpy_dtype_promotion("standard"):
         mine, state = run(inject(make)(0.1, **QUICK, **keywords))
     plain, _ = run(make(0.1, **QUICK, **keywords))
     for path in OTHERS:
         np.testing.assert_allclose(at(mine, path), at(plain, path), rtol=1e-5, atol=1e-6)
     assert state.hyperparams["adam_eps_root"] == jnp.float32(0.3)
-    assert not {"adam_nesterov", "adam_moment_dtype"} & set(state.hyperparams)
+    static = {"adam_nesterov", "adam_moment_dtype", "adam_cautious", "adam_every"}
+    assert not static & set(state.hyperparams)
+
+
+# Updates at every k-th step
+
+STEADY = draw(7)
+
+
+def steady_run(tx, steps: int) -> tuple[list[Any], Any]:
+    """The parameters after each step by one and the same gradient, and the last state."""
+    params, history = draw(0), []
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(steps):
+        updates, state = update(STEADY, state, params)
+        params = optax.apply_updates(params, updates)
+        history.append(params)
+    return history, state
+
+
+def test_every_second_step_moves_as_half_as_many_steps_at_the_rates_of_those_steps():
+    def rate(count):
+        return 0.1 / (1 + jnp.asarray(count, jnp.float32))
+
+    keywords: dict[str, Any] = dict(**QUICK, adam_weight_decay=0.2, adam_cautious=True)
+    sparse, state = steady_run(normuon(0.1, adam_learning_rate=rate, adam_every=2, **keywords), 5)
+    dense, _ = steady_run(
+        normuon(0.1, adam_learning_rate=lambda count: rate(2 * count + 1), **keywords), 5
+    )
+    for path in OTHERS:
+        start = at(draw(0), path)
+        chex.assert_trees_all_equal(at(sparse[0], path), start)
+        for update, step in ((0, 1), (0, 2), (1, 3), (1, 4)):
+            wanted = at(dense[update], path)
+            np.testing.assert_allclose(at(sparse[step], path), wanted, rtol=1e-6, atol=1e-7)
+        assert not np.allclose(at(dense[1], path), at(dense[0], path), rtol=1e-4)
+        kept = at(state.inner_states["adamw"].inner_state.gradient_sum, path)
+        chex.assert_trees_all_equal(kept, at(STEADY, path))
+    for step in range(5):
+        np.testing.assert_allclose(at(sparse[step], MATRIX), at(dense[step], MATRIX), rtol=1e-6)
+
+
+def test_a_leaf_without_gradient_keeps_its_sum_and_its_place():
+    tx = normuon(0.1, **QUICK, adam_every=2)
+    params = draw(0)
+    state = tx.init(params)
+    absent = {**STEADY, "embed": {"embedding": None}}
+    for gradient in (STEADY, absent):
+        updates, state = tx.update(gradient, state, params)
+    assert updates["embed"]["embedding"] is None
+    assert np.any(updates["dense"]["bias"])
+    kept = state.inner_states["adamw"].inner_state.gradient_sum
+    chex.assert_trees_all_equal(kept["embed"], STEADY["embed"])
+    assert not np.any(kept["dense"]["bias"])
+
+
+@pytest.mark.parametrize("mode", [AxisType.Explicit, AxisType.Auto], ids=str)
+def test_on_a_mesh_it_moves_as_on_one_device(mode):
+    mesh = mesh_of(mode, fsdp=2)
+    specs = {"embed": {"embedding": P("fsdp")}, "dense": {"bias": P("fsdp"), "kernel": P("fsdp")}}
+    keywords: dict[str, Any] = dict(
+        **QUICK, adam_every=2, adam_cautious=True, adam_weight_decay=0.2
+    )
+
+    def moved(tx, put):
+        params = put(draw(0))
+        state = tx.init(params)
+        for seed in (1, 2):
+            updates, state = jax.jit(tx.update)(put(draw(seed)), state, params)
+            params = optax.apply_updates(params, updates)
+        return params, state
+
+    def put(tree):
+        return jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), tree, specs)
+
+    one, _ = moved(normuon(0.1, **keywords), lambda tree: tree)
+    many, state = moved(normuon(0.1, **keywords, param_specs=specs), put)
+    chex.assert_trees_all_close(many, one, rtol=1e-5, atol=1e-6)
+    kept = state.inner_states["adamw"].inner_state.gradient_sum["embed"]["embedding"]
+    assert kept.sharding.is_equivalent_to(NamedSharding(mesh, P("fsdp")), 2)
+    given = optax_normuon.state_specs(normuon(0.1, **keywords), draw(0), specs)
+    assert given.inner_states["adamw"].inner_state.gradient_sum["embed"]["embedding"] == P(
+        "fsdp", None
+    )
+
+
+@pytest.mark.parametrize("every", [0, 1.5, True, "2"])
+def test_a_count_of_steps_that_is_none_is_refused(every):
+    with pytest.raises(ValueError, match="adam_every=.*whole number of at least 1"):
+        normuon(0.1, adam_every=every)
 
 
 # Another transformation in AdamW's place

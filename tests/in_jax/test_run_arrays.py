@@ -293,3 +293,12 @@ def test_arrays_that_the_format_has_no_name_for_are_refused():
     )
     with pytest.raises(ValueError, match="schedules of the state have counted differently"):
         state_to_arrays(NORMUON, uneven, tree())
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [({"momentum_dtype": "int8"}, "integers and scales"), ({"adam_every": 2}, "a sum of gradients")],
+)
+def test_runs_that_the_format_cannot_hold_are_refused(kept, said):
+    with pytest.raises(ValueError, match=said):
+        state_of(normuon(0.02, layout=LAYOUT, **KEYWORDS, **kept))

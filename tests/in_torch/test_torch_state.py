@@ -66,6 +66,7 @@ SETTINGS = [
     (torch.bfloat16, {"bf16_remainder": True}),
     (torch.bfloat16, {"momentum_dtype": torch.float16}),
     (torch.float32, {"momentum_dtype": torch.bfloat16}),
+    (torch.bfloat16, {"momentum_dtype": torch.int8}),
     (torch.float64, {}),
 ]
 

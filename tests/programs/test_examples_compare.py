@@ -8,11 +8,12 @@ from pathlib import Path
 import jax
 import pytest
 
-from examples.compare import Compare, compare
+from examples.compare import Compare, _optimizers, compare
 from examples.comparison import steps_to_reach
 from examples.curves import Plot, grouped, plot
 from examples.errors import BadInput
 from examples.gpt import GPTConfig
+from examples.optimizers import OptimizerConfig
 from examples.presets import PRETRAIN
 from examples.runs import Run, read_run
 from examples.settings import Training
@@ -113,3 +114,21 @@ def test_steps_to_reach_reads_the_curve_between_its_points(loss, steps):
     curve = [(0, 4.0), (10, 3.0), (20, 2.0)]
     lines = tuple({"step": at, "validation_loss": is_, "seconds": 0.0} for at, is_ in curve)
     assert steps_to_reach(Run("adamw-0", {}, lines), loss) == steps
+
+
+def test_recipes_run_with_every_dtype_of_momentum_and_other_optimizers_once():
+    found = _optimizers(["adamw", "normuon"], "int8, float32")
+    assert {label: told.momentum_dtype for label, told in found.items()} == {
+        "adamw": "float32",
+        "normuon": "float32",
+        "normuon-int8": "int8",
+    }
+    with pytest.raises(BadInput, match="int4 is none of float32, bfloat16, int8"):
+        _optimizers(["normuon"], "int4")
+    with pytest.raises(BadInput, match="adamw keeps its momentum in float32"):
+        OptimizerConfig("adamw", momentum_dtype="int8")
+    names = [
+        Run("", {"optimizer": {"optimizer": "normuon", **told}}, ()).optimizer
+        for told in ({}, {"momentum_dtype": "float32"}, {"momentum_dtype": "int8"})
+    ]
+    assert names == ["normuon", "normuon", "normuon-int8"]

@@ -10,7 +10,16 @@ from flax import nnx
 
 import optax_normuon
 from examples.errors import BadInput
-from examples.gpt import GPT, GPTConfig, apply_model, first_parameters, parameter_count, rotate
+from examples.gpt import (
+    GPT,
+    GPTConfig,
+    apply_model,
+    apply_with_largest_logits,
+    first_parameters,
+    parameter_count,
+    rotate,
+)
+from optax_normuon.leaves.paths import named_leaves
 from tests.in_jax.tables import leaf_rows
 
 TINY = GPTConfig(width=32, depth=2, heads=2, context=16)
@@ -119,3 +128,44 @@ def test_grouped_queries_are_a_full_model_whose_keys_are_repeated(tokens):
     one = apply(grouped, params, tokens)
     other = apply(dataclasses.replace(grouped, kv_heads=None), full, tokens)
     np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_largest_logits_are_those_of_the_definition_and_fit_qk_clip(tokens):
+    config = dataclasses.replace(TINY, depth=1, heads=4, kv_heads=2)
+    params = jax.jit(lambda: first_parameters(config, 0))()
+    segments = np.repeat([[0, 1]], 8, axis=1).repeat(2, axis=0)
+
+    @jax.jit
+    def run(params, tokens):
+        _, found = apply_with_largest_logits(config, params, tokens, segments)
+        graph, _ = nnx.split(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0))), nnx.Param)
+        model = nnx.merge(graph, params)
+        block, x = model.blocks[0], model.embed_norm(model.embed(tokens.astype(jnp.int32)))
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        updates, _ = clip.update(zeros, clip.init(params), params, largest_logits=found)
+        moved = jax.tree.map(lambda u: (u != 0).any(), updates)
+        return found, block.attention.queries_and_keys(block.attention_norm(x)), moved
+
+    heads = {"*/query/kernel": 4, "*/key/kernel": 2}
+    layouts = {path: optax_normuon.HeadLayout(heads=count) for path, count in heads.items()}
+    clip = optax_normuon.qk_clip(1e-3, layouts)
+    found, (q, k), moved = run(params, tokens)
+    assert list(found) == ["blocks/0/attention"]
+    seen, unseen_is_larger = np.tril(segments[0][:, None] == segments[0]), False
+    for head, largest in enumerate(np.asarray(found["blocks/0/attention"])):
+        s = np.einsum("btc,bsc->bts", q[:, :, head], k[:, :, head // 2]) / 8**0.5
+        assert largest == pytest.approx(s[:, seen].max(), rel=1e-5)
+        unseen_is_larger |= bool(s.max() > 1.01 * largest)
+    assert unseen_is_larger
+    moved = {name for _, name, leaf in named_leaves(moved) if leaf}
+    assert moved == {f"blocks/0/attention/{each}/kernel" for each in ("query", "key")}
+
+
+def test_largest_logits_of_scanned_blocks_are_one_array():
+    config = dataclasses.replace(TINY, scan=True)
+    params = jax.eval_shape(lambda: first_parameters(config, 0))
+    tokens = jax.ShapeDtypeStruct((2, 16), jnp.uint8)
+    _, found = jax.eval_shape(
+        lambda params, tokens: apply_with_largest_logits(config, params, tokens), params, tokens
+    )
+    assert {name: leaf.shape for name, leaf in found.items()} == {"blocks/attention": (2, 2)}

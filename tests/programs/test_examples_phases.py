@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -135,6 +136,13 @@ def test_a_tuned_model_is_asked_and_a_pretrained_one_goes_on(runs, capsys):
     assert "→" in (runs / "dpo" / "samples.txt").read_text()
 
 
+def test_a_plot_of_any_runs_comes_with_their_table(runs, tmp_path, capsys):
+    picture = tmp_path / "curves.png"
+    assert run("plot", runs / "base", f"--output={picture}") == 0
+    assert f"{read_run(runs / 'base').final_loss:.4f}" in capsys.readouterr().out
+    assert picture.stat().st_size > 1000
+
+
 def test_a_sweep_has_a_loss_and_right_answers_at_each_multiple_of_the_rates(runs, problems):
     training = Training(steps=2, batch=4, evaluation_batches=1)
     phase = Sft(runs / "base", problems / "sft.jsonl", training=training)
@@ -202,3 +210,15 @@ def test_the_preset_of_minimind_s_size_is_a_configuration():
     config = read_config(Path(examples.__file__).parent / "configs" / "minimind.toml", Pretrain())
     assert (config.model.width, config.model.kv_heads, config.model.scan) == (512, 2, True)
     assert 20e6 < parameter_count(config.model) < 35e6
+
+
+def test_a_run_keeps_the_reference_that_it_began_with(runs, problems, tmp_path, capsys):
+    start, out = tmp_path / "start", tmp_path / "dpo"
+    shutil.copytree(runs / "sft", start)
+    told = [start, f"--data={problems / 'pairs.jsonl'}", f"--output={out}", "--samples=0"]
+    assert run("dpo", *told, "--steps=2", *TINY[:3]) == 0
+    assert tomllib.loads((out / "config.toml").read_text())["start_step"] == 10
+    # The model that it is compared with is trained on, and its old weights are gone.
+    (start / "checkpoints" / "10").rename(start / "checkpoints" / "12")
+    assert run("resume", out) == 2
+    assert "no checkpoint of step 10 any more, only of 12" in capsys.readouterr().err

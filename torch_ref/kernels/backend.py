@@ -9,6 +9,7 @@ import torch
 
 from normuon_core import Polar, Recipe
 from normuon_core.kernels_support import kernels_support
+from torch_ref.leaves.dtypes import dtype_name
 
 Backend = Literal["eager", "triton", "auto"]
 
@@ -17,10 +18,12 @@ DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "
 """What the kernels take, and its name there."""
 
 
-def check_backend(backend: str, recipe: Recipe | Polar) -> None:
+def check_backend(
+    backend: str, recipe: Recipe | Polar, momentum_dtype: torch.dtype | None = None
+) -> None:
     """Raises a ValueError unless `backend` is one, is there, and can run the recipe or polar factor.
 
-    "triton" needs Triton installed, and a recipe that the kernels know.
+    "triton" needs Triton installed, and a recipe and a momentum that the kernels know.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"unknown backend {backend!r}; use one of {get_args(Backend)}.")
@@ -29,7 +32,7 @@ def check_backend(backend: str, recipe: Recipe | Polar) -> None:
             "backend='triton' needs Triton, which is not installed: pip install 'optax-normuon[triton]',"
             " or use backend='auto'."
         )
-    support = kernels_support(recipe)
+    support = kernels_support(recipe, momentum_dtype=dtype_name(momentum_dtype))
     if backend == "triton" and not support:
         raise ValueError(f"backend='triton': {support}; use backend='auto'.")
 

@@ -8,6 +8,7 @@ import torch
 
 from normuon_core import MatrixView, NeuronNorm
 from normuon_core.neurons import statistic_shape
+from normuon_core.quantization import scale_shape
 from torch_ref.leaves.dtensor import is_dtensor
 from torch_ref.leaves.dtypes import working_dtype
 from torch_ref.leaves.groups import Group
@@ -87,12 +88,16 @@ def create_matrix_state(
 ) -> None:
     """Fills in what the state lacks: "momentum", and the second moments if `rule` is not None.
 
+    An int8 momentum has its scales beside it, "momentum_scale".
+
     Args:
       view: of the whole weight. dtype: the parameter's.
     """
     dtype = working_dtype(dtype)
     if "momentum" not in state:
         state["momentum"] = zeros(view.stored_shape, group["momentum_dtype"] or dtype)
+        if state["momentum"].dtype == torch.int8:
+            state["momentum_scale"] = zeros(scale_shape(view), torch.bfloat16)
     if rule is None or second_moments(state):
         return
     shapes = moment_shapes(view, rule)

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from normuon_core import MatrixView
+from normuon_core.quantization import BLOCK, block_axis, blocks, scale_shape
 from torch_ref.leaves.part import Part, Region, cut, region_shape, unfolded_region, whole_region
 
 
@@ -135,6 +136,30 @@ class Sharding:
         own = cut(whole, self.own_region(whole.shape))
         return self.wrap(own.detach().clone().contiguous(), whole.shape)
 
+    def has_whole_blocks(self, view: MatrixView) -> bool:
+        """Whether each rank holds whole blocks of int8, and by the same placements their scales."""
+        axis = block_axis(view)
+        stored, length = view.stored_axis(axis), view.shape[axis]
+        try:
+            of_weight, of_scales = (
+                [region[stored] for region in self.regions(shape)]
+                for shape in (view.stored_shape, scale_shape(view))
+            )
+        except UnsupportedPlacementError:
+            return False
+        if all(bounds == (0, view.stored_shape[stored]) for bounds in of_weight):
+            return True
+        if view.folded is not None and stored == view.folded[0]:
+            return False
+        return all(
+            start % BLOCK == 0
+            and (stop % BLOCK == 0 or stop == length)
+            and first == start // BLOCK
+            and last == blocks(stop)
+            for (start, stop), (first, last) in zip(of_weight, of_scales, strict=True)
+            if start < stop or first < last
+        )
+
     def of_moment(self, view: MatrixView, shape: Sequence[int]) -> "Sharding":
         """How a second moment of `shape` lies beside its weight.
 
@@ -198,6 +223,18 @@ def check_unfolding(param: DTensor, view: MatrixView, name: str) -> None:
             f" {sizes[0]} parts of axis {first}, which the layout unfolds to {sizes}, evenly: {error}."
             " Shard another axis, or over a number of ranks that divides the parts."
         ) from error
+
+
+def check_blocks(param: DTensor, view: MatrixView, name: str) -> None:
+    """Raises a ValueError that names the parameter unless each rank holds whole blocks of it."""
+    if sharding_of(param).has_whole_blocks(view):
+        return
+    axis = view.stored_axis(block_axis(view))
+    raise ValueError(
+        f"{name}: momentum_dtype=torch.int8 keeps a scale for every {BLOCK} entries along axis {axis} of"
+        f" {tuple(param.shape)}, and placements {tuple(param.placements)} on {param.device_mesh} divide"
+        f" them; shard another axis, or into multiples of {BLOCK}, or use momentum_dtype=torch.bfloat16."
+    )
 
 
 def check_gradient(param: DTensor, gradient: torch.Tensor, name: str) -> None:

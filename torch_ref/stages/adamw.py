@@ -3,6 +3,7 @@
 import torch
 
 from torch_ref.leaves.dtypes import Scalar, bias_correction, rounded
+from torch_ref.stages.weight_decay import add_cautious_weight_decay
 
 
 def adamw(
@@ -18,13 +19,15 @@ def adamw(
     weight_decay: Scalar,
     nesterov: bool = False,
     eps_root: float = 0.0,
+    cautious: bool = False,
     step: int | torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One step of AdamW, in the order in which `optax.adamw` computes it.
 
     m <- b1 m + (1 - b1) g, n <- b2 n + (1 - b2) g^2, and
     delta = -lr (m_hat / (sqrt(n / (1 - b2^t) + eps_root) + eps) + weight_decay p), where m_hat is
-    m / (1 - b1^t), or b1 m / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t) with `nesterov` (NAdam).
+    m / (1 - b1^t), or b1 m / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t) with `nesterov` (NAdam). With
+    `cautious` only the entries decay that the rest of the update pulls towards zero, or does not move.
 
     Args:
       gradient, param, exp_avg (m), exp_avg_sq (n): one shape, one working dtype, in which m alone may
@@ -47,5 +50,5 @@ def adamw(
         m_hat = m / bias_correction(b1, step, dtype)
     n_hat = n / bias_correction(b2, step, dtype)
     update = m_hat / ((n_hat + eps_root).sqrt() + eps)
-    update = update + param * rounded(weight_decay, dtype)
+    update = add_cautious_weight_decay(update, param, weight_decay=weight_decay, cautious=cautious)
     return update * -rounded(lr, dtype), m, n

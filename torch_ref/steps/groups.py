@@ -133,6 +133,9 @@ def _step_adamw(param: torch.Tensor, gradient: torch.Tensor, group: Group, kept:
     state, sharding = kept.state[param], kept.sharding(param)
     dtype = working_dtype(param.dtype)
     dtypes = {"exp_avg": group["adam_moment_dtype"] or dtype, "exp_avg_sq": dtype}
+    every = group["adam_every"] or 1
+    if every > 1:
+        dtypes["gradient_sum"] = dtype
     if has_remainder(param, group):
         dtypes["remainder"] = torch.uint16
     for key, own in dtypes.items():
@@ -144,8 +147,15 @@ def _step_adamw(param: torch.Tensor, gradient: torch.Tensor, group: Group, kept:
         param, gradient = local(param), local_gradient(param, gradient)
         state = local_state(state)
     remainder = state["remainder"] if "remainder" in dtypes else None
+    gradient, step, due = gradient.to(dtype), state["step"], None
+    if every > 1:
+        # No number is read: which steps are due is known on the parameter's device alone.
+        due = step % every == 0
+        total = state["gradient_sum"] + gradient
+        state["gradient_sum"].copy_(total.masked_fill(due, 0.0))
+        gradient, step = total / every, (step // every).clamp(min=1)
     increment, exp_avg, exp_avg_sq = adamw(
-        gradient.to(dtype),
+        gradient,
         read_weight(param, remainder),
         state["exp_avg"],
         state["exp_avg_sq"],
@@ -156,8 +166,13 @@ def _step_adamw(param: torch.Tensor, gradient: torch.Tensor, group: Group, kept:
         weight_decay=rounded_product(group["adam_weight_decay"], group["wd_mul"], dtype),
         nesterov=group["adam_nesterov"],
         eps_root=group["adam_eps_root"],
-        step=state["step"],
+        cautious=group["adam_cautious"],
+        step=step,
     )
+    if due is not None:
+        increment = increment.masked_fill(~due, 0.0)
+        exp_avg = torch.where(due, exp_avg.to(state["exp_avg"].dtype), state["exp_avg"])
+        exp_avg_sq = torch.where(due, exp_avg_sq, state["exp_avg_sq"])
     state["exp_avg"].copy_(exp_avg)
     state["exp_avg_sq"].copy_(exp_avg_sq)
     add_to_weight(param, remainder, increment)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from normuon_core import MatrixView, Recipe
+from normuon_core.quantization import scale_shape
 from torch_ref.leaves.dtensor import is_dtensor, local_state
 from torch_ref.leaves.group_keys import Group
 from torch_ref.leaves.groups import parameter_view
@@ -50,7 +51,10 @@ class KeptState:
         sharding = self.sharding(param)
         if sharding is None or shape == tuple(param.shape):
             return sharding
-        return sharding.of_moment(parameter_view(group, param), shape)
+        view = parameter_view(group, param)
+        if shape == scale_shape(view) and sharding.has_whole_blocks(view):
+            return sharding
+        return sharding.of_moment(view, shape)
 
     def zeros(
         self, param: torch.Tensor, group: Group, shape: tuple[int, ...], dtype: torch.dtype

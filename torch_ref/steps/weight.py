@@ -19,6 +19,7 @@ from torch_ref.leaves.dtypes import Scalar, rounded, rounded_product, working_dt
 from torch_ref.leaves.groups import Group
 from torch_ref.leaves.part import Part
 from torch_ref.matrices.plan import PlannedStack
+from torch_ref.matrices.quantization import dequantized, quantized
 from torch_ref.matrices.state import second_moments
 from torch_ref.matrices.views import from_blocks, from_stack, to_blocks, to_stack
 from torch_ref.stages.hyperball import to_hyperball
@@ -37,7 +38,8 @@ class MatrixWeight:
       param: the part, updated in place.
       gradient: of the part's shape, not modified.
       remainder: the lower half of the weight that a bfloat16 parameter stands for, or None.
-      state: the part's "momentum", second moments and radii, see `KeptState.create`; updated in place.
+      state: the part's "momentum" and its scales, second moments and radii, see `KeptState.create`;
+        updated in place.
       part: which part of the weight it is.
       group: the parameter's group. recipe: the group's, with the group's keywords put in.
       step: counted from 1, an integer tensor without axes.
@@ -96,7 +98,7 @@ class MatrixWeight:
         It is computed for all runs at the first call.
         """
         if self.directions is None:
-            rule, buffer = self.recipe.momentum, self.state["momentum"]
+            rule, buffer = self.recipe.momentum, self._momentum()
             gradient = self.gradient.to(self.dtype)
             keywords = {"momentum": rule.momentum, "nesterov": rule.nesterov}
             match rule.rule:
@@ -106,9 +108,23 @@ class MatrixWeight:
                     u, m = heavy_ball_momentum(gradient, buffer, **keywords)
                 case "bias_corrected":
                     u, m = bias_corrected_momentum(gradient, buffer, **keywords, step=self.step)
-            buffer.copy_(m)
+            self._keep_momentum(m)
             self.directions = to_blocks(u, self.view)
         return self.directions[block]
+
+    def _momentum(self) -> torch.Tensor:
+        """What stage 1 starts from, in any floating dtype."""
+        kept = self.state["momentum"]
+        if kept.dtype != torch.int8:
+            return kept
+        return dequantized(kept, self.state["momentum_scale"], self.part, self.dtype)
+
+    def _keep_momentum(self, m: torch.Tensor) -> None:
+        kept = self.state["momentum"]
+        if kept.dtype == torch.int8:
+            m, scale = quantized(m, self.part)
+            self.state["momentum_scale"].copy_(scale)
+        kept.copy_(m)
 
     def moment_parts(self) -> list[torch.Tensor]:
         """The second moment of each run of blocks, (matrices, rows, 1) or (matrices, 1, columns).
