@@ -27,15 +27,17 @@ LAYOUT = {
     "c": MatrixLayout(1, 0),
     "experts": MatrixLayout(-2, -1),
     "heads": MatrixLayout(0, (1, 2)),
-    "qkv": MatrixLayout(0, 1, (8, 4, 4)),
+    "qkv": MatrixLayout(0, 1, (7, 5, 5)),
 }
+# A side is halved into eight cells if it can be, and the interpreter runs a program for each pair of
+# them: these sides can be halved as often as the mesh divides them, and no more.
 SHAPES = {
-    "a": (16, 40),
-    "b": (16, 40),
-    "c": (16, 40),
-    "experts": (4, 24, 8),
-    "heads": (16, 4, 4),
-    "qkv": (8, 16),
+    "a": (12, 44),
+    "b": (12, 44),
+    "c": (12, 44),
+    "experts": (4, 12, 4),
+    "heads": (12, 2, 6),
+    "qkv": (8, 17),
 }
 SPECS = {
     "a": P("fsdp", "tp"),
@@ -80,9 +82,13 @@ def steps(tx, mesh=None, *, count=2):
     return jax.tree.map(np.asarray, (params, state))
 
 
+# In float16 a norm whose last bit is another one mostly leaves every product the same.
+in_float32 = functools.partial(optimizer, compute_dtype=jnp.float32)
+
+
 @functools.cache
 def on_one_device(recipe):
-    return steps(optimizer(recipe=recipe))
+    return steps(in_float32(recipe=recipe))
 
 
 def mesh_of(fsdp: int, tp: int):
@@ -98,12 +104,12 @@ def assert_equal(one, other):
 
 @pytest.mark.parametrize("shape", [(4, 1), (2, 2)])
 def test_every_mesh_makes_the_bits_of_one_device(interpreted, shape):
-    assert_equal(on_one_device("normuon"), steps(optimizer(), mesh_of(*shape)))
+    assert_equal(on_one_device("normuon"), steps(in_float32(), mesh_of(*shape)))
 
 
 def test_the_norm_of_the_rms_rule_comes_home_with_the_statistics(interpreted):
     paper = on_one_device("normuon_paper")
-    assert_equal(paper, steps(optimizer(recipe="normuon_paper"), mesh_of(2, 2)))
+    assert_equal(paper, steps(in_float32(recipe="normuon_paper"), mesh_of(2, 2)))
 
 
 def test_a_matrix_without_twins_stays_divided_and_the_others_keep_their_bits(interpreted):
@@ -136,7 +142,7 @@ def test_a_step_may_have_no_matrix_for_the_kernels(interpreted):
 
 def test_a_device_multiplies_only_the_matrices_that_it_is_dealt(interpreted, monkeypatch):
     """Of three shapes two matrices each, on eight devices: six have one of them and two have none."""
-    sizes = {"a": (16, 40), "b": (16, 64), "c": (24, 40)}
+    sizes = {"a": (8, 20), "b": (8, 28), "c": (24, 20)}
     rng = np.random.default_rng(0)
     params = {
         f"{name}{i}": rng.standard_normal(size).astype(np.float32)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from examples.__main__ import main
 from examples.errors import BadInput
 from examples.mesh import read_mesh
 from examples.processes import join
@@ -29,10 +30,13 @@ MEASURED = 2.4e-6  # the largest difference of a loss below, in nats a byte
 TIMEOUT = 120
 
 
-def started(output, *arguments, **environment):
-    arguments = [*arguments, *(f"--{name}={value}" for name, value in ARGUMENTS.items())]
+def arguments(output):
+    return [f"--output={output}", *(f"--{name}={value}" for name, value in ARGUMENTS.items())]
+
+
+def started(output, *more, **environment):
     return subprocess.Popen(
-        [sys.executable, "-m", "examples", "pretrain", f"--output={output}", *arguments],
+        [sys.executable, "-m", "examples", "pretrain", *arguments(output), *more],
         cwd=ROOT,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
@@ -67,14 +71,13 @@ def test_two_processes_have_the_losses_of_one_and_the_first_alone_speaks(tmp_pat
     }
     outputs = [tmp_path / "first", tmp_path / "second"]
     processes = [
-        *(
-            started(output, "--mesh", "fsdp=2", JAX_PROCESS_ID=str(i), **together)
-            for i, output in enumerate(outputs)
-        ),
-        started(tmp_path / "alone"),
+        started(output, "--mesh", "fsdp=2", JAX_PROCESS_ID=str(i), **together)
+        for i, output in enumerate(outputs)
     ]
     try:
-        (first, _), (second, _), _ = [finished(process) for process in processes]
+        with jax.numpy_dtype_promotion("standard"):
+            assert main(["pretrain", *arguments(tmp_path / "alone")]) == 0
+        (first, _), (second, _) = [finished(process) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -87,16 +90,16 @@ def test_two_processes_have_the_losses_of_one_and_the_first_alone_speaks(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("told", "said"),
     [
         (("127.0.0.1:1", None, 0), "--processes missing"),
         ((None, 2, None), "--coordinator and --process missing"),
         (("127.0.0.1:1", 2, 2), "--process 2 is none of 0 to 1"),
     ],
 )
-def test_half_of_what_a_process_must_know_is_an_error(arguments, said):
+def test_half_of_what_a_process_must_know_is_an_error(told, said):
     with pytest.raises(BadInput, match=said):
-        join(*arguments)
+        join(*told)
 
 
 def test_without_arguments_a_process_stays_alone():
