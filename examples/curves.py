@@ -5,13 +5,15 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from examples.errors import BadInput
 from examples.runs import OUT, Evaluation, Run, read_run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Told apart by all eyes (Okabe and Ito).
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
@@ -62,6 +64,8 @@ def write_csv(runs: Sequence[Run], path: Path) -> None:
 
 def draw(runs: Sequence[Run], path: Path, *, title: str = "") -> None:
     """Validation loss by step and by time, from where the first drop is over; a band spans the seeds."""
+    from matplotlib.figure import Figure  # Here: it takes a second to import.
+
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     by_step, by_time = figure.subplots(1, 2, sharey=True)
     curves = grouped(runs)
@@ -100,7 +104,7 @@ def _colors(count: int) -> list[str]:
 
 
 def _curve(
-    axes: Axes, where: Callable[[Evaluation], float], label: str, runs: list[Run], color: str
+    axes: "Axes", where: Callable[[Evaluation], float], label: str, runs: list[Run], color: str
 ) -> None:
     """The mean of the runs, at the mean of their places, as far as all of them go."""
     both = list(zip(*(run.evaluations for run in runs), strict=False))

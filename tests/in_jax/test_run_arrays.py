@@ -297,7 +297,10 @@ def test_arrays_that_the_format_has_no_name_for_are_refused():
 
 @pytest.mark.parametrize(
     ("kept", "said"),
-    [({"momentum_dtype": "int8"}, "integers and scales"), ({"adam_every": 2}, "a sum of gradients")],
+    [
+        ({"momentum_dtype": "int8"}, "integers and scales"),
+        ({"adam_every": 2}, "a sum of gradients"),
+    ],
 )
 def test_runs_that_the_format_cannot_hold_are_refused(kept, said):
     with pytest.raises(ValueError, match=said):
