@@ -12,6 +12,8 @@ from typing import NamedTuple
 import jax
 import pytest
 
+import optax_normuon  # noqa: F401 - its modules are among those that a page may change
+
 ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
@@ -32,6 +34,9 @@ PYTHON = [
     if name not in ELSEWHERE and "```python" in (ROOT / name).read_text()
 ]
 """Pages whose Python blocks run here, from top to bottom, as one program."""
+
+OURS = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+"""The packages of this repository."""
 
 
 def anchors(page: Path) -> set[str]:
@@ -92,6 +97,26 @@ def run_page(text: str) -> tuple[list[Ran], dict[str, object]]:
     return ran, names
 
 
+def names_of_packages() -> dict[tuple[str, str], object]:
+    """What every name of every module of this project stands for now."""
+    return {
+        (module, name): value
+        for module, found in list(sys.modules.items())
+        if module.split(".")[0] in OURS
+        for name, value in list(vars(found).items())
+    }
+
+
+def rebound(before: dict[tuple[str, str], object]) -> list[tuple[str, str]]:
+    """The names that stand for something else since; they are put back."""
+    changed = [
+        key for key, value in names_of_packages().items() if before.get(key, value) is not value
+    ]
+    for module, name in changed:
+        setattr(sys.modules[module], name, before[module, name])
+    return changed
+
+
 def without_padding(text: str) -> list[str]:
     return [line.rstrip() for line in text.strip().splitlines()]
 
@@ -107,9 +132,10 @@ TABLES = {"docs/stages.md": "image = evaluate(steps", "docs/dialects.md": "name_
 
 @pytest.mark.parametrize("name", PYTHON)
 def test_the_code_of_a_page_runs_and_prints_what_stands_below_it(name):
-    text = (ROOT / name).read_text()
+    text, before = (ROOT / name).read_text(), names_of_packages()
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         ran, _ = run_page(text)
+    assert rebound(before) == []  # The next test would meet it.
     for block in ran:
         if block.written is not None:
             assert without_padding(block.printed) == without_padding(block.written)
@@ -118,6 +144,16 @@ def test_the_code_of_a_page_runs_and_prints_what_stands_below_it(name):
         rows = cells(BLOCK.sub("", text))
         assert len(cells(printed)) > 10
         assert [row for row in cells(printed) if row not in rows] == []
+
+
+def test_code_that_leaves_a_module_changed_is_seen_and_mended():
+    before = names_of_packages()
+    run_page(
+        "```python\nfrom normuon_core import polar_iteration\n"
+        "polar_iteration.gram_restarts = lambda steps, short: ()\n```\n"
+    )
+    assert rebound(before) == [("normuon_core.polar_iteration", "gram_restarts")]
+    assert names_of_packages() == before
 
 
 def test_another_output_below_the_code_is_seen():
