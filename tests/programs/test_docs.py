@@ -35,7 +35,7 @@ PYTHON = [
 ]
 """Pages whose Python blocks run here, from top to bottom, as one program."""
 
-OURS = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+PACKAGES = {path.parent.name for path in ROOT.glob("*/__init__.py")}
 """The packages of this repository."""
 
 
@@ -102,7 +102,7 @@ def names_of_packages() -> dict[tuple[str, str], object]:
     return {
         (module, name): value
         for module, found in list(sys.modules.items())
-        if module.split(".")[0] in OURS
+        if module.split(".")[0] in PACKAGES
         for name, value in list(vars(found).items())
     }
 
@@ -210,7 +210,7 @@ def test_files_and_programs_that_do_not_exist_are_found():
     assert len(paths_of((ROOT / "CONTRIBUTING.md").read_text())) > 30
 
 
-OURS = "benchmarks|examples|parity_tests|tests"
+OURS = "benchmarks|examples|parity_tests|studies|tests"
 COMMAND = re.compile(rf"python -m ((?:{OURS})[a-z_.]*)([^`\n|;&]*)")
 
 
