@@ -1,12 +1,11 @@
 """`python -m studies NAME`: `--help` after the name."""
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import tyro
 
-from examples.errors import BadInput, one_line
+from examples.errors import one_line
 from studies.finetune import Finetune
 from studies.mechanism import Mechanism
 from studies.parts import Parts
@@ -21,16 +20,13 @@ STUDIES: dict[str, Any] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one study.
-
-    Raises:
-      BadInput: no study of that name.
-    """
-    name, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
-    if name not in STUDIES:
-        raise BadInput(f"python -m studies NAME, with one of {', '.join(STUDIES)}.")
-    told = [argument for argument in rest if argument]
-    tyro.cli(STUDIES[name], prog=f"python -m studies {name}", args=told).run()
+    """Runs one study."""
+    tyro.extras.subcommand_cli_from_dict(
+        STUDIES,
+        prog="python -m studies",
+        description="Experiments with tuned arms, paired seeds and intervals.",
+        args=arguments,
+    ).run()
 
 
 if __name__ == "__main__":

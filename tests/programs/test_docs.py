@@ -224,7 +224,7 @@ def commands_of(text: str) -> set[tuple[str, str, tuple[str, ...]]]:
         ]
         subcommand = next((word for word in words if re.fullmatch("[a-z]+", word)), "")
         options = {word.split("=")[0] for word in told if word.startswith("--")}
-        takes_one = module in ("examples", "examples.sweep", "parity_tests")
+        takes_one = module in ("examples", "examples.sweep", "parity_tests", "studies")
         found.add((module, subcommand if takes_one else "", tuple(sorted(options))))
     return found
 
