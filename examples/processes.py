@@ -28,6 +28,8 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
         )
     if not 0 <= process < processes:
         raise BadInput(f"--process {process} is none of 0 to {processes - 1}.")
+    if jax.distributed.is_initialized():  # One phase after another in one process.
+        return
     jax.distributed.initialize(coordinator, processes, process)
 
 

@@ -1,6 +1,6 @@
 """The example as a run of several processes, which are started as on a cluster."""
 
-import asyncio
+import json
 import os
 import socket
 import subprocess
@@ -16,27 +16,36 @@ from examples.errors import BadInput
 from examples.mesh import read_mesh
 from examples.processes import join
 from examples.runs import read_run
+from examples.word_problems import write_problems
 
 ROOT = Path(__file__).parents[2]
-ARGUMENTS = {
-    "data": Path(asyncio.__file__).parent,
-    **dict(width=32, depth=1, heads=2, context=32),
-    "batch": 8,
-    "steps": 6,
-    "evaluate-every": 3,
-    "evaluation-batches": 2,
-}
-MEASURED = 2.4e-6  # the largest difference of a loss below, in nats a byte
-TIMEOUT = 120
+SIZES = ["--batch=8", "--steps=4", "--evaluate-every=2", "--evaluation-batches=2", "--samples=1"]
+MODEL = ["--width=32", "--depth=1", "--heads=2", "--context=128"]
+DATA = {"pretrain": "text", "sft": "sft.jsonl", "dpo": "pairs.jsonl"}
+MEASURED = 2.4e-6  # the largest difference of a loss below, in nats
+TIMEOUT = 180
+EACH_IN_TURN = """
+import json, sys
+from examples.__main__ import main
+for command in json.loads(sys.argv[1]):
+    assert main(command) == 0
+"""
 
 
-def arguments(output):
-    return [f"--output={output}", *(f"--{name}={value}" for name, value in ARGUMENTS.items())]
+def commands(problems, output, starts):
+    """The three phases, one after the other; a phase starts from what lies in `starts`."""
+    told, before = [], None
+    for phase, rows in DATA.items():
+        start = MODEL if before is None else [str(starts / before)]
+        data = f"--data={problems / rows}"
+        told.append([phase, *start, data, f"--output={output / phase}", *SIZES])
+        before = phase
+    return told
 
 
-def started(output, *more, **environment):
+def started(told, **environment):
     return subprocess.Popen(
-        [sys.executable, "-m", "examples", "pretrain", *arguments(output), *more],
+        [sys.executable, "-c", EACH_IN_TURN, json.dumps(told)],
         cwd=ROOT,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
@@ -63,28 +72,32 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def test_two_processes_have_the_losses_of_one_and_the_first_alone_speaks(tmp_path):
+def test_all_phases_on_two_processes_have_the_losses_of_one_and_the_first_alone_speaks(tmp_path):
+    problems = tmp_path / "problems"
+    write_problems(problems, count=100, held_out=2)
     together = {
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
         "JAX_NUM_PROCESSES": "2",
         "JAX_NUM_CPU_DEVICES": "1",
     }
     outputs = [tmp_path / "first", tmp_path / "second"]
-    processes = [
-        started(output, "--mesh", "fsdp=2", JAX_PROCESS_ID=str(i), **together)
-        for i, output in enumerate(outputs)
-    ]
+    processes = []
+    for i, output in enumerate(outputs):
+        told = [[*each, "--mesh=fsdp=2"] for each in commands(problems, output, outputs[0])]
+        processes.append(started(told, JAX_PROCESS_ID=str(i), **together))
     try:
         with jax.numpy_dtype_promotion("standard"):
-            assert main(["pretrain", *arguments(tmp_path / "alone")]) == 0
+            for command in commands(problems, tmp_path / "alone", tmp_path / "alone"):
+                assert main(command) == 0
         (first, _), (second, _) = [finished(process) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    alone, divided = losses(tmp_path / "alone"), losses(outputs[0])
-    np.testing.assert_allclose(divided, alone, rtol=0, atol=4 * MEASURED)
-    assert alone[-1] < alone[0] - 1.0
-    assert "2 processes" in " ".join(first.split())
+    for phase in DATA:
+        alone, divided = losses(tmp_path / "alone" / phase), losses(outputs[0] / phase)
+        np.testing.assert_allclose(divided, alone, rtol=0, atol=4 * MEASURED, err_msg=phase)
+        assert alone[-1] < alone[-3], phase
+    assert first.count("2 processes") == 3
     assert all(line.startswith("[Gloo]") for line in second.splitlines())
     assert not outputs[1].exists()
 
