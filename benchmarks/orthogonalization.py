@@ -38,7 +38,8 @@ def races(shapes: Sequence[Stack], rates: Rates | None, pace: Pace) -> Iterator[
         yield race(what, rows, prepare, pace, peers=PEERS)
 
 
-def _jax(function: Callable, shape: Stack, dtype: str) -> Prepared:
+def by_jax(function: Callable, shape: Stack, dtype: str) -> Prepared:
+    """A function of a stack of random matrices, compiled."""
     x = jax.random.normal(jax.random.key(0), shape, jnp.float32).astype(dtype)
     compiled = jax.jit(function).lower(x).compile()
     last = x
@@ -66,7 +67,7 @@ def _own_dtype(shape: Stack) -> str:
 
 def _ours_in_jax(shape: Stack) -> Prepared:
     function = functools.partial(optax_normuon.polar_factor, backend="triton")
-    return _jax(function, shape, _own_dtype(shape))
+    return by_jax(function, shape, _own_dtype(shape))
 
 
 def _ours_in_torch(shape: Stack) -> Prepared:
@@ -76,12 +77,12 @@ def _ours_in_torch(shape: Stack) -> Prepared:
 
 def _xla_standard(shape: Stack) -> Prepared:
     function = functools.partial(optax_normuon.polar_factor, backend="xla", algorithm="standard")
-    return _jax(function, shape, "bfloat16")
+    return by_jax(function, shape, "bfloat16")
 
 
 def _xla_gram(shape: Stack) -> Prepared:
     function = functools.partial(optax_normuon.polar_factor, backend="xla", algorithm="gram")
-    return _jax(function, shape, "float16")
+    return by_jax(function, shape, "float16")
 
 
 def _optax(shape: Stack) -> Prepared:
@@ -94,7 +95,7 @@ def _optax(shape: Stack) -> Prepared:
     def one(x):
         return _muon.orthogonalize_via_newton_schulz(x, coefficients, dimension_numbers=sides)
 
-    return _jax(jax.vmap(one), shape, "float32")
+    return by_jax(jax.vmap(one), shape, "float32")
 
 
 def _torch_muon(shape: Stack) -> Prepared:

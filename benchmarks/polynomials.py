@@ -8,13 +8,13 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import torch
 
 import optax_normuon
 import torch_ref
 from benchmarks.captured import Captured
+from benchmarks.orthogonalization import by_jax
 from benchmarks.polar_errors import (
     BASE,
     CONTESTANTS,
@@ -139,12 +139,4 @@ def _by_xla(
         algorithm="standard",
         compute_dtype=jnp.dtype(dtype),
     )
-    x = jax.random.normal(jax.random.key(0), shape, jnp.float32).astype(dtype)
-    compiled = jax.jit(function).lower(x).compile()
-    last = x
-
-    def run():
-        nonlocal last
-        last = compiled(x)
-
-    return Prepared(run, lambda: jax.block_until_ready(last)), in_jax(contestant)
+    return by_jax(function, shape, dtype), in_jax(contestant)
