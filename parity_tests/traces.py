@@ -85,9 +85,7 @@ def read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         with safe_open(path, framework="numpy") as file:
             meta = json.loads(file.metadata()["meta"])
             # The file is no mapping: it has keys, and cannot be iterated over.
-            names = (
-                file.keys()
-            )  # A safetensors file is no mapping: it cannot be gone through itself.
+            names = file.keys()
             return {name: file.get_tensor(name) for name in names}, meta
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files}
