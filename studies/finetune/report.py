@@ -14,7 +14,7 @@ from studies.finetune.arms import (
     OPTIMIZERS,
     REMAINDER,
 )
-from studies.finetune.plan import RATES, ROUNDED, SIZES, STEPS, Plan, rows_of
+from studies.finetune.plan import ALL, AXIS, FIRST, RATES, ROUNDED, STEPS, Plan, rows_of
 from studies.intervals import Interval, interval
 from studies.ledger import Ledger, Row
 from studies.options import Options
@@ -67,12 +67,13 @@ class Report:
         lines = []
         for base, name in enumerate(BASES):
             for arm in OPTIMIZERS:
-                size, rows = self._best(arm, base)
-                if size is None:
+                found = self._plan.found(self._ledger, arm, base)
+                if not found.losses:
                     lines.append([name, arm, *[MISSING] * 6])
                     continue
-                inside = SIZES[0] < size < SIZES[-1]
-                written = f"{size:.1e}" + ("" if inside else " (at the end)")
+                rows = self._compared(arm, base)
+                written = f"{found.values[AXIS.name]:.1e}"
+                written += "" if found.inside else " (at the end)"
                 measured = f"{_mean(rows, 'update_rms'):.1e}" if rows else MISSING
                 lines.append([name, arm, written, measured, *_cells(rows)])
         headings = ["base", "optimizer", "peak size asked for", "measured, mean", *HEADINGS]
@@ -112,7 +113,7 @@ class Report:
     def everything(self) -> str:
         lines = []
         for base, name in enumerate(BASES):
-            for size in SIZES:
+            for size in self._swept(ALL):
                 pair = [
                     rows_of(self._ledger, self._plan.swept(arm, base, size))
                     for arm in (EVERYTHING, MUON)
@@ -147,7 +148,10 @@ class Report:
         figure, axes = panels(3)
         for color, arm in zip(COLORS, OPTIMIZERS, strict=False):
             for base, line in enumerate(("-", "--")):
-                swept = [rows_of(self._ledger, self._plan.swept(arm, base, size)) for size in SIZES]
+                swept = [
+                    rows_of(self._ledger, self._plan.swept(arm, base, size))
+                    for size in self._swept(OPTIMIZERS)
+                ]
                 found = [rows for rows in swept if rows]
                 if not found:
                     continue
@@ -162,16 +166,20 @@ class Report:
             axes[0].legend(frameon=False, fontsize=8)
         save(figure, path)
 
-    def _best(self, arm: str, base: int) -> tuple[float | None, list[Row]]:
-        """The sweep's best size, and the comparison's rows of it."""
-        try:
-            size = self._plan.best(self._ledger, arm, base)
-        except KeyError:
-            return None, []
-        return size, rows_of(self._ledger, self._plan.compared(arm, base, size))
+    def _swept(self, arms: Sequence[str]) -> list[float]:
+        """The sizes of the grid that these arms have, or that they begin with."""
+        return [AXIS.value(place) for place in self._plan.grid(self._ledger, arms) or FIRST]
+
+    def _compared(self, arm: str, base: int) -> list[Row]:
+        """The comparison's rows at the sweep's best size."""
+        found = self._plan.found(self._ledger, arm, base)
+        if not found.losses:
+            return []
+        size = found.values[AXIS.name]
+        return rows_of(self._ledger, self._plan.compared(arm, base, size))
 
     def _against_adamw(self, arm: str, base: int) -> dict[str, np.ndarray]:
-        rows, others = self._best(arm, base)[1], self._best(ADAMW, base)[1]
+        rows, others = self._compared(arm, base), self._compared(ADAMW, base)
         return _paired(rows, others) if rows and others else {}
 
 

@@ -10,9 +10,10 @@ import pytest
 import scipy.stats
 
 from studies.crossing import steps_to
-from studies.finetune.arms import NAMES, at_size, optimizers
+from studies.finetune.arms import NAMES, OPTIMIZERS, at_size, optimizers
 from studies.finetune.data import Sizes, made
-from studies.finetune.plan import Plan
+from studies.finetune.plan import ALL, Plan
+from studies.finetune.report import Report
 from studies.finetune.task import RESULT, _behind, answers, update_size
 from studies.intervals import interval
 from studies.lab import Lab, OutOfTime
@@ -334,17 +335,44 @@ def test_muon_at_a_size_has_updates_of_that_size_and_without_a_scale_has_not():
     assert unscaled == pytest.approx(5 * size(at_size("Muon", 1e-4)) / 8, rel=1e-3)
 
 
-def test_later_groups_of_the_plan_are_around_the_best_size_of_the_sweep(tmp_path):
-    ledger = Ledger(
-        tmp_path / "rows.csv", setup="", names=NAMES, metrics=("loss",), curves=(), every=1
-    )
-    plan = Plan(evaluations=1, seeds=3, coarse_seeds=1)
+@pytest.fixture
+def sizes(tmp_path):
+    """The rows of a sweep of update sizes, and the plan that asks for them."""
+    return new_rows(tmp_path), Plan(evaluations=1, seeds=3, coarse_seeds=1)
+
+
+def new_rows(folder):
+    metrics = ("loss", "exact", "held_out_exact", "old_loss", "update_rms")
+    return Ledger(folder / "rows.csv", setup="", names=NAMES, metrics=metrics, curves=(), every=1)
+
+
+def run_groups(plan, ledger, bests):
+    """Gives every group the rows that it lacks, until there is no more; returns how many it lacked."""
+    lacked = 0
+    for group in plan.groups(ledger):
+        missing = {ledger.key(trial): trial for trial in group if trial not in ledger}
+        ledger.add([fake(trial, bests) for trial in missing.values()])
+        lacked += len(missing)
+    return lacked
+
+
+def fake(trial, bests):
+    """A row whose loss is the lower, the nearer the size of the update is to the best of its arm."""
+    kind = trial.arm.split(",")[0]
+    rms = trial.value("rate") * (0.3 if kind == "AdamW" else 0.2)
+    loss = abs(math.log(rms / bests.get(kind, 1e-4)))
+    metrics = {"exact": 0.5, "held_out_exact": 0.5, "old_loss": 1.0, "update_rms": rms}
+    return Row(trial, {"loss": loss} | metrics, {}, 1.0, 1, "none", "none")
+
+
+def test_later_groups_of_the_plan_are_around_the_best_size_of_the_sweep(sizes):
+    ledger, plan = sizes
     groups = plan.groups(ledger)
-    best_size = 1e-4
     for _ in range(6):
-        trials = next(groups)
-        ledger.add([fake(trial, best_size) for trial in trials if trial not in ledger])
-    assert plan.best(ledger, "Muon", 1) == best_size
+        ledger.add([fake(trial, {}) for trial in next(groups) if trial not in ledger])
+    found = plan.found(ledger, "Muon", 1)
+    assert found.values == {"size": 1e-4}
+    assert len(found.losses) == 11
     compared = next(groups)
     assert {trial.seed for trial in compared} == {0, 1, 2}
     assert len(compared) == 2 * 3 * 3
@@ -352,6 +380,33 @@ def test_later_groups_of_the_plan_are_around_the_best_size_of_the_sweep(tmp_path
     assert sorted({trial.value("rate") for trial in compared}) == pytest.approx(wanted, rel=1e-4)
 
 
-def fake(trial, best_size):
-    rms = trial.value("rate") * (0.3 if trial.arm == "AdamW" else 0.2)
-    return Row(trial, {"loss": abs(math.log(rms / best_size))}, {}, 1.0, 1, "none", "none")
+def test_the_grid_of_sizes_grows_for_all_arms_until_the_best_of_each_is_inside(sizes, tmp_path):
+    ledger, plan = sizes
+    bests = {"NorMuon": 1e-1, "Muon on everything": 1e-8}
+    assert run_groups(plan, ledger, bests) > 0
+    assert plan.grid(ledger, OPTIMIZERS) == range(-6, 9)
+    assert plan.grid(ledger, ALL) == range(-10, 9)
+    tried = {arm: plan.found(ledger, arm, base=0) for arm in OPTIMIZERS}
+    assert [len(found.losses) for found in tried.values()] == [15] * 3
+    assert all(found.inside for found in tried.values())
+    assert tried["NorMuon"].values["size"] == pytest.approx(0.1)
+    assert plan.around_best(ledger, "NorMuon", 0) == pytest.approx([10**-1.5, 0.1, 10**-0.5])
+    assert run_groups(plan, new_rows(tmp_path), bests) == 0
+
+
+def test_a_grid_of_sizes_ends_where_no_size_makes_sense_and_the_table_says_so(sizes):
+    ledger, plan = sizes
+    run_groups(plan, ledger, {"Muon": 1e6})
+    assert plan.grid(ledger, OPTIMIZERS) == range(-6, 9)
+    assert not plan.found(ledger, "Muon", 0).inside
+    assert plan.around_best(ledger, "Muon", 0) == pytest.approx([10**-0.5, 1.0])
+    best_sizes = Report(ledger, plan).best()
+    for base in ("AdamW", "NorMuon"):
+        assert f"| {base} | Muon | 1.0e+00 (at the end) |" in best_sizes
+    assert best_sizes.count("at the end") == 2
+
+
+def test_a_sweep_that_is_not_finished_is_not_reported_as_one(sizes):
+    ledger, plan = sizes
+    assert plan.grid(ledger, OPTIMIZERS) == range(0)
+    assert Report(ledger, plan).best().count("not run") == 6 * 6
