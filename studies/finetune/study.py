@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+import zlib
 from pathlib import Path
 
 from examples.errors import BadInput
@@ -54,6 +55,11 @@ class Size:
         model = dataclasses.replace(self.model, context=context)
         return dataclasses.replace(
             self, model=model, data=dataclasses.replace(self.data, context=context)
+        )
+
+    def teaching(self, problems: int) -> "Size":
+        return dataclasses.replace(
+            self, data=dataclasses.replace(self.data, prose=problems, train=problems)
         )
 
     @property
@@ -112,10 +118,7 @@ class Finetune(Options):
 
     def run(self) -> None:
         start = time.monotonic()
-        size = SMALL if self.small else FULL
-        if self.train is not None:
-            size = size.of_context(LONG)
-        problems, source = self._problems(size)
+        size, problems, source = self._problems(SMALL if self.small else FULL)
         data = on_device(problems, size.data)
         weights, old = bases(
             BASES,
@@ -142,12 +145,18 @@ class Finetune(Options):
         finally:
             write_report(self, setup, lab.ledger, size.plan, old)
 
-    def _problems(self, size: Size) -> tuple[Problems, str]:
+    def _problems(self, size: Size) -> tuple[Size, Problems, str]:
+        """Those of the files, and the size that they make; or those that are made in this size."""
         if self.train is None and self.test is None:
-            return made(size.data), "made problems"
+            return size, made(size.data), "made problems"
         if self.train is None or self.test is None:
             raise BadInput("give both --train and --test, or neither.")
-        return read(self.train, self.test, size.data), f"{self.train.name}, {self.test.name}"
+        size = size.of_context(LONG)
+        problems = read(self.train, self.test, size.data)
+        files = [
+            f"{path.name} {zlib.crc32(path.read_bytes()):08x}" for path in (self.train, self.test)
+        ]
+        return size.teaching(len(problems.train)), problems, ", ".join(files)
 
     def _lab(self, size: Size, setup: str, data, minutes: float | None) -> Lab:
         task = answer_task(size.model, size.batch)

@@ -1,6 +1,8 @@
 """The studies' machinery: pairing, lanes, rows, tuning, intervals, crossings."""
 
+import json
 import math
+import random
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +11,14 @@ import optax
 import pytest
 import scipy.stats
 
+from examples.errors import BadInput
 from studies.crossing import steps_to
 from studies.finetune.arms import NAMES, OPTIMIZERS, at_size, optimizers
-from studies.finetune.data import Sizes, made
+from studies.finetune.data import Sizes, made, read
 from studies.finetune.plan import ALL, Plan
+from studies.finetune.problems import draw, held_out, known
 from studies.finetune.report import Report
+from studies.finetune.study import Finetune
 from studies.finetune.task import RESULT, _behind, answers, update_size
 from studies.intervals import interval
 from studies.lab import Lab, OutOfTime
@@ -316,6 +321,93 @@ def test_what_is_asked_is_in_none_of_the_texts():
     assert not prompts[0] & prompts[1]
     for prompt in prompts[1] | prompts[2]:
         assert prompt.strip(b"\x00\x02\x03") not in problems.prose
+
+
+def write_rows(path, problems):
+    """As GSM8K's files: a worked answer with its sums in double angle brackets."""
+    rows = [
+        {
+            "question": f"{each.question}\u2028",
+            "answer": f"<<{each.result}={each.result}>>{each.answer}",
+        }
+        for each in problems
+    ]
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n")
+    return path
+
+
+@pytest.fixture
+def files(tmp_path):
+    generator = random.Random(1)
+    train = write_rows(tmp_path / "train.jsonl", draw(known(), 40, generator))
+    return train, write_rows(tmp_path / "test.jsonl", draw(held_out(), 9, generator))
+
+
+IN_FILES = Sizes(context=200, prose=0, train=0, asked=3, windows=1)
+
+
+def test_of_a_file_as_gsm8ks_every_tenth_problem_is_asked_and_in_no_text(files):
+    train, test = files
+    lines = train.read_text().split("\n")
+    train.write_text("\n".join([*lines[:37], lines[0].replace("<<", "again <<"), *lines[38:]]))
+    problems = read(train, test, IN_FILES)
+    assert [len(each) for each in problems[:3]] == [36, 3, 3]
+    rows = [json.loads(line) for line in lines if line]
+    asked = [bytes(each.ids.tolist()) for each in problems.known]
+    for row, ids in zip(rows[:21:10], asked, strict=True):
+        question, answer = row["question"].strip(), row["answer"]
+        assert ids == f"\x02{question}\0\x03{answer}\0".encode()
+        assert question.encode() not in problems.prose
+        assert not any(question.encode() in bytes(each.ids.tolist()) for each in problems.train)
+    told = f"{rows[1]['question'].strip()} {rows[1]['answer']}\n"
+    assert problems.prose.startswith(told.encode())
+
+
+def test_a_problem_that_would_be_cut_is_not_asked(files):
+    train, test = files
+    lines = train.read_text().split("\n")
+    row = json.loads(lines[0])
+    lines[0] = json.dumps(row | {"answer": 200 * "1" + row["answer"]})
+    train.write_text("\n".join(lines))
+    problems = read(train, test, IN_FILES)
+    assert bytes(problems.known[0].ids.tolist()).startswith(
+        f"\x02{json.loads(lines[10])['question'].strip()}".encode()
+    )
+    assert [len(each) for each in problems[:3]] == [37, 3, 3]
+    assert len(problems.train[0].ids) == 201
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"question": "1 + 1?"}', "line 3: found no answer, expected `question` and `answer`"),
+        ('{"question": "1 + 1?", "answer": "It is 2."}', 'line 3: found answer: "It is 2.", exp'),
+        ('{"question": "1 + 1?", "answer": "#### two"}', "line 3: .*expected a last line as `####"),
+        ('{"question": " ", "answer": "#### 2"}', "line 3: found question: .*expected text"),
+        ('{"question": 2, "answer": "#### 2"}', "line 3: found question: 2, expected text"),
+        ('{"question": "1 + 1?"', "line 3: .*expected a JSON object"),
+    ],
+)
+def test_a_row_that_is_no_problem_is_an_error_that_names_its_line(files, row, message):
+    for path in files:
+        lines = path.read_text().split("\n")
+        path.write_text("\n".join([lines[0], "", row, *lines[3:]]))
+        with pytest.raises(BadInput, match=f"{path.name}, {message}"):
+            read(*files, IN_FILES)
+        path.write_text("\n".join(lines))
+
+
+def test_too_few_problems_and_too_long_ones_are_errors(files):
+    train, test = files
+    row = json.loads(test.read_text().split("\n")[0])
+    test.write_text(json.dumps({"question": 300 * "long ", "answer": row["answer"]}))
+    with pytest.raises(BadInput, match=r"test.jsonl: none of 1 problems fits into 200 tokens"):
+        read(train, test, IN_FILES)
+    train.write_text(train.read_text().split("\n")[0])
+    with pytest.raises(BadInput, match=r"train.jsonl: 1 problems are too few or too long"):
+        read(train, test, IN_FILES)
+    with pytest.raises(BadInput, match="give both --train and --test"):
+        Finetune(small=True, train=train).run()
 
 
 def test_muon_at_a_size_has_updates_of_that_size_and_without_a_scale_has_not():
