@@ -104,8 +104,6 @@ def _check_parameter(param: torch.Tensor, group: Group, name: str) -> None:
         from torch_ref.mesh.rectangles import check_placement
 
         check_placement(param, name)
-        if matrix:
-            _check_whole_matrices(group, name)
         if matrix and group["backend"] == "triton":
             raise ValueError(
                 f"{name}: backend='triton' takes plain tensors, and this is a DTensor with placements"
@@ -150,16 +148,6 @@ def _check_kernels(param: torch.Tensor, group: Group, name: str) -> None:
             raise ValueError(f"{name}: {error}") from error
 
 
-def _check_whole_matrices(group: Group, name: str) -> None:
-    """Raises a ValueError for a hyperball where a process may have parts of a matrix alone."""
-    if group_recipe(group).hyperball is not None:
-        raise ValueError(
-            f"{name}: the recipe's hyperball takes the norms of whole matrices, and steps plain tensors"
-            " on one process only; give DTensors and a process_group a recipe without it, such as"
-            " 'normuon', or train in JAX, where meshes take it."
-        )
-
-
 def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
     try:
         return torch.broadcast_shapes(shape, target) == torch.Size(target)
@@ -168,9 +156,7 @@ def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
 
 
 def check_process_group(group: Group, index: int) -> None:
-    """Raises a ValueError for a DTensor or a hyperball in plain data parallelism."""
-    if group["optimizer"] == MATRIX:
-        _check_whole_matrices(group, f"group {index}")
+    """Raises a ValueError for a DTensor in plain data parallelism."""
     for position, param in enumerate(group["params"]):
         if is_dtensor(param):
             raise ValueError(

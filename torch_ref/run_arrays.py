@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from normuon_core import MatrixView
 from normuon_core.moving.format import Arrays, Kept, matrices_of, written_metadata
 from normuon_core.moving.matching import Wanted, matching_parameters, matching_state
 from normuon_core.moving.settings import settings_of_adamw, settings_of_recipe
@@ -17,8 +16,8 @@ from torch_ref.leaves.group_keys import MATRIX, Group, adamw_keywords, settle_ad
 from torch_ref.leaves.groups import group_recipe, parameter_name, parameter_view
 from torch_ref.matrices.state import moment_keys, moment_shapes
 from torch_ref.optimizer import NorMuon
-from torch_ref.stages.hyperball import starting_radii
-from torch_ref.steps.state import has_remainder, keeps_radius
+from torch_ref.stages.hyperball import starting_radii_shape
+from torch_ref.steps.state import has_remainder, keeps_radius, radii_now
 
 NamedParameters = Iterable[tuple[str, torch.Tensor]]
 """As `model.named_parameters()` has them."""
@@ -170,7 +169,7 @@ def _wanted(each: _Owned) -> Wanted:
                 key: (own, dtype) for key, own in zip(moment_keys(len(shapes)), shapes, strict=True)
             }
         if keeps_radius(recipe):
-            arrays["radius"] = (_radius_shape(param, view), dtype)
+            arrays["radius"] = (starting_radii_shape(view), dtype)
     else:
         settle_adamw(group)
         group = adamw_keywords(group)
@@ -190,12 +189,8 @@ def _wanted(each: _Owned) -> Wanted:
     return Wanted(kept, {kind: (own, numpy_dtype(of)) for kind, (own, of) in arrays.items()})
 
 
-def _radius_shape(param: torch.Tensor, view: MatrixView) -> tuple[int, ...]:
-    return tuple(starting_radii(torch.empty(param.shape, device="meta"), view).shape)
-
-
 def _fresh(each: _Owned, kind: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """State from which a parameter starts."""
     if kind == "radius":
-        return as_array(starting_radii(each.param, parameter_view(each.group, each.param)))
+        return as_array(radii_now(each.param, parameter_view(each.group, each.param)))
     return np.zeros(shape, dtype)

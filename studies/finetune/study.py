@@ -26,21 +26,19 @@ METRICS = (
 """Of new numbers in known templates, of held-out templates, of the old task, and the measured size."""
 
 
-LONG = 512
-"""Tokens that rows from a file may have; those that are made are shorter."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Size:
     """Of a form of the study.
 
     Attributes:
+      long: the context for rows from files, which are longer than those that are made.
       base_steps, base_batch, base_seeds: of pretraining. batch, every, evaluations: of fine-tuning.
       seeds: of the comparison. coarse_seeds: of the first sweep.
     """
 
     model: GPTConfig
     data: Sizes
+    long: int
     base_steps: int
     base_batch: int
     base_seeds: int
@@ -82,6 +80,7 @@ class Size:
 FULL = Size(
     GPTConfig(width=256, depth=4, heads=4, context=96, dtype="bfloat16"),
     Sizes(context=96, prose=20000, train=4000, asked=256, windows=64),
+    long=512,
     base_steps=4000,
     base_batch=32,
     base_seeds=4,
@@ -95,6 +94,7 @@ FULL = Size(
 SMALL = Size(
     GPTConfig(width=32, depth=1, heads=2, context=96),
     Sizes(context=96, prose=500, train=200, asked=16, windows=8),
+    long=192,
     base_steps=60,
     base_batch=8,
     base_seeds=2,
@@ -151,7 +151,7 @@ class Finetune(Options):
             return size, made(size.data), "made problems"
         if self.train is None or self.test is None:
             raise BadInput("give both --train and --test, or neither.")
-        size = size.of_context(LONG)
+        size = size.of_context(size.long)
         problems = read(self.train, self.test, size.data)
         files = [
             f"{path.name} {zlib.crc32(path.read_bytes()):08x}" for path in (self.train, self.test)

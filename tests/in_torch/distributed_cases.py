@@ -30,14 +30,22 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from normuon_core import POLYNOMIALS, RECIPES, MatrixLayout, Polar
+from normuon_core import POLYNOMIALS, RECIPES, Hyperball, MatrixLayout, Polar
 from parity_tests.spectra import SPECTRA
-from torch_ref import NorMuon, join_remainder
+from torch_ref import (
+    NorMuon,
+    join_remainder,
+    project_to_sphere,
+    project_to_tangent,
+    to_hyperball,
+    to_sphere,
+)
 from torch_ref.mesh.rectangles import sharding_of
 from torch_ref.steps.data_parallel import ReplicatedStack
 
 OUT_IN, IN_OUT = MatrixLayout(-1, -2), MatrixLayout(-2, -1)
 MERGED = MatrixLayout(reduction_axis=0, output_axis=(1, 2), output_splits=(5, 3))
+BLOCKS_OUT = MatrixLayout(-1, -2, (4, 3, 3))
 STEPS = 3
 TURBO = replace(RECIPES["normuon"], polar=Polar(POLYNOMIALS["aol"], preconditioning="aol"))
 HALF: dict[str, Any] = {"compute_dtype": torch.float32}
@@ -67,10 +75,13 @@ GROUPS: list[tuple[list[tuple[int, ...]], dict[str, Any]]] = [
     ([(12, 7), (7, 12)], {"recipe": "nanochat", "layout": MatrixLayout(-1, -2)}),
     ([(9, 6)], {"recipe": TURBO}),
     ([(2, 6, 8)], {"recipe": "nanochat", "layout": MatrixLayout(-2, -1, (5, 3))}),
+    ([(12, 7), (7, 12), (2, 6)], {"recipe": "muon_h"}),
+    ([(2, 10, 6)], {"recipe": "normuon_h", "layout": BLOCKS_OUT, "lr_mul": [1.0, 2.0]}),
+    ([(3, 5)], {"recipe": replace(RECIPES["normuon_h"], hyperball=Hyperball(radius=2.0))}),
 ]
 """Shapes and settings: counts and sides that no number of ranks divides, every kind of layout, cautious
 and plain decay, scales that need the update's norm, multipliers over the batch, and a second beta2 for
-matrices that share a stack with the first group's; rows that are equilibrated."""
+matrices that share a stack with the first group's; rows that are equilibrated; hyperballs."""
 
 NO_GRADIENT, ZERO_GRADIENT = 1, 2
 """Numbers of the weights that never have a gradient, and that have one of zeros."""
@@ -337,6 +348,33 @@ def kept_entries(place, **keywords) -> int:
     return sum(momentum.to_local().numel() for momentum in momenta)
 
 
+SPHERES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "geodesic": lambda u, w: to_sphere(u, w, lr=0.1),
+    "retraction": lambda u, w: to_sphere(u, w, lr=0.1, path="retraction", angle="tangent", axis=0),
+    "whole matrix": lambda u, w: to_sphere(u, w, lr=0.1, axis=(0, 1)),
+    "own radius": lambda u, w: to_sphere(u, w, lr=torch.tensor(0.1), radius=slice_norms(w)),
+    "projection": lambda u, w: project_to_sphere(u, w),
+    "tangent": lambda u, w: project_to_tangent(u, w),
+    "hyperball": lambda u, w: to_hyperball(u, w, lr=0.1, radius=2.0),
+}
+"""Functions of an update and a weight, both whole or both divided."""
+
+
+def slice_norms(w: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(w, dim=1, keepdim=True)
+
+
+def on_spheres(place) -> dict[str, tuple[torch.Tensor, Any]]:
+    """What each of `SPHERES` makes, whole, and how it lies; one slice has an update along itself."""
+    rng = np.random.default_rng(3)
+    u, w = torch.tensor(rng.standard_normal((2, 5, 8)))
+    u[1] = 2 * w[1]
+    made = {name: function(place(u), place(w)) for name, function in SPHERES.items()}
+    return {
+        name: (whole([each])[0], getattr(each, "placements", None)) for name, each in made.items()
+    }
+
+
 def errors(ranks: int) -> dict[str, str]:
     """What is refused, and how."""
     mesh = init_device_mesh("cpu", (ranks,))
@@ -467,6 +505,7 @@ def all_cases(folder: Path, checkpoints: Path, saving: bool) -> dict[Any, Any]:
         "columns": collectives_of_one_stack(columns),
         "rms": collectives_of_one_stack(rows, recipe="normuon_paper"),
         "muon": collectives_of_one_stack(rows, recipe="muon"),
+        "hyperball": collectives_of_one_stack(rows, recipe="muon_h"),
         "whole matrices": collectives_of_one_stack(
             rows, shape=(4, 12, 8), layout=MatrixLayout(-1, -2)
         ),
@@ -477,6 +516,7 @@ def all_cases(folder: Path, checkpoints: Path, saving: bool) -> dict[Any, Any]:
         "replicas": kept_entries(alone, process_group=dist.group.WORLD),
     }
     result["buffers"] = most_live_buffers()
+    result["spheres"] = {"rows": on_spheres(rows), "columns": on_spheres(columns)}
     if ranks == 4:
         result["errors"] = errors(ranks)
     return result

@@ -7,7 +7,6 @@ import torch
 
 from normuon_core import MatrixLayout
 from torch_ref import NorMuon, describe, join_remainder, to_sphere
-from torch_ref.group_checks import check_process_group
 
 SPLIT = MatrixLayout(2, 1, output_splits=(4, 3, 3))
 BLOCKS = (slice(0, 4), slice(4, 7), slice(7, 10))
@@ -76,13 +75,6 @@ def test_describe_and_triton_say_that_the_kernels_have_no_hyperball():
     assert "radius 8" in text
     with pytest.raises(ValueError, match="cannot run hyperball"):
         made(backend="triton")
-
-
-def test_parts_of_matrices_are_refused_with_a_remedy():
-    _, optimizer = made()
-    with pytest.raises(ValueError, match="group 0: the recipe's hyperball .* or train in JAX"):
-        check_process_group(optimizer.param_groups[0], 0)
-    check_process_group(made(recipe="normuon")[1].param_groups[0], 0)
 
 
 def test_a_slice_without_a_tangent_is_left_alone_and_a_nan_is_not():

@@ -1,5 +1,7 @@
 """The last stage of a recipe whose matrices keep their norms: a step on the hyperball."""
 
+from dataclasses import dataclass
+
 import torch
 
 from normuon_core import MatrixView
@@ -33,13 +35,61 @@ def to_hyperball(
     Returns:
       A new tensor like `param`.
     """
-    length, own = frobenius_norm(update), frobenius_norm(param)
-    rate = rounded(lr, param.dtype) * rounded_multiplier(lr_mul, update)
-    radius = rounded_multiplier(radius, update)
-    target = param - rate * radius * (update / _or_one(length))
-    reached = frobenius_norm(target)
-    still = (length == 0) | (own == 0) | (reached == 0)
-    return (target * (radius / _or_one(reached)) - param).masked_fill(still, 0.0)
+    return HyperballStep.of(update, param, lr=lr, radius=radius, lr_mul=lr_mul).alone()
+
+
+@dataclass(frozen=True)
+class HyperballStep:
+    """The step of `to_hyperball`, apart from its norms: those of whole matrices, (..., 1, 1) each.
+
+    So parts of matrices can make it too, whose squares several processes add up.
+
+    Attributes:
+      update, param: as there, or the same part of each.
+      rate: lr lr_mul. radius: R. Both in the dtype of `param`.
+    """
+
+    update: torch.Tensor
+    param: torch.Tensor
+    rate: Scalar
+    radius: float | torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        update: torch.Tensor,
+        param: torch.Tensor,
+        *,
+        lr: Scalar,
+        radius: float | torch.Tensor,
+        lr_mul: float | torch.Tensor,
+    ) -> "HyperballStep":
+        """From the arguments of `to_hyperball`."""
+        rate = rounded(lr, param.dtype) * rounded_multiplier(lr_mul, update)
+        return cls(update, param, rate, rounded_multiplier(radius, update))
+
+    def alone(self) -> torch.Tensor:
+        """The increment, where this process has the matrices whole."""
+        length, own = frobenius_norm(self.update), frobenius_norm(self.param)
+        target = self.target(length)
+        return self.increment(target, length=length, own=own, reached=frobenius_norm(target))
+
+    def target(self, length: torch.Tensor) -> torch.Tensor:
+        """Where the matrices would be without the projection; `length` is the norm of the update."""
+        return self.param - self.rate * self.radius * (self.update / _or_one(length))
+
+    def increment(
+        self,
+        target: torch.Tensor,
+        *,
+        length: torch.Tensor,
+        own: torch.Tensor,
+        reached: torch.Tensor,
+    ) -> torch.Tensor:
+        """What is added to `param`; `own` is its norm, and `reached` that of the target."""
+        still = (length == 0) | (own == 0) | (reached == 0)
+        projected = target * (self.radius / _or_one(reached))
+        return (projected - self.param).masked_fill(still, 0.0)
 
 
 def starting_radii(param: torch.Tensor, view: MatrixView) -> torch.Tensor:
@@ -50,6 +100,11 @@ def starting_radii(param: torch.Tensor, view: MatrixView) -> torch.Tensor:
     """
     blocks = to_blocks(param.detach().to(working_dtype(param.dtype)), view)
     return from_blocks([frobenius_norm(block) for block in blocks], view)
+
+
+def starting_radii_shape(view: MatrixView) -> tuple[int, ...]:
+    """The shape of `starting_radii`."""
+    return tuple(starting_radii(torch.empty(view.stored_shape, device="meta"), view).shape)
 
 
 def _or_one(norm: torch.Tensor) -> torch.Tensor:

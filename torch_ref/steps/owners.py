@@ -64,6 +64,12 @@ class WeightOnRanks:
         ]
 
     @cached_property
+    def is_divided(self) -> bool:
+        """Whether parts of one matrix lie on several ranks, and are no replicas."""
+        whole = (0, sum(self.view.output_sizes))
+        return any(len(each) > 1 for each in tiles(self.view, self.regions, whole))
+
+    @cached_property
     def is_whole_where_it_is(self) -> bool:
         """Whether each matrix is held by one rank, with all its blocks: nothing has to move.
 

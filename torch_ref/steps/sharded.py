@@ -5,7 +5,8 @@ between, each matrix has an owner (`torch_ref.steps.owners`). The parts' squares
 matrix's norm, X is rounded to the compute dtype where it lies and sent to the owner, which has the
 second moment sent as well; what comes out goes back the same way. For a stack of matrices that is one
 all-reduce of a number a matrix (a number a row, where rows are equilibrated), two all-to-alls of
-matrices and two of statistics, and nothing within the iteration.
+matrices and two of statistics, and nothing within the iteration. A hyperball adds two all-reduces, of
+two numbers a matrix and of one, for all stacks that a rank has memory for at once.
 """
 
 from collections import defaultdict
@@ -23,6 +24,7 @@ from torch_ref.mesh.exchange import Transfer
 from torch_ref.mesh.rectangles import Sharding, mesh_group
 from torch_ref.stages.norms import frobenius_norm
 from torch_ref.stages.stack import StackStages
+from torch_ref.steps.hyperball import HyperballsOnRanks
 from torch_ref.steps.owners import StackOnRanks, WeightOnRanks, plan_on_ranks
 from torch_ref.steps.plan import GroupSpec, Planner, WeightSpec
 from torch_ref.steps.weight import MatrixWeight, beta2_of, group_specs, step_matrices
@@ -90,8 +92,10 @@ def step_sharded_matrices(
             tuple(held for _, held in moving), rank=dist.get_rank(group), ranks=len(order)
         )
         shards = [shard for shard, _ in moving]
+        hyperballs = HyperballsOnRanks(moving, group)
         for wave in waves:
             _step_wave(wave, shards, group)
+            hyperballs.finish(wave)
 
 
 def _step_wave(

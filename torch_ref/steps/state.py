@@ -74,7 +74,13 @@ class KeptState:
         if has_remainder(param, group) and "remainder" not in state:
             state["remainder"] = zeros(view.stored_shape, torch.uint16)
         if keeps_radius(recipe) and "radius" not in state:
-            state["radius"] = starting_radii(param, view)
+            state["radius"] = self._radii(param, view, group)
+
+    def _radii(self, param: torch.Tensor, view: MatrixView, group: Group) -> torch.Tensor:
+        """`radii_now`, where the state lies."""
+        radii = radii_now(param, view)
+        placed = self.placed(param, group, tuple(radii.shape))
+        return radii if placed is None or is_dtensor(radii) else placed.shard_of(radii)
 
     def weight(
         self,
@@ -100,6 +106,15 @@ class KeptState:
             recipe=recipe,
             step=state["step"],
         )
+
+
+def radii_now(param: torch.Tensor, view: MatrixView) -> torch.Tensor:
+    """The norms that a weight's matrices have; all ranks of a DTensor's mesh must call."""
+    if not is_dtensor(param):
+        return starting_radii(param, view)
+    from torch_ref.steps.hyperball import starting_radii_over_ranks
+
+    return starting_radii_over_ranks(param, view)
 
 
 def keeps_radius(recipe: Recipe) -> bool:

@@ -22,7 +22,7 @@ from torch_ref.matrices.plan import PlannedStack
 from torch_ref.matrices.quantization import dequantized, quantized
 from torch_ref.matrices.state import second_moments
 from torch_ref.matrices.views import from_blocks, from_stack, to_blocks, to_stack
-from torch_ref.stages.hyperball import to_hyperball
+from torch_ref.stages.hyperball import HyperballStep
 from torch_ref.stages.momentum import bias_corrected_momentum, heavy_ball_momentum, lerp_momentum
 from torch_ref.stages.remainder import add_to_weight, read_weight
 from torch_ref.stages.shape_scaling import scale_by_shape
@@ -70,6 +70,9 @@ class MatrixWeight:
         self.moments: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
         self.norms: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
         self.missing = sum(map(self.view.matrices, self.runs))
+        # Set where other ranks have parts of the same matrices: a hyperball's step then waits for them.
+        self.is_divided = False
+        self.hyperball_steps: list[HyperballStep] = []
 
     @property
     def beta2(self) -> float:
@@ -172,7 +175,8 @@ class MatrixWeight:
         moment: torch.Tensor | None,
         norm: torch.Tensor | None = None,
     ) -> None:
-        """Takes a run's next matrices back. Those that come last finish the step of the weight.
+        """Takes a run's next matrices back. Those that come last finish the step of the weight, but for
+        the norms that a hyperball takes over ranks (`torch_ref.steps.hyperball`).
 
         Args:
           update: (matrices, rows, columns). moment: (matrices, rows, 1) or (matrices, 1, columns).
@@ -191,23 +195,43 @@ class MatrixWeight:
         if self.recipe.neuron_norm is not None:
             self.keep_moments([torch.cat(self.moments[block]) for block in range(len(self.runs))])
         weights = to_blocks(read_weight(self.param, self.remainder), self.view)
-        increments = [
-            self._increment(block, torch.cat(self.updates[block]).to(self.dtype), weight)
+        updates = [
+            self._update(block, torch.cat(self.updates[block]).to(self.dtype), weight)
             for block, weight in enumerate(weights)
         ]
         self.directions = None
         for arrays in (self.updates, self.moments):
             arrays.clear()
+        lr = rounded(self.group["lr"], self.dtype)
+        if self.recipe.hyperball is None:
+            self.add([update * -lr for update in updates])
+            return
+        steps = [
+            HyperballStep.of(
+                update,
+                weight,
+                lr=lr,
+                radius=self._radius(block),
+                lr_mul=self._over_stack(self.lr_mul, block),
+            )
+            for block, (update, weight) in enumerate(zip(updates, weights, strict=True))
+        ]
+        if self.is_divided:
+            self.hyperball_steps = steps
+        else:
+            self.add([step.alone() for step in steps])
+
+    def add(self, increments: Sequence[torch.Tensor]) -> None:
+        """Ends the step by what is added to each run's matrices, (matrices, rows, columns)."""
+        self.hyperball_steps = []
         add_to_weight(self.param, self.remainder, from_blocks(increments, self.view))
 
-    def _increment(self, block: int, v: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Stages 4 to 6 on a run of blocks, (matrices, rows, columns) in the working dtype."""
+    def _update(self, block: int, v: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Stages 4 and 5 on a run of blocks, (matrices, rows, columns) in the working dtype."""
         rule = self.recipe.decay
-        lr, hyperball = rounded(self.group["lr"], self.dtype), self.recipe.hyperball
-        lr_mul = self._over_stack(self.lr_mul, block)
         weight_decay = rounded(self.group["weight_decay"], self.dtype)
         if rule.rate_power == 2:
-            weight_decay = rounded_product(lr, weight_decay, self.dtype)
+            weight_decay = rounded_product(self.group["lr"], weight_decay, self.dtype)
         decay = partial(
             add_cautious_weight_decay,
             param=weight,
@@ -221,19 +245,18 @@ class MatrixWeight:
             rule=self.recipe.shape_scale,
             output_is_rows=self.view.output_is_rows,
             # On a hyperball the size of an update is nothing, and lr_mul a factor of the rate.
-            lr_mul=lr_mul if hyperball is None else 1.0,
+            lr_mul=1.0 if self.recipe.hyperball else self._over_stack(self.lr_mul, block),
             direction=v,
             sides=self.sides(block),
             norm=torch.cat(self.norms[block]) if self.norms[block] else None,
         )
-        update = scale(decay(v)) if rule.inside_scale else decay(scale(v))
-        if hyperball is None:
-            return update * -lr
-        radius = self._radius(block) if hyperball.radius is None else hyperball.radius
-        return to_hyperball(update, weight, lr=lr, radius=radius, lr_mul=lr_mul)
+        return scale(decay(v)) if rule.inside_scale else decay(scale(v))
 
-    def _radius(self, block: int) -> torch.Tensor:
-        """The norms that a run's matrices had at the start, (matrices, 1, 1)."""
+    def _radius(self, block: int) -> float | torch.Tensor:
+        """The norms that a run's matrices keep: a number, or (matrices, 1, 1) as at the start."""
+        assert self.recipe.hyperball is not None
+        if self.recipe.hyperball.radius is not None:
+            return self.recipe.hyperball.radius
         return to_blocks(self.state["radius"], self.view, [1] * len(self.runs))[block]
 
     def _over_stack(self, value: float | torch.Tensor, block: int) -> float | torch.Tensor:
