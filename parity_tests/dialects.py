@@ -237,6 +237,27 @@ _HYPERBALL: dict[str, _Reader] = {
     "hyperball_eps": _elsewhere,
 }
 
+
+def _track_3_coefficients(settings: Settings, value: Any) -> Settings:
+    """Of track 3 of modded-nanogpt, which adds 1e-7 to the norm before it."""
+    settings = _coefficients(settings, value)
+    return _with_stage(settings, "polar", norm_scale=1.0, eps=1e-7, eps_rule="add")
+
+
+def _variance_axis(settings: Settings, value: str) -> Settings:
+    return _with_stage(settings, "neuron_norm", axis=value)
+
+
+def _variance_eps(settings: Settings, value: float) -> Settings:
+    return _with_stage(settings, "neuron_norm", eps=float(value))
+
+
+_NORMUON_H: dict[str, _Reader] = {
+    "ns_coefficients": _track_3_coefficients,
+    "variance_axis": _variance_axis,
+    "eps": _variance_eps,
+}
+
 _OWN: dict[str, dict[str, _Reader]] = {
     "muon_2024_10": {
         "nesterov": _only(True, because="without Nesterov the original forgets its momentum"),
@@ -245,6 +266,7 @@ _OWN: dict[str, dict[str, _Reader]] = {
     "moonlight": {"adamw_betas": _elsewhere, "adamw_eps": _elsewhere},
     "dion_muon": _DION,
     "muon_h": _HYPERBALL,
+    "normuon_h": _NORMUON_H,
     "dion_normuon": _DION,
     "torch_muon": {
         "adjust_lr_fn": _shape_rule(

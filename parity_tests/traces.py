@@ -146,6 +146,9 @@ def _weight(name, spec, settings: Settings, dialect, arrays, last) -> Weight:
         # dion scales a block before its second moment is taken, so its floor stands elsewhere.
         if recipe.neuron_norm is not None:
             bound, compared = 1e-6, False
+    if dialect == "normuon_h" and shape[0] > shape[1]:
+        # The original's shape factor stands before its second moment, and cancels behind it.
+        compared = False
     if "num_heads" in spec:
         target = (spec["num_heads"], shape[0] // spec["num_heads"], shape[1])
     if label == "attn":
