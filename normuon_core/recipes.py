@@ -376,7 +376,8 @@ RECIPES: dict[str, Recipe] = {
     "normuon_h": dataclasses.replace(
         _MUON_H,
         neuron_norm=NeuronNorm(),
-        source="optax_normuon: `muon_h` with the second moment of `normuon`",
+        source="optax_normuon: `muon_h` with the second moment of `normuon`. With another polynomial and"
+        " axis NorMuonH of KellerJordan/modded-nanogpt, track 3, 20260430_normuonh",
     ),
 }
 
