@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from tests.in_torch.distributed_cases import build, build_fsdp, build_replicas, train
+from tests.in_torch.distributed_cases import alone, build, build_fsdp, build_replicas, train
 from torch_ref import (
     parameters_from_arrays,
     parameters_to_arrays,
@@ -58,6 +58,26 @@ def moved_over_ranks(folder: Path) -> dict[str, list[str]]:
             assert 0 < held < whole, (held, whole, dist.get_rank())
             result[f"{way}, {name}"] = unlike + sorted(back.keys() - arrays.keys())
     return result
+
+
+def radii_before_the_first_step() -> dict[str, float]:
+    """For each way of working, how far the radii of a new optimizer are from those of one process."""
+    expected = radii(*build(alone))
+    result = {}
+    for way, make in (("fully_shard", build_fsdp), ("process_group", build_replicas)):
+        found = radii(*make())
+        assert found.keys() == expected.keys() != set()
+        result[way] = max(np.abs(found[key] / expected[key] - 1).max() for key in expected)
+    return result
+
+
+def radii(weights, optimizer):
+    arrays = state_to_arrays(optimizer, named(weights))
+    return {key: array for key, array in arrays.items() if key.startswith("radius/")}
+
+
+def all_cases(folder: Path):
+    return moved_over_ranks(folder), radii_before_the_first_step()
 
 
 def same_bits(read, own) -> bool:

@@ -18,7 +18,7 @@ from studies.finetune.data import Sizes, made, read
 from studies.finetune.plan import ALL, Plan
 from studies.finetune.problems import draw, held_out, known
 from studies.finetune.report import Report
-from studies.finetune.study import Finetune
+from studies.finetune.study import SMALL, Finetune
 from studies.finetune.task import RESULT, _behind, answers, update_size
 from studies.intervals import interval
 from studies.lab import Lab, OutOfTime
@@ -405,6 +405,18 @@ def test_a_row_that_is_no_problem_is_an_error_that_names_its_line(files, row, me
         with pytest.raises(BadInput, match=f"{path.name}, {message}"):
             read(*files, IN_FILES)
         path.write_text("\n".join(lines))
+
+
+def test_rows_of_a_file_are_of_a_setup_that_says_which(files):
+    train, test = files
+    study = Finetune(small=True, train=train, test=test)
+    size, problems, source = study._problems(SMALL)
+    assert size.model.context == size.data.context == SMALL.long > SMALL.data.context
+    assert f" {len(problems.train)} problems" in size.tuned
+    assert f" {len(problems.train)} problems as prose" in size.base
+    test.write_text(test.read_text().strip())
+    assert study._problems(SMALL)[2] != source
+    assert Finetune()._problems(SMALL)[::2] == (SMALL, "made problems")
 
 
 def test_too_few_problems_and_too_long_ones_are_errors(files):
