@@ -10,8 +10,8 @@ How a study is added, with `parts` as the pattern:
 3. Ask for `Trial`s in the order in which they decide: `Lab.run(arm, trials)` trains those that the
    ledger lacks, many side by side (`lanes.py`), and adds a row for each. `search.py` finds the rates of
    an arm by rounds of trials.
-4. Write a table and a picture from the ledger's rows (`tables.py`, `intervals.py`, `crossing.py`), also
-   where the study was stopped halfway.
+4. Write a table and a picture from the ledger's rows (`page.py`, `tables.py`, `intervals.py`,
+   `crossing.py`), also where the study was stopped halfway (`lab.until_out_of_time`).
 5. Name the study's dataclass in `__main__.py`; it has the fields of `Options` and a method `run`. Give
    it a page in `docs/studies/`.
 """

@@ -1,8 +1,9 @@
 """Where a study's trials are run: what the ledger has is not run again, and time is kept."""
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -14,6 +15,15 @@ from studies.trial import Trial
 
 class OutOfTime(Exception):
     """The next trials would end behind the limit."""
+
+
+@contextlib.contextmanager
+def until_out_of_time() -> Iterator[None]:
+    """Ends the work within it where the limit of a lab does, and says so."""
+    try:
+        yield
+    except OutOfTime:
+        print("the time is over; the same command goes on")
 
 
 class Lab:

@@ -1,5 +1,6 @@
 """Arms tuned by equally many trials, on seeds of their own."""
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -7,11 +8,43 @@ from typing import NamedTuple
 import numpy as np
 
 from studies.lab import Lab
+from studies.pretraining import Pretraining
 from studies.search import Axis, Point, best, is_inside, next_round, values_at
 from studies.trial import Trial
 
 FIRST_SEED = 1000
 """Tuning's seeds start here, and a comparison's at 0: no arm is tuned on its test."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TunedSize:
+    """Of a form of a study that tunes its arms.
+
+    Attributes:
+      lanes: trainings side by side. seeds: of the comparison. tuning_seeds: of each point of a grid.
+      rounds, most_rounds: of tuning, each of `lanes / tuning_seeds` points.
+    """
+
+    setup: Pretraining
+    lanes: int
+    seeds: int
+    tuning_seeds: int
+    rounds: int
+    most_rounds: int
+
+    @property
+    def points(self) -> int:
+        return self.lanes // self.tuning_seeds
+
+    def tuning(self, lab: Lab, axes: Mapping[str, Sequence[Axis]]) -> "Tuning":
+        """Of trials of the full length; `axes` by arm."""
+        return Tuning(
+            lab,
+            axes,
+            seeds=self.tuning_seeds,
+            points=self.points,
+            evaluations=self.setup.evaluations,
+        )
 
 
 class Found(NamedTuple):

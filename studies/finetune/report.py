@@ -18,10 +18,10 @@ from studies.finetune.plan import ALL, AXIS, FIRST, RATES, ROUNDED, STEPS, Plan,
 from studies.intervals import Interval, interval
 from studies.ledger import Ledger, Row
 from studies.options import Options
+from studies.page import MISSING, write_page
 from studies.pictures import COLORS, panels, save
 from studies.tables import markdown
 
-MISSING = "not run"
 SHOWN = ("loss", "exact", "held_out_exact", "old_loss")
 HEADINGS = ("answer loss", "right answers", "right, held-out templates", "old task's loss")
 
@@ -35,7 +35,6 @@ def write_report(
       old: the bases' losses on the old task, by optimizer.
     """
     report = Report(ledger, plan)
-    machines = sorted({f"{row.machine}; {row.versions}" for row in ledger})
     before = ", ".join(f"{name} {np.mean(losses):.4f}" for name, losses in old.items()) or MISSING
     sections = {
         "The best update size of each optimizer": report.best(),
@@ -44,16 +43,12 @@ def write_report(
         "Everything orthogonalized, plain SGD on norms": report.everything(),
         "Number formats: difference from float32": report.formats(),
     }
-    text = [
-        "# finetune\n",
-        f"Written by `python -m studies finetune`. Setup: {setup}.\n",
-        f"Machine: {' | '.join(machines) or MISSING}.\n",
+    paragraphs = [
         f"The old task's loss before fine-tuning, nats a byte: {before}. Intervals are 95 %, over"
         f" {plan.seeds} paired seeds.\n",
         *(f"## {heading}\n\n{table}" for heading, table in sections.items()),
     ]
-    options.out.mkdir(parents=True, exist_ok=True)
-    options.file("finetune", "md").write_text("\n".join(text))
+    write_page(options, "finetune", setup, ledger, paragraphs)
     report.draw(options.file("finetune", "png"))
 
 

@@ -13,7 +13,7 @@ from studies.finetune.data import Problems, Sizes, made, on_device, read
 from studies.finetune.plan import Plan
 from studies.finetune.report import write_report
 from studies.finetune.task import answer_task, base_task, update_size
-from studies.lab import Lab, OutOfTime
+from studies.lab import Lab, until_out_of_time
 from studies.lanes import Lanes
 from studies.ledger import Ledger
 from studies.options import Options
@@ -135,13 +135,8 @@ class Finetune(Options):
             left = self.minutes - (time.monotonic() - start) / 60
         lab = self._lab(size, setup, data | {"bases": weights}, left)
         try:
-            for trials in size.plan.groups(lab.ledger):
-                arms = {trial.arm for trial in trials if trial not in lab.ledger}
-                if arms:
-                    lab.prepare(OPTIMIZERS if arms <= set(OPTIMIZERS) else ORDER)
-                lab.run(trials)
-        except OutOfTime:
-            print("the time is over; the same command goes on")
+            with until_out_of_time():
+                run_all(size.plan, lab)
         finally:
             write_report(self, setup, lab.ledger, size.plan, old)
 
@@ -171,6 +166,19 @@ class Finetune(Options):
         )
         lanes = Lanes(task, trainings, names=NAMES, data=data, count=size.lanes)
         return Lab(lanes, ledger, averaged=("update_rms",), minutes=minutes)
+
+
+def run_all(plan: Plan, lab: Lab) -> None:
+    """Every trial, what decides most first.
+
+    Raises:
+      OutOfTime: the lab's limit would be passed; what was finished is kept.
+    """
+    for trials in plan.groups(lab.ledger):
+        arms = {trial.arm for trial in trials if trial not in lab.ledger}
+        if arms:
+            lab.prepare(OPTIMIZERS if arms <= set(OPTIMIZERS) else ORDER)
+        lab.run(trials)
 
 
 def _training(arm: str, task: Task, make: MakeOptimizer, size: Size):

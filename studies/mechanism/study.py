@@ -7,11 +7,12 @@ import numpy as np
 
 from examples.gpt import GPTConfig
 from studies.intervals import interval
-from studies.lab import Lab, OutOfTime
+from studies.lab import Lab, until_out_of_time
 from studies.lanes import Lanes
 from studies.ledger import Ledger, Row
 from studies.mechanism.measures import MEASURES, measures
 from studies.options import Options
+from studies.page import MISSING, write_page
 from studies.parts.arms import ADAMW, NAMES, OF_MUON, optimizers
 from studies.pictures import COLORS, panels, save
 from studies.pretraining import Pretraining, pretraining, text
@@ -34,7 +35,6 @@ TITLES = dict(
         strict=True,
     )
 )
-MISSING = "not run"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,12 +97,11 @@ class Mechanism(Options):
         lab = Lab(lanes, ledger, minutes=self.minutes)
         trials = {arm: _trials(arm, size) for arm in ARMS}
         try:
-            missing = [arm for arm in ARMS if any(trial not in ledger for trial in trials[arm])]
-            lab.prepare(missing)
-            for arm in ARMS:
-                lab.run(trials[arm], curves=True)
-        except OutOfTime:
-            print("the time is over; the same command goes on")
+            with until_out_of_time():
+                missing = [arm for arm in ARMS if any(trial not in ledger for trial in trials[arm])]
+                lab.prepare(missing)
+                for arm in ARMS:
+                    lab.run(trials[arm], curves=True)
         finally:
             found = {
                 arm: [ledger[trial] for trial in own]
@@ -128,18 +127,13 @@ def _one_step_longer(make: MakeOptimizer) -> MakeOptimizer:
 
 def _write(options: Options, setup: Pretraining, found: dict[str, list[Row]], seeds: int) -> None:
     rows = [row for own in found.values() for row in own]
-    machines = sorted({f"{row.machine}; {row.versions}" for row in rows})
     lines = [[arm, *(_cell(found.get(arm), name) for name in MEASURES)] for arm in ARMS]
-    content = [
-        "# mechanism\n",
-        f"Written by `python -m studies mechanism`. Setup: {setup}.\n",
-        f"Machine: {' | '.join(machines) or MISSING}.\n",
+    sections = [
         "Means over the second half of the run and over the blocks' matrices; intervals are 95 %, over"
         f" {seeds} seeds.\n",
         markdown(["arm", *TITLES.values()], lines),
     ]
-    options.out.mkdir(parents=True, exist_ok=True)
-    options.file("mechanism", "md").write_text("\n".join(content))
+    write_page(options, "mechanism", str(setup), rows, sections)
     figure, axes = panels(len(MEASURES), width=3.6)
     for each, name in zip(axes, MEASURES, strict=True):
         for color, arm in zip(COLORS, ARMS, strict=False):

@@ -9,6 +9,7 @@ from studies.crossing import steps_to
 from studies.intervals import Interval, interval
 from studies.ledger import Ledger, Row
 from studies.options import Options
+from studies.page import MISSING, write_page
 from studies.parts.arms import ADAMW, ORDER
 from studies.pictures import COLORS, panels, save
 from studies.pretraining import Pretraining
@@ -23,16 +24,13 @@ PAIRS = (
 )
 """Differences that are tabled: (arm, what it is compared with)."""
 
-MISSING = "not run"
-
 
 def write_report(
     options: Options, setup: Pretraining, ledger: Ledger, tuning: Tuning, *, seeds: Sequence[int]
 ) -> None:
     """Writes `parts.md` and `parts.png` (with `_small` in the small form)."""
     report = Report(setup, ledger, tuning, seeds)
-    options.out.mkdir(parents=True, exist_ok=True)
-    options.file("parts", "md").write_text(report.text())
+    write_page(options, "parts", str(setup), report.rows, report.sections())
     if report.finished:
         report.draw(options.file("parts", "png"))
 
@@ -49,13 +47,14 @@ class Report:
         """Arms whose comparison has been run."""
         return [arm for arm in ORDER if self.finals[arm]]
 
-    def text(self) -> str:
-        rows = [row for own in self.finals.values() for row in own]
-        machines = sorted({f"{row.machine}; {row.versions}" for row in rows})
-        parts = [
-            "# parts\n",
-            f"Written by `python -m studies parts`. Setup: {self._setup}.\n",
-            f"Machine: {' | '.join(machines) or MISSING}.\n",
+    @property
+    def rows(self) -> list[Row]:
+        """Of the comparison."""
+        return [row for own in self.finals.values() for row in own]
+
+    def sections(self) -> list[str]:
+        """Paragraphs and tables."""
+        return [
             f"Losses are nats a byte on held-out text; intervals are 95 %, over {len(self._seeds)}"
             " paired seeds.\n",
             self._arms(),
@@ -64,7 +63,6 @@ class Report:
             "## Shorter runs, each with its own decay\n",
             self._shorter(),
         ]
-        return "\n".join(parts)
 
     def draw(self, path) -> None:
         figure, (left, right) = panels(2)

@@ -3,7 +3,7 @@
 import dataclasses
 
 from examples.gpt import GPTConfig
-from studies.lab import Lab, OutOfTime
+from studies.lab import Lab, until_out_of_time
 from studies.lanes import Lanes
 from studies.ledger import Ledger
 from studies.options import Options
@@ -12,33 +12,17 @@ from studies.parts.report import write_report
 from studies.pretraining import Pretraining, pretraining, text
 from studies.training import training
 from studies.trial import Trial
-from studies.tuning import Tuning
+from studies.tuning import TunedSize, Tuning
 
 SHORTER = ("Muon", "all")
 """Arms that are also trained with fewer steps, each length with its own decay to zero."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Size:
-    """Of a form of the study.
+class Size(TunedSize):
+    """`fractions` are the lengths of the shorter runs, in evaluations."""
 
-    Attributes:
-      lanes: trainings side by side. seeds: of the comparison. tuning_seeds: of each point of a grid.
-      rounds, most_rounds: of tuning, each of `lanes / tuning_seeds` points.
-      fractions: lengths of the shorter runs, in evaluations.
-    """
-
-    setup: Pretraining
-    lanes: int
-    seeds: int
-    tuning_seeds: int
-    rounds: int
-    most_rounds: int
     fractions: tuple[int, ...]
-
-    @property
-    def points(self) -> int:
-        return self.lanes // self.tuning_seeds
 
 
 FULL = Size(
@@ -80,17 +64,10 @@ class Parts(Options):
     def run(self) -> None:
         size = SMALL if self.small else FULL
         lab = self._lab(size)
-        tuning = Tuning(
-            lab,
-            {arm: axes(arm) for arm in ORDER},
-            seeds=size.tuning_seeds,
-            points=size.points,
-            evaluations=size.setup.evaluations,
-        )
+        tuning = size.tuning(lab, {arm: axes(arm) for arm in ORDER})
         try:
-            self._trials(size, lab, tuning)
-        except OutOfTime:
-            print("the time is over; the same command goes on")
+            with until_out_of_time():
+                self._trials(size, lab, tuning)
         finally:
             write_report(self, size.setup, lab.ledger, tuning, seeds=range(size.seeds))
 

@@ -4,10 +4,9 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from studies.lab import Lab
-from studies.pretraining import Pretraining
 from studies.sphere.arms import DOWNHILL, GEODESIC, ORDER, PROJECTION, RETRACTION, UPHILL
 from studies.trial import Trial
-from studies.tuning import FIRST_SEED, Tuning
+from studies.tuning import FIRST_SEED, TunedSize, Tuning
 
 RATES = (0.001, 0.003, 0.01, 0.023, 0.05, 0.1)
 """Of the published sweep; it goes on by factors of two or a half until the best lies inside."""
@@ -20,31 +19,10 @@ PUBLISHED = ((UPHILL, 7), (DOWNHILL, 7), (DOWNHILL, NEVER))
 
 
 @dataclasses.dataclass(frozen=True)
-class Size:
-    """Of a form of the study.
-
-    Attributes:
-      lanes: trainings side by side. seeds: of the comparison. tuning_seeds: of each point of a grid.
-      rounds, most_rounds: of tuning, each of `lanes / tuning_seeds` points.
-    """
-
-    setup: Pretraining
-    lanes: int
-    seeds: int
-    tuning_seeds: int
-    rounds: int
-    most_rounds: int
-
-    @property
-    def points(self) -> int:
-        return self.lanes // self.tuning_seeds
-
-
-@dataclasses.dataclass(frozen=True)
 class Comparisons:
     """The trials, with the values that tuning has found so far."""
 
-    size: Size
+    size: TunedSize
     lab: Lab
     tuning: Tuning
 

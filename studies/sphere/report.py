@@ -8,6 +8,7 @@ import numpy as np
 from studies.intervals import Interval, interval
 from studies.ledger import Row
 from studies.options import Options
+from studies.page import MISSING, write_page
 from studies.pictures import COLORS, panels, save
 from studies.sphere.arms import FROZEN, GEODESIC, ORDER, PROJECTION, RETRACTION, SWEPT
 from studies.sphere.plan import LAZY, NEVER, PUBLISHED, Comparisons
@@ -31,14 +32,12 @@ PAIRS = (
 
 DRAWN = 9
 """So many of them; the last two are larger by far."""
-MISSING = "not run"
 
 
 def write_report(options: Options, plan: Comparisons) -> None:
     """Writes `sphere.md` and `sphere.png` (with `_small` in the small form)."""
     report = Report(plan)
-    options.out.mkdir(parents=True, exist_ok=True)
-    options.file("sphere", "md").write_text(report.text())
+    write_page(options, "sphere", f"nGPT, {plan.size.setup}", plan.lab.ledger, report.sections())
     report.draw(options.file("sphere", "png"))
 
 
@@ -49,13 +48,10 @@ class Report:
         self._plan, self._ledger = plan, plan.lab.ledger
         self.finals = {arm: self._rows(plan.finals(arm)) for arm in ORDER}
 
-    def text(self) -> str:
+    def sections(self) -> list[str]:
+        """Paragraphs and tables."""
         size = self._plan.size
-        machines = sorted({f"{row.machine}; {row.versions}" for row in self._ledger})
-        parts = [
-            "# sphere\n",
-            f"Written by `python -m studies sphere`. Setup: nGPT, {size.setup}.\n",
-            f"Machine: {' | '.join(machines) or MISSING}.\n",
+        return [
             f"Losses are nats a byte on held-out text; intervals are 95 %, over {size.seeds} paired"
             " seeds. Drift is the mean distance of the matrices' slices from norm 1.\n",
             self._arms(),
@@ -73,7 +69,6 @@ class Report:
             f"Final loss, mean of {size.tuning_seeds} seeds of tuning.\n",
             self._sweeps(),
         ]
-        return "\n".join(parts)
 
     def draw(self, path) -> None:
         figure, (left, right) = panels(2)

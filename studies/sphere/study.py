@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from examples.ngpt import AXES, NGPTConfig, role_of
 from examples.optimizers import is_matrix
-from studies.lab import Lab, OutOfTime
+from studies.lab import Lab, until_out_of_time
 from studies.lanes import Lanes
 from studies.ledger import Ledger
 from studies.options import Options
@@ -25,13 +25,13 @@ from studies.sphere.arms import (
     axes,
     optimizers,
 )
-from studies.sphere.plan import LAZY, PUBLISHED, Comparisons, Size
+from studies.sphere.plan import LAZY, PUBLISHED, Comparisons
 from studies.sphere.record import run_record
 from studies.sphere.report import write_report
 from studies.training import Data, Task, training
-from studies.tuning import Tuning
+from studies.tuning import TunedSize
 
-FULL = Size(
+FULL = TunedSize(
     Pretraining(
         NGPTConfig(width=256, depth=4, heads=4, context=128, dtype="bfloat16"),
         batch=16,
@@ -45,7 +45,7 @@ FULL = Size(
     rounds=2,
     most_rounds=5,
 )
-SMALL = Size(
+SMALL = TunedSize(
     Pretraining(
         NGPTConfig(width=32, depth=1, heads=2, context=32),
         batch=4,
@@ -76,21 +76,14 @@ class Sphere(Options):
             return
         size = SMALL if self.small else FULL
         lab = self._lab(size)
-        tuning = Tuning(
-            lab,
-            {arm: axes(arm) for arm in ORDER},
-            seeds=size.tuning_seeds,
-            points=size.points,
-            evaluations=size.setup.evaluations,
-        )
+        tuning = size.tuning(lab, {arm: axes(arm) for arm in ORDER})
         try:
-            run_all(Comparisons(size, lab, tuning))
-        except OutOfTime:
-            print("the time is over; the same command goes on")
+            with until_out_of_time():
+                run_all(Comparisons(size, lab, tuning))
         finally:
             write_report(self, Comparisons(size, lab, tuning))
 
-    def _lab(self, size: Size) -> Lab:
+    def _lab(self, size: TunedSize) -> Lab:
         setup = size.setup
         task = with_drift(pretraining(setup))
         trainings = {

@@ -21,10 +21,12 @@ from studies.finetune.report import Report
 from studies.finetune.study import SMALL, Finetune
 from studies.finetune.task import RESULT, _behind, answers, update_size
 from studies.intervals import interval
-from studies.lab import Lab, OutOfTime
+from studies.lab import Lab, OutOfTime, until_out_of_time
 from studies.lanes import Lanes
 from studies.ledger import Ledger, Row
 from studies.mechanism.measures import singular_spread
+from studies.options import Options
+from studies.page import write_page
 from studies.parts.arms import add_randomly_masked_decay
 from studies.pretraining import random_windows
 from studies.search import Axis, best, is_inside, next_round, values_at
@@ -178,6 +180,19 @@ def test_behind_the_limit_nothing_is_begun_and_what_was_finished_stays(tmp_path)
     with pytest.raises(OutOfTime):
         lab.run(trials())
     assert lab.lanes.asked == 0
+    with until_out_of_time():
+        lab.run(trials())
+    with pytest.raises(KeyError), until_out_of_time():
+        lab.ledger[trials()[0]]
+
+
+def test_a_page_says_on_which_machines_its_rows_were_run(lab, tmp_path):
+    row = lab.run(trials(seeds=[1]))[0]
+    write_page(Options(small=True, out=tmp_path), "parts", "a quadratic", [row, row], ["Nothing."])
+    head, written, machines, nothing = (tmp_path / "parts_small.md").read_text().split("\n\n")
+    assert (head, nothing) == ("# parts", "Nothing.")
+    assert written == "Written by `python -m studies parts`. Setup: a quadratic."
+    assert machines == f"Machine: {row.machine}; {row.versions}."
 
 
 def test_a_rate_goes_to_zero_behind_the_last_step():

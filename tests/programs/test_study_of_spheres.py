@@ -93,7 +93,9 @@ def test_the_study_tables_what_was_made_up_and_goes_on_where_it_stopped(tmp_path
     first = MadeUp(fails_after=3)
     with pytest.raises(OutOfTime):
         run_all(plan_on(first, tmp_path))
-    assert "| geodesic − projection | not run |" in Report(plan_on(MadeUp(), tmp_path)).text()
+    assert "| geodesic − projection | not run |" in "\n".join(
+        Report(plan_on(MadeUp(), tmp_path)).sections()
+    )
     lanes = MadeUp()
     plan = plan_on(lanes, tmp_path)
     run_all(plan)
@@ -101,7 +103,7 @@ def test_the_study_tables_what_was_made_up_and_goes_on_where_it_stopped(tmp_path
     run_all(plan_on(again, tmp_path))
     assert again.batches == 0 < lanes.batches
     report = Report(plan)
-    text = report.text()
+    text = "\n".join(report.sections())
     assert "not run" not in text
     assert text.count("| geodesic − projection | +0.0000 ± 0.0000 | no difference seen |") == 2
     assert "| 20 | +0.2000 ± 0.0000 | higher | 0.0e+00 |" in text
