@@ -134,7 +134,7 @@ def _write(options: Options, setup: Pretraining, found: dict[str, list[Row]], se
         markdown(["arm", *TITLES.values()], lines),
     ]
     write_page(options, "mechanism", str(setup), rows, sections)
-    figure, axes = panels(len(MEASURES), width=3.6)
+    figure, axes = panels(len(MEASURES), width=3.6, height=3.2)
     for each, name in zip(axes, MEASURES, strict=True):
         for color, arm in zip(COLORS, ARMS, strict=False):
             if arm in found:
