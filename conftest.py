@@ -20,8 +20,8 @@ if "ORDINARY_XLA" not in os.environ:
 # JAX keeps many small objects alive, and collecting them again and again takes a seventh of the time.
 gc.set_threshold(200_000, 20, 20)
 
-# Many tests compile the same program, in this process and in others: each is compiled once. The processes
-# that tests start inherit the environment.
+# Many tests compile the same program, in this process and in others, and in processes that they start,
+# which inherit the environment: each is compiled once.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent / ".pytest_cache" / "compiled")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
