@@ -20,15 +20,14 @@ if "ORDINARY_XLA" not in os.environ:
 # JAX keeps many small objects alive, and collecting them again and again takes a seventh of the time.
 gc.set_threshold(200_000, 20, 20)
 
-import jax  # noqa: E402 - XLA reads its flags once, at import
-import pytest  # noqa: E402
+# Many tests compile the same program, in this process and in others, and in processes that they start,
+# which inherit the environment: each is compiled once.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent / ".pytest_cache" / "compiled")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-# Many tests compile the same program, in this process and in others: each is compiled once.
-jax.config.update(
-    "jax_compilation_cache_dir", str(Path(__file__).parent / ".pytest_cache" / "compiled")
-)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+import jax  # noqa: E402 - JAX and XLA read the environment once, at import
+import pytest  # noqa: E402
 
 # A callback may wait for arrays that the one thread which runs it has still to compute.
 jax.config.update("jax_cpu_enable_async_dispatch", False)

@@ -1,5 +1,6 @@
 """`optax_normuon.apply`: the bits of `update` and `apply_updates`, added in the kernels if it may be."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -246,10 +247,10 @@ def test_on_a_mesh_each_device_adds_to_its_part(finished):
         for _ in range(2)
     )
     with jax.set_mesh(mesh):
-        state = tx.init(params)
-        expected = _update_and_add(tx, grads, state, params)
+        state = jax.jit(tx.init)(params)
+        expected = jax.jit(functools.partial(_update_and_add, tx))(grads, state, params)
         del finished[:]
-        found = optax_normuon.apply(tx, grads, state, params)
+        found = jax.jit(functools.partial(optax_normuon.apply, tx))(grads, state, params)
     assert_same_bits(found, expected)
     assert finished
     assert all(added(finished))
@@ -292,7 +293,7 @@ def test_an_nnx_optimizer_that_steps_in_place(finished):
 
 @pytest.mark.parametrize(
     "tx",
-    [optax.adamw(0.1), optax_normuon.normuon(0.1, layout=LAYOUT)],
+    [optax.adamw(0.1), optax_normuon.normuon(0.1, layout=LAYOUT, **KERNELS | {"backend": "xla"})],
     ids=["optax.adamw", "normuon by XLA"],
 )
 def test_without_kernels_it_is_the_two_calls(tx):

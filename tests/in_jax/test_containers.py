@@ -407,7 +407,12 @@ def test_nnx_parameters_with_partitioning_and_their_state_lie_on_a_mesh(mode, na
         model = Nnx(nnx.Rngs(0))
         before = np.asarray(model.up.kernel[...])
         optimizer = nnx.Optimizer(model, OPTIMIZERS[name], wrt=nnx.Param)
-        optimizer.update(model, jax.tree.map(jnp.cos, nnx.state(model, nnx.Param)))
+
+        @nnx.jit
+        def train(model, optimizer):
+            optimizer.update(model, jax.tree.map(jnp.cos, nnx.state(model, nnx.Param)))
+
+        train(model, optimizer)
         after = model.up.kernel[...]
     assert after.sharding.spec == jax.P("fsdp", "tp")
     assert not np.array_equal(before, after)

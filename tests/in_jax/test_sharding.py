@@ -165,7 +165,7 @@ def test_the_scale_of_a_divided_matrix_is_that_of_the_whole_one(mode, keywords):
     mesh = mesh_of(mode, fsdp=4, tp=2)
     updates = []
     for where, specs in ((mesh, SPECS if mode == AUTO else None), (None, None)):
-        tx = optimizer(param_specs=specs, **keywords)
+        tx = optimizer(param_specs=specs, steps=1, **keywords)
         params = put(draw(SHAPES), SPECS, where)
         updates.append(jax.jit(tx.update)(params, tx.init(params), params)[0])
     assert difference(*updates) < BOUNDS["state"]
@@ -311,7 +311,8 @@ def test_a_ceiling_bounds_the_stacks_of_a_device():
 def test_stages_alone_work_on_a_mesh(stage):
     make = getattr(optax_normuon, stage)
     with_products = stage in ("orthogonalize", "scale_by_normuon")
-    tx = make(layout=LAYOUT, **({"compute_dtype": jnp.float32} if with_products else {}))
+    keywords = {"compute_dtype": jnp.float32, "steps": 1} if with_products else {}
+    tx = make(layout=LAYOUT, **keywords)
     mesh = mesh_of(fsdp=4, tp=2)
     on_mesh, on_one = (
         jax.jit(tx.update)(put(draw(SHAPES), SPECS, m), tx.init(put(draw(SHAPES), SPECS, m)))
@@ -322,7 +323,7 @@ def test_stages_alone_work_on_a_mesh(stage):
 
 def test_without_specs_automatic_mode_is_left_to_the_compiler():
     mesh = mesh_of(AUTO, fsdp=4, tp=2)
-    tx = optimizer()
+    tx = optimizer(steps=1)
     params = put(draw(SHAPES), SPECS, mesh)
     updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
     alone = put(draw(SHAPES), SPECS, None)

@@ -27,6 +27,7 @@ from examples.word_problems import write_problems
 from optax_normuon import update_diagnostics
 
 TINY = ["--batch=4", "--evaluate-every=10", "--evaluation-batches=2", "--samples=1"]
+LOGGED = ("diagnostics", "tensorboard")  # what fine-tuning alone writes
 MODEL = ["--width=32", "--depth=2", "--heads=4", "--kv-heads=2", "--context=128", "--scan=True"]
 MEASURED = 3.3e-6  # the largest difference of a loss on a mesh, in nats
 
@@ -51,7 +52,7 @@ def runs(problems, tmp_path_factory):
     assert run("pretrain", *told, *MODEL, *TINY) == 0
     for phase, start, rows in (("sft", "base", "sft.jsonl"), ("dpo", "sft", "pairs.jsonl")):
         told = [out / start, f"--data={problems / rows}", f"--output={out / phase}"]
-        written = ["--diagnostics=True", "--log-every=5", f"--tensorboard={phase == 'sft'}"]
+        written = ["--log-every=5", *(f"--{name}={phase == 'sft'}" for name in LOGGED)]
         assert run(phase, *told, "--steps=10", *written, *TINY) == 0
     return out
 

@@ -19,7 +19,7 @@ from examples.runs import read_run
 from examples.word_problems import write_problems
 
 ROOT = Path(__file__).parents[2]
-SIZES = ["--batch=8", "--steps=4", "--evaluate-every=2", "--evaluation-batches=2", "--samples=1"]
+SIZES = ["--batch=8", "--steps=4", "--evaluate-every=2", "--evaluation-batches=2"]
 MODEL = ["--width=32", "--depth=1", "--heads=2", "--context=128"]
 DATA = {"pretrain": "text", "sft": "sft.jsonl", "dpo": "pairs.jsonl"}
 MEASURED = 1.5e-6  # the largest difference of a loss below, in nats
@@ -38,7 +38,8 @@ def commands(problems, output, starts):
     for phase, rows in DATA.items():
         start = MODEL if before is None else [str(starts / before)]
         data = f"--data={problems / rows}"
-        told.append([phase, *start, data, f"--output={output / phase}", *SIZES])
+        samples = f"--samples={int(phase == 'dpo')}"
+        told.append([phase, *start, data, f"--output={output / phase}", samples, *SIZES])
         before = phase
     return told
 

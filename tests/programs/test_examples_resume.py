@@ -43,11 +43,14 @@ KILLED = 2  # times; tests/programs/kill_and_resume.py has a run killed twenty t
 
 
 def begun(*arguments):
-    """A process that trains until it is killed, one device as the trainer has it by default."""
+    """A process that trains until it is killed.
+
+    It sees as many devices as this one: a sum's order, and so its last bit, depends on their number.
+    """
     return subprocess.Popen(
         [sys.executable, "-m", "examples", *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": str(jax.device_count())},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -89,31 +92,32 @@ def logged(folder):
     return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
 
-def kill_and_resume(folder, times, *, seed=0):
-    """Trains one run in peace and one that is killed so many times; returns what each logged."""
-    alone, killed = folder / "alone", folder / "killed"
-    undisturbed = pretraining(alone)
-    process, draws = pretraining(killed), random.Random(seed)
+def undisturbed(folder):
+    """Trains one run in peace, in this process, where most of its programs are there already."""
+    with jax.numpy_dtype_promotion("standard"):
+        return launch(Pretrain(**{**vars(TOLD), "output": folder}))
+
+
+def killed_and_resumed(folder, times, *, seed=0):
+    """Trains the same run in processes, of which so many are killed at a random step."""
+    process, draws = pretraining(folder), random.Random(seed)
     for _ in range(times):
-        killed_at(process, killed, draws.randint(1, STEPS - 1))
-        process = begun("resume", killed)
+        killed_at(process, folder, draws.randint(1, STEPS - 1))
+        process = begun("resume", folder)
     ended(process)
-    ended(undisturbed)
-    return logged(alone), logged(killed)
-
-
-def test_a_killed_run_has_the_losses_of_one_that_was_not_in_every_bit(tmp_path):
-    alone, killed = kill_and_resume(tmp_path, KILLED)
-    assert killed == alone
-    assert len(read_run(tmp_path / "killed").losses) == STEPS
-    assert not list((tmp_path / "killed" / "checkpoints").glob("*tmp*"))
+    return folder
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    with jax.numpy_dtype_promotion("standard"):
-        return launch(Pretrain(**{**vars(TOLD), "output": folder}))
+    return undisturbed(tmp_path_factory.mktemp("runs") / "run")
+
+
+def test_a_killed_run_has_the_losses_of_one_that_was_not_in_every_bit(finished, tmp_path):
+    killed = killed_and_resumed(tmp_path / "killed", KILLED)
+    assert logged(killed) == logged(finished)
+    assert len(read_run(killed).losses) == STEPS
+    assert not list((killed / "checkpoints").glob("*tmp*"))
 
 
 def cut_back(run, folder, *, steps):
