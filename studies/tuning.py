@@ -62,17 +62,20 @@ class Tuning:
     def tune(self, arms: Sequence[str], *, at_least: int, at_most: int) -> int:
         """Rounds for all arms alike, until the best of each lies inside its grid.
 
+        None gets fewer than another already has: a rerun tunes as an uninterrupted run would have.
+
         Returns:
           How many rounds each arm has had.
         """
-        for rounds in range(at_least, at_most + 1):
+        at_least = max(at_least, *(self.so_far(arm).rounds for arm in arms))
+        for rounds in range(at_least, max(at_least, at_most) + 1):
             behind = [arm for arm in arms if self.so_far(arm).rounds < rounds]
             self._lab.prepare(behind)
             for arm in behind:
                 self._reach(arm, rounds)
             if all(self.so_far(arm).inside for arm in arms):
                 return rounds
-        return at_most
+        return max(at_least, at_most)
 
     def so_far(self, arm: str) -> Found:
         """What the ledger's whole rounds say of an arm."""

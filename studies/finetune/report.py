@@ -42,7 +42,7 @@ def write_report(
         "Differences at the best sizes, paired by seed": report.differences(),
         "The record's explanation, step by step": report.recorded(),
         "Everything orthogonalized, plain SGD on norms": report.everything(),
-        "Number formats: difference from float32": report.formats(),
+        "Number formats": report.formats(),
     }
     text = [
         "# finetune\n",
@@ -139,9 +139,15 @@ class Report:
                     str(interval(_paired(rows, plain)["loss"])) if rows and plain else MISSING
                     for rows in (lost, kept)
                 ]
-                lines.append([arm, f"{size:.0e}", *cells])
-        text = f"Of the answer loss, {BASES[0]} base.\n\n"
-        return text + markdown(["optimizer", "peak size", "bf16", "bf16 with remainder"], lines)
+                right = [
+                    f"{100 * _mean(rows, 'exact'):.1f} %" if rows else MISSING
+                    for rows in (plain, lost, kept)
+                ]
+                lines.append([arm, f"{size:.0e}", *cells, *right])
+        headings = ["optimizer", "peak size", "loss, bf16", "loss, bf16 with remainder"]
+        headings += ["right answers, float32", "right, bf16", "right, bf16 with remainder"]
+        text = f"{BASES[0]} base; the answer loss as a difference from float32's.\n\n"
+        return text + markdown(headings, lines)
 
     def draw(self, path) -> None:
         figure, axes = panels(3)

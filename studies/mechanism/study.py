@@ -140,7 +140,7 @@ def _write(options: Options, setup: Pretraining, found: dict[str, list[Row]], se
     ]
     options.out.mkdir(parents=True, exist_ok=True)
     options.file("mechanism", "md").write_text("\n".join(content))
-    figure, axes = panels(len(MEASURES), width=3.6)
+    figure, axes = panels(len(MEASURES), width=3.6, height=3.2)
     for each, name in zip(axes, MEASURES, strict=True):
         for color, arm in zip(COLORS, ARMS, strict=False):
             if arm in found:

@@ -256,6 +256,16 @@ def test_tuning_gives_arms_equally_many_trials_until_the_best_of_each_is_inside(
     assert seeds == {FIRST_SEED, FIRST_SEED + 1}
 
 
+def test_a_rerun_tunes_an_arm_no_less_than_one_that_has_had_more_rounds(lab):
+    """Its best lies inside already, so that the rounds of a first run are not asked for again."""
+    axes = {"sgd": [Axis("rate", 0.001)], "sign": [Axis("rate", 0.2)]}
+    tuning = Tuning(lab, axes, seeds=2, points=2, evaluations=MOST)
+    rounds = tuning.tune(["sgd"], at_least=1, at_most=12)
+    assert tuning.tune(["sgd"], at_least=1, at_most=12) == rounds > 3
+    assert tuning.tune(["sgd", "sign"], at_least=1, at_most=12) == rounds
+    assert tuning.so_far("sign").rounds == rounds
+
+
 def test_windows_are_runs_of_the_text():
     windows = random_windows(jax.random.key(0), jnp.arange(50, dtype=jnp.uint8), 64, 8)
     assert windows.shape == (64, 8)
