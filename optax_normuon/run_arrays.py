@@ -176,12 +176,11 @@ def _wanted(entries: list[Entry], noted: Found, params: optax.Params) -> dict[st
         if each.kind not in ("step", "count"):
             own = arrays.setdefault(each.names[0], {})
             own[each.kind] = (tuple(each.value.shape), np.dtype(each.value.dtype))
-    paths = {name: path for name, (path, _) in parameter_names(params).items()}
-    dtypes = {name: leaf.dtype for name, (_, leaf) in parameter_names(params).items()}
+    parameters = parameter_names(params)
     of_optax = {name for each in entries if each.state is MuonState for name in each.names}
     result = {}
     for name, own in arrays.items():
-        path = paths[name]
+        path, leaf = parameters[name]
         settings = noted.settings.get(path)
         if settings is None:
             settings = {"optimizer": MATRIX if "momentum" in own else ADAMW}
@@ -189,7 +188,7 @@ def _wanted(entries: list[Entry], noted: Found, params: optax.Params) -> dict[st
         in_int8 = own.pop(SCALE, None) is not None
         if in_int8:
             shape, _ = own["momentum"]
-            own["momentum"] = (shape, np.dtype(working_dtype(dtypes[name])))
+            own["momentum"] = (shape, np.dtype(working_dtype(leaf.dtype)))
         if "momentum" in own:
             settings = {**settings, **settings_of_int8(in_int8)}
         matrices = matrices_of(noted.views[path]) if path in noted.views else ()
