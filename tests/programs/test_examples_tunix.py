@@ -117,7 +117,7 @@ def tunix_input(prompt, answers, mask):
     )
 
 
-def test_tunix_s_trainers_take_our_optimizer():
+def test_tunix_s_dpo_trainer_takes_our_optimizer():
     prompt, answers, mask = pairs()
     policy = model(0)
     trainer = dpo_trainer.DPOTrainer(
@@ -134,3 +134,27 @@ def test_tunix_s_trainers_take_our_optimizer():
     after = dpo_trainer.dpo_loss_fn(policy, example, beta=BETA)[0]
     np.testing.assert_allclose(before, np.log(2), rtol=1e-6)
     assert after < 0.3
+
+
+def test_tunix_s_trainer_of_fine_tuning_takes_our_optimizer():
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(0, 32, (BATCH, 14))
+    rows = peft_trainer.TrainingInput(input_tokens=tokens, input_mask=np.ones_like(tokens))
+    policy = model(0)
+    trainer = peft_trainer.PeftTrainer(
+        policy,
+        normuon(0.02, adam_learning_rate=1e-2, compute_dtype=jnp.float32),
+        peft_trainer.TrainingConfig(eval_every_n_steps=99, max_steps=30),
+    ).with_gen_model_input_fn(
+        lambda given: {
+            "input_tokens": given.input_tokens,
+            "input_mask": given.input_mask,
+            "positions": None,
+            "attention_mask": None,
+        }
+    )
+    before = peft_trainer._default_loss_fn(policy, tokens, rows.input_mask, None, None)
+    trainer.train([rows] * 30)
+    after = peft_trainer._default_loss_fn(policy, tokens, rows.input_mask, None, None)
+    assert before > 3.0  # log 32 = 3.5
+    assert after < 1.0  # four rows, learnt by heart
