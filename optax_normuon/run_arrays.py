@@ -1,6 +1,7 @@
 """A run as named arrays: parameters and the optimizer's state, to be moved to PyTorch or saved."""
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,10 +11,15 @@ import optax
 from jax.sharding import NamedSharding
 from optax.contrib import MuonState
 
+from normuon_core.layout import MatrixView
 from normuon_core.moving.format import ADAMW, MATRIX, Arrays, Kept, matrices_of, written_metadata
 from normuon_core.moving.matching import Wanted, matching_parameters, matching_state
+from normuon_core.moving.settings import settings_of_int8
 from optax_normuon.leaves.paths import KeyPath
+from optax_normuon.leaves.precision import working_dtype
+from optax_normuon.matrices.quantization import dequantized, quantized
 from optax_normuon.mesh.found_views import Found, found
+from optax_normuon.mesh.scales import SCALE
 from optax_normuon.mesh.state_specs import state_specs
 from optax_normuon.state_entries import Entry, parameter_names, state_entries
 
@@ -68,9 +74,15 @@ def state_to_arrays(
             f"the schedules of the state have counted differently, and the common format has one count:"
             f" {counts}. Move each optimizer's part of the state by itself."
         )
+    wanted = _wanted(entries, noted, params)
+    views = _views_of_int8(entries, noted, params)
+    for name, view in views.items():
+        q, scale = (arrays.pop(f"{kind}/{name}") for kind in ("momentum", SCALE))
+        _, dtype = wanted[name].arrays["momentum"]
+        arrays[f"momentum/{name}"] = _on_host(_in_floats(q, scale, view, dtype))
     steps = [int(array) for key, array in arrays.items() if key.startswith("step/")]
     count = next(iter(counts.values()), max(steps, default=0))
-    kept = {name: each.kept for name, each in _wanted(entries, noted, params).items()}
+    kept = {name: each.kept for name, each in wanted.items()}
     return {"metadata": written_metadata(kept), "count": np.array(count, np.int64), **arrays}
 
 
@@ -102,6 +114,9 @@ def state_from_arrays(
     entries = state_entries(abstract, params)
     wanted = _wanted(entries, noted, params)
     own = matching_state(arrays, wanted, changed)
+    for name, view in _views_of_int8(entries, noted, params).items():
+        q, scale = _in_int8(own[name]["momentum"], view)
+        own[name] |= {"momentum": _on_host(q), SCALE: _on_host(scale)}
     count = int(np.asarray(arrays["count"]))
     settings = {name: each.kept.settings for name, each in wanted.items()}
     values = {each.path: _value(each, own, count, settings) for each in entries}
@@ -161,18 +176,46 @@ def _wanted(entries: list[Entry], noted: Found, params: optax.Params) -> dict[st
         if each.kind not in ("step", "count"):
             own = arrays.setdefault(each.names[0], {})
             own[each.kind] = (tuple(each.value.shape), np.dtype(each.value.dtype))
-    paths = {name: path for name, (path, _) in parameter_names(params).items()}
+    parameters = parameter_names(params)
     of_optax = {name for each in entries if each.state is MuonState for name in each.names}
     result = {}
     for name, own in arrays.items():
-        path = paths[name]
+        path, leaf = parameters[name]
         settings = noted.settings.get(path)
         if settings is None:
             settings = {"optimizer": MATRIX if "momentum" in own else ADAMW}
             settings |= _OF_OPTAX if name in of_optax else {}
+        in_int8 = own.pop(SCALE, None) is not None
+        if in_int8:
+            shape, _ = own["momentum"]
+            own["momentum"] = (shape, np.dtype(working_dtype(leaf.dtype)))
+        if "momentum" in own:
+            settings = {**settings, **settings_of_int8(in_int8)}
         matrices = matrices_of(noted.views[path]) if path in noted.views else ()
         result[name] = Wanted(Kept(settings, matrices), own)
     return result
+
+
+def _views_of_int8(
+    entries: list[Entry], noted: Found, params: optax.Params
+) -> dict[str, MatrixView]:
+    """The parameters whose momentum is kept in int8, and their matrices."""
+    paths = {name: path for name, (path, _) in parameter_names(params).items()}
+    scaled = [each.names[0] for each in entries if each.kind == SCALE]
+    return {name: noted.views[paths[name]] for name in scaled}
+
+
+@partial(jax.jit, static_argnames=("view", "dtype"))
+def _in_floats(q: jax.Array, scale: jax.Array, view: MatrixView, dtype: np.dtype) -> jax.Array:
+    """What the integers stand for."""
+    return dequantized({(): q}, {(): scale}, {(): dtype}, {(): view}, None)[()]
+
+
+@partial(jax.jit, static_argnames="view")
+def _in_int8(momentum: jax.Array, view: MatrixView) -> tuple[jax.Array, jax.Array]:
+    """(the integers, their scales)."""
+    q, scale = quantized({(): momentum}, {(): view}, None)
+    return q[()], scale[()]
 
 
 def _value(each: Entry, own: Mapping[str, Arrays], count: int, noted: Mapping[str, Any]) -> Any:
@@ -228,11 +271,11 @@ def _placed(array: np.ndarray, sharding: Any) -> jax.Array:
 
 
 def _on_host(value: Any) -> np.ndarray:
-    """A copy of the whole array."""
+    """A copy of the whole array, row-major, as safetensors takes every array to be."""
     if isinstance(value, jax.Array) and not (
         value.is_fully_addressable or value.is_fully_replicated
     ):
         from jax.experimental import multihost_utils
 
         value = multihost_utils.process_allgather(value, tiled=True)
-    return np.array(value)
+    return np.array(value, order="C")

@@ -19,6 +19,7 @@ from optax_normuon.stages.weight_decay import WeightDecayState
 
 _BY_LEAF: dict[type, dict[str, str]] = {
     MomentumState: {"momentum": "momentum"},
+    Int8MomentumState: {"momentum": "momentum", "momentum_scale": "momentum_scale"},
     NeuronNormState: {"second_moment": "second_moment"},
     SphereState: {"radius": "radius"},
     ProjectionState: {"radius": "radius"},
@@ -26,9 +27,10 @@ _BY_LEAF: dict[type, dict[str, str]] = {
     optax.ScaleByAdamState: {"mu": "exp_avg", "nu": "exp_avg_sq"},
     MuonState: {"mu": "momentum"},
 }
-"""The fields that are trees like the parameters, and what the common format calls them."""
+"""The fields that are trees like the parameters, and what the common format calls them. It has no
+scales: it writes an int8 momentum in floats."""
 
-_COUNTING_STEPS = (MomentumState, optax.ScaleByAdamState, MuonState)
+_COUNTING_STEPS = (MomentumState, Int8MomentumState, optax.ScaleByAdamState, MuonState)
 """States whose count is that of the leaves beside it."""
 
 _COUNTING_SCHEDULES = (SphereState, WeightDecayState, optax.ScaleByScheduleState)
@@ -36,10 +38,6 @@ _COUNTING_SCHEDULES = (SphereState, WeightDecayState, optax.ScaleByScheduleState
 _STATES = (*_BY_LEAF, *_COUNTING_SCHEDULES)
 
 _NOT_MOVED: dict[type, str] = {
-    Int8MomentumState: (
-        "momentum_dtype='int8' keeps integers and scales, for which the common format has no place:"
-        " train the run with momentum in floats, or go on where it began."
-    ),
     EveryStepsState: (
         "adam_every keeps a sum of gradients, for which the common format has no place: move a run"
         " without it."

@@ -33,6 +33,8 @@ from unittest import mock
 
 import numpy as np
 
+from parity_tests.traces import safetensors_library
+
 
 class Recorder:
     """Collects the weights of one run, with their gradients and rates.
@@ -91,10 +93,8 @@ class Recorder:
         """Writes the trace: `.npz`, or `.safetensors` if that library is installed."""
         meta = json.dumps({"T": self._steps, "weights": self._weights})
         if Path(path).suffix == ".safetensors":
-            from safetensors.numpy import save_file  # pyright: ignore[reportMissingImports]
-
             arrays = {name: np.asarray(array) for name, array in self._arrays.items()}
-            save_file(arrays, path, metadata={"meta": meta})
+            safetensors_library().numpy.save_file(arrays, path, metadata={"meta": meta})
         else:
             # NumPy's stubs take every keyword to be its flag.
             np.savez(path, meta=meta, **self._arrays)  # pyright: ignore[reportArgumentType]
@@ -114,7 +114,8 @@ def _first(value: Any) -> float:
 def _copy(value: Any) -> np.ndarray:
     if hasattr(value, "detach"):
         value = value.detach().cpu().double().numpy()
-    return np.array(value, np.float64)
+    # safetensors takes every array to be row-major.
+    return np.array(value, np.float64, order="C")
 
 
 @contextlib.contextmanager

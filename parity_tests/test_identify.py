@@ -5,14 +5,27 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from normuon_core import RECIPES, Decay, NeuronNorm
+import normuon_core
+from normuon_core import RECIPES, Decay, Hyperball, MatrixLayout, NeuronNorm
 from parity_tests.__main__ import app
-from parity_tests.identification.blind import attempts, is_right, made_by, start, write
+from parity_tests.compare import infinity_distance
+from parity_tests.identification.blind import (
+    attempts,
+    is_right,
+    made_by,
+    single_changes,
+    start,
+    write,
+)
 from parity_tests.identification.identify import identify
-from parity_tests.identification.naming import changes_of
-from parity_tests.traces import GOLDEN
+from parity_tests.identification.naming import Nearest, changes_of, keywords
+from parity_tests.identification.observed import Fit
+from parity_tests.traces import GOLDEN, read_file
+from torch_ref import NorMuon
+from torch_ref.leaves.groups import group_recipe
 
 
 def nameless(stem: str, folder):
@@ -85,6 +98,55 @@ def test_a_stage_of_no_keyword_is_in_the_recipe_and_the_gap_is_its_own(tmp_path)
     assert "rate_power=2" in repr(found.keywords["recipe"])
     assert found.recipe == recipe
     assert found.gap > 1e4 * found.difference
+
+
+def test_what_is_printed_makes_the_optimizer_of_every_recipe_and_change():
+    for name, known in RECIPES.items():
+        changed = [recipe for options in single_changes(known).values() for recipe in options]
+        for recipe in [known, *changed]:
+            near = Nearest(name, changes_of(recipe, name), Fit(recipe, 0.0, weight_decay=0.1))
+            optimizer = NorMuon([torch.nn.Parameter(torch.ones(2, 3))], 0.1, **read(keywords(near)))
+            group = optimizer.param_groups[0]
+            assert replace(group_recipe(group), source="") == replace(recipe, source="")
+            assert group["weight_decay"] == 0.1
+
+
+def read(call):
+    """The keywords as somebody has them who copies the printed line."""
+    line = ", ".join(f"{name}={value!r}" for name, value in call.items())
+    return eval(f"dict({line})", {**vars(normuon_core), "replace": replace})
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_what_is_printed_of_a_hyperball_takes_its_steps(seen, tmp_path):
+    """The original's trace starts on the sphere, which hides that its radius was given."""
+    if seen:
+        recipe = replace(RECIPES["muon_h"], hyperball=Hyperball(radius=2.5))
+        path = made(recipe, tmp_path / "trace.npz")
+    else:
+        path = nameless("muon_h__a__radius", tmp_path)
+    found = identify(path)
+    assert found.name == "muon_h"
+    assert found.also == ()
+    assert found.recipe.hyperball == Hyperball(radius=2.5 if seen else None)
+    arrays, meta = read_file(path)
+    params = {
+        name: torch.nn.Parameter(torch.tensor(arrays[f"param/{name}/0"]))
+        for name in meta["weights"]
+    }
+    call = read(found.keywords) | {"layout": MatrixLayout(-1, -2), "compute_dtype": torch.float64}
+    optimizer = NorMuon(list(params.values()), 0.0, **call)
+    for t in range(1, meta["T"] + 1):
+        rates = {"lr": float(arrays[f"lr/{t}"]), "momentum": float(arrays[f"mu/{t}"])}
+        optimizer.param_groups[0].update(rates)
+        for name, param in params.items():
+            param.grad = torch.tensor(arrays[f"grad/{name}/{t}"])
+        optimizer.step()
+    for name, param in params.items():
+        # Measured: 6.7e-16.
+        assert (
+            infinity_distance(param.detach().numpy(), arrays[f"param/{name}/{meta['T']}"]) < 1e-11
+        )
 
 
 def test_a_stranger_is_near_to_something_and_not_exact(tmp_path):

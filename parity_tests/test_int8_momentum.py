@@ -7,12 +7,14 @@ import optax
 import pytest
 import torch
 
+import optax_normuon
 from normuon_core import RECIPES, MatrixLayout
+from normuon_core.moving import NameTable, Rule
 from normuon_core.quantization import BLOCK
 from optax_normuon import normuon
 from parity_tests import oracle
 from parity_tests.compare import infinity_distance
-from torch_ref import NorMuon
+from torch_ref import NorMuon, state_from_arrays, state_to_arrays
 
 STEPS = 6
 OUTPUTS, INPUTS = 24, 2 * BLOCK + 11  # the last block is ragged
@@ -68,6 +70,38 @@ def run_torch(recipe, dtype=torch.float64):
     kept = [optimizer.state[param][key] for key in ("momentum", "momentum_scale")]
     assert [x.dtype for x in kept] == [torch.int8, torch.bfloat16]
     return [x.detach().double().numpy() for x in (param, *kept)]
+
+
+def test_a_moved_run_keeps_every_integer_and_every_scale():
+    """The file has floats: of blocks of every size, of zeros, and of one that is not finite."""
+    layout = {"layout": MatrixLayout(1, 0, output_splits=SPLITS), "compute_dtype": torch.float32}
+
+    def in_torch():
+        param = torch.nn.Parameter(torch.tensor(START, dtype=torch.float32))
+        return param, NorMuon([param], 0.05, momentum_dtype=torch.int8, **layout)
+
+    param, optimizer = in_torch()
+    for gradient in draws()[:3]:
+        gradient[5, BLOCK + 3] = np.nan
+        param.grad = torch.tensor(gradient, dtype=torch.float32)
+        optimizer.step()
+    table = NameTable([Rule("w", "w", "out in -> in out")])
+    arrays = state_to_arrays(optimizer, [("w", param)])
+    assert arrays["momentum/w"].dtype == np.float32
+    assert np.isnan(arrays["momentum/w"]).sum() == BLOCK
+    params = {"w": jnp.zeros(START.T.shape)}
+    tx = normuon(0.05, layout=MatrixLayout(0, 1, output_splits=SPLITS), momentum_dtype="int8")
+    state = optax_normuon.state_from_arrays(tx, table.to_flax(arrays), params)
+    back = table.to_torch(optax_normuon.state_to_arrays(tx, state, params))
+    other, own = in_torch()
+    state_from_arrays(own, back, [("w", other)])
+    for key in ("momentum", "momentum_scale"):
+        kept = optimizer.state[param][key]
+        torch.testing.assert_close(own.state[other][key], kept, rtol=0, atol=0, equal_nan=True)
+        np.testing.assert_array_equal(
+            np.asarray(optax.tree.get(state, key)["w"], np.float32).T, kept.float().numpy()
+        )
+    assert kept.unique().numel() > 20
 
 
 def run_oracle(recipe):

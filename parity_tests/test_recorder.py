@@ -1,5 +1,7 @@
 """The recorder's traces, of optimizers in either framework, are traces that `identify` names."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,10 +105,24 @@ def test_inputs_that_differ_come_before_any_stage(tmp_path):
 
 
 def test_safetensors_hold_the_same_trace(tmp_path):
-    pytest.importorskip("safetensors")
     one = record_torch(tmp_path / "a.npz", torch_muon())
     other = record_torch(tmp_path / "a.safetensors", torch_muon())
     (arrays_of_one, meta), (arrays_of_other, other_meta) = read_file(one), read_file(other)
     assert meta == other_meta
     for name, array in arrays_of_one.items():
         np.testing.assert_array_equal(array, arrays_of_other[name])
+
+
+def test_safetensors_hold_an_array_that_is_not_row_major(tmp_path):
+    recorder = Recorder({"w": np.arange(6.0).reshape(2, 3).T})
+    recorder.save(tmp_path / "a.safetensors")
+    arrays, _ = read_file(tmp_path / "a.safetensors")
+    np.testing.assert_array_equal(arrays["param/w/0"], np.arange(6.0).reshape(2, 3).T)
+
+
+def test_without_the_library_the_error_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    path = tmp_path / "a.safetensors"
+    for use in (Recorder({"w": np.ones((2, 3))}).save, read_file):
+        with pytest.raises(ModuleNotFoundError, match="pip install safetensors"):
+            use(path)

@@ -9,6 +9,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -80,9 +81,7 @@ def load_trace(path: Path) -> Trace:
 def read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The arrays and the metadata of a trace, `.npz` or `.safetensors`."""
     if Path(path).suffix == ".safetensors":
-        from safetensors import safe_open  # pyright: ignore[reportMissingImports]
-
-        with safe_open(path, framework="numpy") as file:
+        with safetensors_library().safe_open(path, framework="numpy") as file:
             meta = json.loads(file.metadata()["meta"])
             # The file is no mapping: it has keys, and cannot be iterated over.
             names = file.keys()
@@ -90,6 +89,22 @@ def read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files}
     return arrays, json.loads(str(arrays.pop("meta")))
+
+
+def safetensors_library() -> ModuleType:
+    """The module, with its `numpy`.
+
+    Raises:
+      ModuleNotFoundError: it is not installed.
+    """
+    try:
+        import safetensors.numpy  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "a trace called .safetensors needs the library of that name: pip install safetensors, or"
+            " name the file .npz."
+        ) from error
+    return safetensors
 
 
 def read_as(

@@ -1,23 +1,28 @@
 """A run as named arrays: parameters and the optimizer's state, to be moved to JAX or saved."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from normuon_core.moving.format import Arrays, Kept, matrices_of, written_metadata
 from normuon_core.moving.matching import Wanted, matching_parameters, matching_state
-from normuon_core.moving.settings import settings_of_adamw, settings_of_recipe
+from normuon_core.moving.settings import settings_of_adamw, settings_of_int8, settings_of_recipe
 from torch_ref.arrays import as_array, as_tensor, numpy_dtype
 from torch_ref.leaves.dtensor import is_dtensor
 from torch_ref.leaves.dtypes import working_dtype
 from torch_ref.leaves.group_keys import MATRIX, Group, adamw_keywords, settle_adamw
-from torch_ref.leaves.groups import group_recipe, parameter_name, parameter_view
+from torch_ref.leaves.groups import group_recipe, parameter_name, parameter_view, whole_part
+from torch_ref.leaves.part import Part
+from torch_ref.matrices.quantization import dequantized, quantized
 from torch_ref.matrices.state import moment_keys, moment_shapes
 from torch_ref.optimizer import NorMuon
 from torch_ref.stages.hyperball import starting_radii_shape
 from torch_ref.steps.state import has_remainder, keeps_radius, radii_now
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 NamedParameters = Iterable[tuple[str, torch.Tensor]]
 """As `model.named_parameters()` has them."""
@@ -50,7 +55,9 @@ def state_to_arrays(optimizer: NorMuon, named_parameters: NamedParameters) -> Ar
         kept[each.name] = wanted.kept
         for kind, (shape, dtype) in wanted.arrays.items():
             arrays[f"{kind}/{each.name}"] = (
-                as_array(state[kind], group) if kind in state else _fresh(each, kind, shape, dtype)
+                _written(each, kind, state, group)
+                if kind in state
+                else _fresh(each, kind, shape, dtype)
             )
         steps.append(int(state.get("step", 0)))
         arrays[f"step/{each.name}"] = np.array(steps[-1], np.int64)
@@ -87,10 +94,7 @@ def state_from_arrays(
     saved = optimizer.state_dict()
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     state = {
-        number: {
-            kind: as_tensor(array, each.param.device) for kind, array in found[each.name].items()
-        }
-        for number, each in zip(numbers, owned, strict=True)
+        number: _read(each, found[each.name]) for number, each in zip(numbers, owned, strict=True)
     }
     optimizer.load_state_dict({**saved, "state": state})
 
@@ -147,11 +151,6 @@ def _owned(optimizer: NorMuon, named_parameters: NamedParameters) -> Iterator[_O
                     f"{parameter_name(group, index, position)}: the named parameters do not have it;"
                     " hand over model.named_parameters() of the model that the optimizer steps."
                 )
-            if group["optimizer"] == MATRIX and group["momentum_dtype"] == torch.int8:
-                raise ValueError(
-                    f"{names[param]}: a run with momentum_dtype=torch.int8 cannot be moved yet; train it"
-                    " with momentum in floats, or go on where it began."
-                )
             yield _Owned(names[param], param, group)
 
 
@@ -161,8 +160,9 @@ def _wanted(each: _Owned) -> Wanted:
     shape, dtype = tuple(param.shape), working_dtype(param.dtype)
     if group["optimizer"] == MATRIX:
         recipe, view = group_recipe(group), parameter_view(group, param, each.name)
-        kept = Kept(settings_of_recipe(recipe), matrices_of(view))
-        arrays = {"momentum": (shape, group["momentum_dtype"] or dtype)}
+        in_int8 = group["momentum_dtype"] == torch.int8
+        kept = Kept(settings_of_recipe(recipe) | settings_of_int8(in_int8), matrices_of(view))
+        arrays = {"momentum": (shape, dtype if in_int8 else group["momentum_dtype"] or dtype)}
         if recipe.neuron_norm is not None:
             shapes = moment_shapes(view, recipe.neuron_norm)
             arrays |= {
@@ -187,6 +187,31 @@ def _wanted(each: _Owned) -> Wanted:
     if has_remainder(param, group):
         arrays["remainder"] = (shape, torch.uint16)
     return Wanted(kept, {kind: (own, numpy_dtype(of)) for kind, (own, of) in arrays.items()})
+
+
+def _written(
+    each: _Owned, kind: str, state: Mapping[str, torch.Tensor], group: "ProcessGroup | None"
+) -> np.ndarray:
+    """An array of a parameter's state as the format has it: an int8 momentum in floats."""
+    array = as_array(state[kind], group)
+    if state[kind].dtype != torch.int8:
+        return array
+    # Whole blocks may lie on several ranks, so that both are gathered before they are read.
+    scales, cpu = as_array(state["momentum_scale"], group), torch.device("cpu")
+    q, scale = as_tensor(array, cpu), as_tensor(scales, cpu)
+    return as_array(dequantized(q, scale, _whole(each), working_dtype(each.param.dtype)))
+
+
+def _read(each: _Owned, arrays: Arrays) -> dict[str, torch.Tensor]:
+    """A parameter's state, whole, of the format's arrays."""
+    state = {kind: as_tensor(array, each.param.device) for kind, array in arrays.items()}
+    if each.group["optimizer"] == MATRIX and each.group["momentum_dtype"] == torch.int8:
+        state["momentum"], state["momentum_scale"] = quantized(state["momentum"], _whole(each))
+    return state
+
+
+def _whole(each: _Owned) -> Part:
+    return whole_part(parameter_view(each.group, each.param, each.name))
 
 
 def _fresh(each: _Owned, kind: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -5,19 +5,23 @@
 | `metadata` | (bytes,) | uint8: JSON, see `Kept` |
 | `count` | () | int64: steps that the schedules of the rates have counted |
 | `step/NAME` | () | int64: steps of the parameter |
-| `momentum/NAME` | the parameter's | `momentum_dtype` |
+| `momentum/NAME` | the parameter's | `momentum_dtype`; of int8 float32, or the parameter's if wider |
 | `second_moment/NAME` | the parameter's, 1 on reduced axes | float32, or the parameter's if wider |
 | `radius/NAME` | the parameter's, 1 on both sides of matrices | the same |
 | `exp_avg/NAME`, `exp_avg_sq/NAME` | the parameter's | AdamW's moments |
 | `remainder/NAME` | the parameter's | uint16: low bits beside a bfloat16 parameter |
 | `parameter/NAME` | the parameter's | its own |
 
+A momentum in int8 is written as the floats that it stands for, which do not depend on how a framework
+lays out blocks. Where the blocks are the same, `state_from_arrays` makes the same integers of them.
+
 Where some blocks of a split weight have one number for each output and others one for each input, each
 block's second moment has a name: `second_moment.0/NAME`, `second_moment.1/NAME`.
 
-All are arrays of NumPy's and of `ml_dtypes`, so `numpy.savez(file, **arrays)` and
-`safetensors.numpy.save_file(arrays, file)` write them as they are. NumPy reads bfloat16 back as two
-bytes without a name, which are taken for bfloat16 here.
+All are row-major arrays of NumPy's and of `ml_dtypes`, so `numpy.savez(file, **arrays)` and
+`safetensors.numpy.save_file(arrays, file)` write them as they are. (safetensors 0.8 writes the memory of
+an array that is not row-major, and with it the numbers in another order.) NumPy reads bfloat16 back as
+two bytes without a name, which are taken for bfloat16 here.
 """
 
 import json
@@ -108,8 +112,8 @@ def read_metadata(arrays: Mapping[str, np.ndarray]) -> dict[str, Kept]:
 
 
 def as_read(array: np.ndarray) -> np.ndarray:
-    """An array as it was written: what NumPy has read as two bytes without a name is bfloat16."""
-    array = np.asarray(array)
+    """An array as it was written, row-major; NumPy reads bfloat16 as two bytes without a name."""
+    array = np.asarray(array, order="C")
     return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
 
 

@@ -15,6 +15,7 @@ _KEYWORDS = {
     "shape_scale": "shape_scale",
     "polar.coefficients": "coefficients",
     "polar.eps": "eps",
+    "momentum_dtype": "momentum_dtype",
     "b1": "adam_b1",
     "b2": "adam_b2",
     "eps": "adam_eps",
@@ -33,6 +34,11 @@ def settings_of_recipe(recipe: Recipe) -> dict[str, Any]:
         if key != "source"
     }
     return {"optimizer": MATRIX} | _plain(fields)
+
+
+def settings_of_int8(in_int8: bool) -> dict[str, Any]:
+    """Whether a matrix's momentum is kept in int8; the dtype of one in floats is that of its array."""
+    return {"momentum_dtype": "int8" if in_int8 else None}
 
 
 def settings_of_adamw(**keywords: Any) -> dict[str, Any]:

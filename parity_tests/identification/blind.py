@@ -51,7 +51,7 @@ def draw(random: np.random.Generator) -> Draw:
     """One recipe with one stage changed, and its trace."""
     while True:
         name = str(random.choice(list(RECIPES)))
-        changed = _pick(random, _changes(RECIPES[name]))
+        changed = _pick(random, single_changes(RECIPES[name]))
         if changed is None:
             continue
         stage, recipe = changed
@@ -88,7 +88,7 @@ def _pick(random: np.random.Generator, values: dict[str, list[Any]]):
     return stage, values[stage][random.integers(len(values[stage]))]
 
 
-def _changes(recipe: Recipe) -> dict[str, list[Recipe]]:
+def single_changes(recipe: Recipe) -> dict[str, list[Recipe]]:
     """Every published change of one stage, by the stage."""
 
     def of(stage: str, options: list[dict[str, Any]]) -> list[Recipe]:

@@ -21,7 +21,7 @@ class Part:
     """What may change alone: a name, how to take it over from another recipe, and what a change costs.
 
     What the published optimizers offer as keywords costs 2, another formula 4; an eps, which few of
-    them offer and nobody moves, 3.
+    them offer and nobody moves, 3; a second moment or a hyperball, after which an optimizer is named, 6.
     """
 
     name: str
@@ -56,7 +56,10 @@ _OPTIONS = tuple(field.name for field in fields(Polar) if field.name not in ("ep
 PARTS: tuple[Part, ...] = (
     _part("momentum rule", 4, "momentum", "rule"),
     _part("Nesterov", 2, "momentum", "nesterov"),
-    *(_whole(stage.replace("_", " "), 4, stage) for stage in published.FURTHER),
+    *(
+        _whole(stage.replace("_", " "), 6 if stage == "hyperball" else 4, stage)
+        for stage in published.FURTHER
+    ),
     _part("polynomial", 4, "polar", *_OPTIONS),
     _part("eps", 3, "polar", "eps", "eps_rule"),
     _part("statistic's axis", 4, "neuron_norm", "axis"),
@@ -128,6 +131,8 @@ def _change(part: Part, was: Any, now: Any) -> Change:
                 return Change("steps", len(coefficients), steps, 2)
         except ValueError:  # A table that is not that long.
             pass
+    if part.name == "hyperball" and None not in (was, now):
+        return Change("radius", was.radius, now.radius, 2)
     return Change(part.name, was, now, part.cost)
 
 

@@ -6,6 +6,7 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from normuon_core import RECIPES, MatrixLayout
 from normuon_core.moving import NameTable, Rule, derive_table
@@ -328,9 +329,8 @@ def write_npz(arrays, path):
 
 
 def write_safetensors(arrays, path):
-    safetensors = pytest.importorskip("safetensors.numpy")
-    safetensors.save_file(arrays, path)
-    return safetensors.load_file(path)
+    save_file(arrays, path)
+    return load_file(path)
 
 
 @pytest.mark.parametrize("write", [write_npz, write_safetensors])
@@ -350,6 +350,17 @@ def test_files_keep_every_bit_and_every_dtype(write, tmp_path):
         own = arrays[f"{kind}/w"]
         assert found[kind].dtype == own.dtype
         np.testing.assert_array_equal(found[kind].view(np.uint8), own.view(np.uint8))
+
+
+def test_moved_arrays_are_row_major_whatever_they_were(tmp_path):
+    """safetensors writes an array's memory."""
+    arrays = {
+        key: np.asfortranarray(array) if array.ndim else array for key, array in of_torch().items()
+    }
+    moved = TABLE.to_flax(arrays)
+    assert_same(write_safetensors(moved, tmp_path / "run.safetensors"), TABLE.to_flax(of_torch()))
+    kept = NameTable([Rule("w", "w")]).to_flax({"momentum/w": draw(6, 4).T})
+    assert kept["momentum/w"].flags.c_contiguous
 
 
 def test_matrices_are_counted_by_their_sides_whatever_axis_holds_them():

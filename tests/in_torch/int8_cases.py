@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -12,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from normuon_core import MatrixLayout
-from torch_ref import NorMuon
+from torch_ref import NorMuon, state_from_arrays, state_to_arrays
 
 SHAPES = [(24, 75), (24, 128), (3, 8, 40)]
 """Two ranks divide the second through its inputs between blocks of 32; the others' they cut."""
@@ -64,6 +65,18 @@ def outcome(params, optimizer) -> list[dict[str, torch.Tensor]]:
     ]
 
 
+def moved(params, optimizer, other) -> list[np.ndarray]:
+    """Each weight's momentum in floats, as another optimizer writes it that has read the arrays."""
+    arrays = state_to_arrays(optimizer, named(params))
+    state_from_arrays(other[1], arrays, named(other[0]))
+    back = state_to_arrays(other[1], named(other[0]))
+    return [back[f"momentum/{name}"] for name, _ in named(params)]
+
+
+def named(params) -> list[tuple[str, torch.Tensor]]:
+    return [(f"w{number}", param) for number, param in enumerate(params)]
+
+
 def one_process() -> list[dict[str, torch.Tensor]]:
     params, optimizer = build(alone)
     train(params, optimizer, alone)
@@ -98,9 +111,12 @@ def all_cases(folder: Path) -> dict[str, Any]:
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     train(others, other, inputs, [2])
     result["from one process"] = outcome(others, other)
+    result["arrays of inputs"] = moved(others, other, build(inputs))
     params, optimizer = build(alone, process_group=dist.group.WORLD)
     train(params, optimizer, alone)
     result["process_group"] = [param.detach() for param in params]
+    owners = build(alone, process_group=dist.group.WORLD)
+    result["arrays of owners"] = moved(params, optimizer, owners)
     cut = nn.Parameter(distribute_tensor(draw(0)[0], mesh, [Shard(1)], src_data_rank=None))
     try:
         NorMuon([cut], lr=0.1, momentum_dtype=torch.int8)

@@ -47,6 +47,16 @@ def test_owners_in_data_parallelism_step_as_one_process_does(ranks, alone):
             assert infinity_distance(ours, expected["weight"]) < 1e-14
 
 
+@pytest.mark.parametrize("name", ["arrays of inputs", "arrays of owners"])
+def test_what_ranks_hold_moves_as_the_floats_of_one_process(ranks, alone, name):
+    for rank in ranks:
+        for ours, expected in zip(rank[name], alone, strict=True):
+            q, scale = expected["momentum"], expected["momentum_scale"]
+            part = whole_part(MatrixLayout(-1, -2).on(tuple(q.shape)))
+            floats = dequantized(q, scale, part, torch.float64).numpy()
+            np.testing.assert_array_equal(ours, floats, strict=True)
+
+
 def test_a_block_that_ranks_divide_is_refused(ranks):
     pattern = (
         r"group 0, parameter 0.*every 32 entries along axis 1.*Shard\(dim=1\).*multiples of 32"
