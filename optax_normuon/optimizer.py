@@ -171,7 +171,12 @@ def normuon(
 
     settings = settings_of_recipe(chosen)
     adamw_settings = settings_of_adamw(
-        b1=adam_b1, b2=adam_b2, eps=adam_eps, eps_root=adam_eps_root, nesterov=adam_nesterov
+        b1=adam_b1,
+        b2=adam_b2,
+        eps=adam_eps,
+        eps_root=adam_eps_root,
+        nesterov=adam_nesterov,
+        cautious=adam_cautious,
     )
 
     def matrices(

@@ -178,7 +178,7 @@ def _wanted(each: _Owned) -> Wanted:
                 f"adam_every={group['adam_every']} keeps a sum of gradients, for which the common format"
                 " of a run's arrays has no place; move a run without adam_every."
             )
-        names = ("b1", "b2", "eps", "eps_root", "nesterov")
+        names = ("b1", "b2", "eps", "eps_root", "nesterov", "cautious")
         kept = Kept(settings_of_adamw(**{name: group[f"adam_{name}"] for name in names}))
         arrays = {
             "exp_avg": (shape, group["adam_moment_dtype"] or dtype),

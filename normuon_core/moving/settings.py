@@ -21,6 +21,7 @@ _KEYWORDS = {
     "eps": "adam_eps",
     "eps_root": "adam_eps_root",
     "nesterov": "adam_nesterov",
+    "cautious": "adam_cautious",
 }
 """By which keyword of either framework's optimizer a setting is given; the others are the recipe's."""
 
@@ -42,7 +43,7 @@ def settings_of_int8(in_int8: bool) -> dict[str, Any]:
 
 
 def settings_of_adamw(**keywords: Any) -> dict[str, Any]:
-    """AdamW's: b1, b2, eps, eps_root, nesterov."""
+    """AdamW's: b1, b2, eps, eps_root, nesterov, cautious."""
     return {"optimizer": ADAMW} | _plain(keywords)
 
 

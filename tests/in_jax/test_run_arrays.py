@@ -300,6 +300,15 @@ def test_a_run_that_the_format_cannot_hold_is_refused():
         state_of(normuon(0.02, layout=LAYOUT, **KEYWORDS, adam_every=2))
 
 
+def test_adamws_settings_are_compared():
+    params = tree()
+    arrays = state_to_arrays(NORMUON, filled(NORMUON, params), params)
+    other = normuon(0.02, layout=LAYOUT, **KEYWORDS, adam_b2=0.99, adam_cautious=True)
+    with pytest.raises(ValueError, match=r"b2 .* cautious is False .*adam_cautious=False"):
+        state_from_arrays(other, arrays, params)
+    state_from_arrays(other, arrays, params, changed=["b2", "cautious"])
+
+
 def test_a_momentum_goes_from_floats_to_int8_where_that_is_said():
     in_int8 = normuon(0.02, layout=LAYOUT, momentum_dtype="int8", **KEYWORDS)
     params = tree()

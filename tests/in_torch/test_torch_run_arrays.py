@@ -131,6 +131,9 @@ def test_adamws_settings_are_compared_as_its_group_has_them():
     with pytest.raises(ValueError, match="bias: .* b2 is 0.95 in the file and 0.99 here"):
         state_from_arrays(ours, arrays, others.items())
     state_from_arrays(ours, arrays, others.items(), changed=["b2"])
+    ours.param_groups[1].update(adam_b2=0.95, adam_cautious=True)
+    with pytest.raises(ValueError, match="cautious is False in the file and True here"):
+        state_from_arrays(ours, arrays, others.items())
 
 
 @pytest.fixture
