@@ -246,10 +246,13 @@ def meshes(ranks: int) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     result = {
         "Shard(0)": on_mesh(line, Shard(0)),
         "Shard(1)": on_mesh(line, Shard(1)),
-        "Shard(last)": on_mesh(line, Shard(9)),
-        "Replicate": on_mesh(line, Replicate()),
     }
-    if ranks == 4:
+    if ranks < 4:
+        result |= {
+            "Shard(last)": on_mesh(line, Shard(9)),
+            "Replicate": on_mesh(line, Replicate()),
+        }
+    else:
         square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
         result |= {
             "Shard(0), Shard(1)": on_mesh(square, Shard(0), Shard(1)),
@@ -425,6 +428,13 @@ KINDS: dict[str, tuple[Callable, Callable]] = {
     "process_group": (build_replicas, train_replicas),
 }
 
+DTYPES = {
+    1: (torch.float64,),
+    2: (torch.float64, torch.float32),
+    4: (torch.float64, torch.bfloat16),
+}
+"""In which dtypes so many ranks step: their number decides who has which part, and not how it rounds."""
+
 
 def save(folder: Path, name: str, weights: Weights, optimizer: NorMuon) -> None:
     save_checkpoint(
@@ -464,15 +474,17 @@ def all_cases(folder: Path, checkpoints: Path, saving: bool) -> dict[Any, Any]:
     """Every case on this many ranks: by name, what came of it."""
     ranks = dist.get_world_size()
     result: dict[Any, Any] = {}
-    for dtype in (torch.float64, torch.float32):
-        for name, place in meshes(ranks).items():
-            if dtype == torch.float32 and name not in ("Shard(1)", "Replicate, Shard(0)"):
-                continue
+    for name, place in meshes(ranks).items():
+        in_float32 = name == "Shard(1)" and torch.float32 in DTYPES[ranks]
+        for dtype in (torch.float64, torch.float32) if in_float32 else (torch.float64,):
             weights, optimizer = build(place, dtype)
             train(weights, optimizer)
             result[name, dtype] = outcome(weights, optimizer)
-        for name, (make, training) in KINDS.items():
-            weights, optimizer = make(dtype)
+    for name, (make, training) in KINDS.items():
+        for dtype in DTYPES[ranks]:
+            half = dtype == torch.bfloat16
+            keywords: dict[str, Any] = {"bf16_remainder": True, **HALF} if half else {}
+            weights, optimizer = make(dtype=dtype, **keywords)
             training(weights, optimizer)
             result[name, dtype] = outcome(weights, optimizer)
     small: dict[str, Any] = {"max_stack_bytes": 1}
@@ -483,9 +495,6 @@ def all_cases(folder: Path, checkpoints: Path, saving: bool) -> dict[Any, Any]:
     train_replicas(weights, optimizer)
     result["process_group, one matrix a rank", torch.float64] = outcome(weights, optimizer)
     for name, (make, training) in KINDS.items():
-        weights, optimizer = make(bf16_remainder=True, dtype=torch.bfloat16, **HALF)
-        training(weights, optimizer)
-        result[name, torch.bfloat16] = outcome(weights, optimizer)
         for lowered in (False, True):
             keywords = {"dtype": torch.bfloat16, "bf16_remainder": True} if lowered else {}
             weights, optimizer = make(**keywords)
