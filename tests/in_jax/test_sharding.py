@@ -124,7 +124,6 @@ def on_one_device():
     [
         (EXPLICIT, dict(fsdp=1, tp=1)),
         (EXPLICIT, dict(fsdp=8, tp=1)),
-        (EXPLICIT, dict(fsdp=2, tp=4)),
         (AUTO, dict(fsdp=4, tp=2)),
         (EXPLICIT, dict(data=2, fsdp=2, tp=2)),
     ],
