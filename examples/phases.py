@@ -1,4 +1,4 @@
-"""From nothing to a model that answers: pretraining, fine-tuning, preference tuning, in ten minutes.
+"""From nothing to a model that answers: pretraining, fine-tuning, preference tuning, in five minutes.
 
 `python -m examples.phases` makes word problems, trains the three phases on two CPU cores, and asks the
 model of each phase what none was trained on.
