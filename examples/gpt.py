@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from examples.attention import causal_attention
 from examples.embedding import Embedding
 from examples.errors import BadInput
 
@@ -42,6 +43,8 @@ class GPTConfig:
     """Whether queries and keys are RMS-normalised, which bounds their products."""
     scan: bool = False
     """Keep the blocks as one stack, which a loop goes through: many compile as fast as one."""
+    fused_attention: bool = False
+    """Attention by cuDNN's kernels, where they can be had: in half precision, on an NVIDIA GPU."""
 
     def __post_init__(self):
         if self.width % (2 * self.heads):
@@ -88,6 +91,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         self.head_size = config.head_size
+        self.fused = config.fused_attention
         keys = config.key_heads * config.head_size
         self.query = linear(config.width, config.width, config, rngs)
         self.key = linear(config.width, keys, config, rngs)
@@ -120,7 +124,7 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         query, key = self.queries_and_keys(x)
         value = self.value(x).reshape(*x.shape[:2], -1, self.head_size)
-        mixed = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=True)
+        mixed = causal_attention(query, key, value, mask, fused=self.fused)
         return self.out(mixed.reshape(x.shape))
 
 

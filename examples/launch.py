@@ -58,6 +58,7 @@ def launch(config: Phase, *, console: Console | None = None) -> Path:
     mesh = open_mesh(config)
     console = console or Console(quiet=not is_first())
     prepared = config.prepare(mesh)
+    _check_determinism(prepared)
     folder = _shared_folder(prepared.config)
     if is_first():
         write_config(_absolute(prepared.config), folder / "config.toml")
@@ -101,6 +102,16 @@ def open_mesh(config: Phase) -> Mesh | None:
             f" {divisor}."
         )
     return mesh
+
+
+def _check_determinism(prepared: Prepared) -> None:
+    """XLA loses a second deterministic gradient of cuDNN's attention (openxla/xla#46500)."""
+    model, training = prepared.task.model, prepared.config.training
+    if training.deterministic and model.fused_attention and model.depth > 1 and not model.scan:
+        raise BadInput(
+            f"--fused-attention in {model.depth} blocks beside each other cannot be compiled to the"
+            " same bits each time: give --deterministic False, or pretrain with --scan True."
+        )
 
 
 def _run(prepared: Prepared, folder: Path, mesh: Mesh | None, console: Console) -> None:

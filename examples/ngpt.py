@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from examples.attention import causal_attention
 from examples.embedding import Embedding
 from examples.gpt import GPTConfig, dtypes, linear, make_blocks, rotate, through
 
@@ -157,8 +158,8 @@ class Attention(nnx.Module):
             scale = self.query_key_scale().reshape(1, 1, -1, config.head_size).astype(x.dtype)
             key = scale * normalized(key)
             query = jnp.repeat(scale, config.heads // config.key_heads, 2) * normalized(query)
-        mixed = jax.nn.dot_product_attention(
-            query, key, value, mask=mask, is_causal=True, scale=softmax_scale
+        mixed = causal_attention(
+            query, key, value, mask, scale=softmax_scale, fused=config.fused_attention
         )
         return self.out(mixed.reshape(x.shape))
 

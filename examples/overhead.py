@@ -51,7 +51,14 @@ class _Bare:
         prepared = config.prepare(mesh)
         task, told = prepared.task, prepared.config
         batches = [task.batch(step) for step in range(told.training.steps)]
-        self.setup = Setup(task.model, told.optimizer, told.training.steps, task.loss, mesh)
+        self.setup = Setup(
+            task.model,
+            told.optimizer,
+            told.training.steps,
+            task.loss,
+            mesh,
+            deterministic=told.training.deterministic,
+        )
         self.seed = told.training.seed
         self.step = compiled_step(
             self.setup, shapes_of(batches[0]), frozen=False, diagnostics=False

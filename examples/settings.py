@@ -33,6 +33,8 @@ class Training:
     """Checkpoints that stay."""
     samples: int = 3
     """Texts that the trained model writes at the end, from held-out beginnings."""
+    deterministic: bool = True
+    """On a GPU: compile what gives the same bits each time, in a resumed run too, which takes longer."""
     diagnostics: bool = False
     """Also log update sizes, orthogonality and neuron norms of every matrix, at each look."""
     tensorboard: bool = False

@@ -38,6 +38,7 @@ class Setup:
     steps: int
     loss: Loss
     mesh: Mesh | None = None
+    deterministic: bool = True
 
     @property
     def tx(self) -> optax.GradientTransformation:
@@ -45,6 +46,13 @@ class Setup:
         if self.model.param_dtype == "bfloat16":
             return optax_normuon.with_bf16_remainder(tx)
         return tx
+
+    @property
+    def compiler_options(self) -> dict[str, Any] | None:
+        """XLA's. A GPU's products differ in their last bits between two compilations, each of which
+        takes what it measures to be fastest."""
+        on_gpu = jax.default_backend() == "gpu"
+        return {"xla_gpu_deterministic_ops": True} if self.deterministic and on_gpu else None
 
     def forward(self, params, tokens, segments=None) -> jax.Array:
         return apply_model(self.model, params, tokens, segments)
@@ -106,7 +114,8 @@ def compiled_step(setup: Setup, shapes: tuple, *, frozen: bool, diagnostics: boo
     if setup.mesh is not None:
         places = (_shardings(state), NamedSharding(setup.mesh, PartitionSpec()))
     program = jax.jit(update, donate_argnums=0, out_shardings=places)
-    return program.lower(state, state.params if frozen else None, batch).compile()
+    lowered = program.lower(state, state.params if frozen else None, batch)
+    return lowered.compile(setup.compiler_options)
 
 
 @functools.cache
@@ -115,7 +124,8 @@ def compiled_evaluation(setup: Setup, shapes: tuple, *, frozen: bool):
     params, batch = abstract_state(setup).params, _abstract_batch(shapes, setup.mesh)
     places = None if setup.mesh is None else NamedSharding(setup.mesh, PartitionSpec())
     program = jax.jit(functools.partial(setup.loss, setup.forward), out_shardings=places)
-    return program.lower(params, params if frozen else None, batch).compile()
+    lowered = program.lower(params, params if frozen else None, batch)
+    return lowered.compile(setup.compiler_options)
 
 
 def shapes_of(batch: dict[str, Any]) -> tuple:

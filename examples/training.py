@@ -72,7 +72,9 @@ def train(
     Returns:
       The last state.
     """
-    setup = Setup(task.model, optimizer, training.steps, task.loss, mesh)
+    setup = Setup(
+        task.model, optimizer, training.steps, task.loss, mesh, deterministic=training.deterministic
+    )
     checkpoints = Checkpoints(folder / "checkpoints", keep=training.keep)
     step = checkpoints.latest() or 0
     if step:

@@ -1,6 +1,7 @@
 """A run that is killed and resumed is the run that nobody killed."""
 
 import asyncio
+import dataclasses
 import json
 import os
 import random
@@ -39,6 +40,8 @@ TOLD = Pretrain(
         samples=0,
     ),
 )
+# cuDNN adds gradients in any order unless it is told not to.
+FUSED = dict(depth=2, scan=True, dtype="bfloat16", fused_attention=True)
 KILLED = 2  # times; tests/programs/kill_and_resume.py has a run killed twenty times
 
 
@@ -57,9 +60,10 @@ def begun(*arguments):
     )
 
 
-def pretraining(folder):
+def pretraining(folder, model):
     settings = {
-        **dict(data=SMALL_CORPUS, output=folder, width=32, depth=1, heads=2, context=32),
+        **dict(data=SMALL_CORPUS, output=folder),
+        **{field.name: getattr(model, field.name) for field in dataclasses.fields(model)},
         "steps": STEPS,
         "log-every": 3,
         "evaluate-every": 20,
@@ -67,7 +71,8 @@ def pretraining(folder):
         "checkpoint-every": 7,
         "samples": 0,
     }
-    return begun("pretrain", *(f"--{name}={value}" for name, value in settings.items()))
+    told = (f"--{name.replace('_', '-')}={value}" for name, value in settings.items())
+    return begun("pretrain", *told)
 
 
 def killed_at(process, folder, step):
@@ -92,15 +97,15 @@ def logged(folder):
     return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
 
-def undisturbed(folder):
+def undisturbed(folder, model=TOLD.model):
     """Trains one run in peace, in this process, where most of its programs are there already."""
     with jax.numpy_dtype_promotion("standard"):
-        return launch(Pretrain(**{**vars(TOLD), "output": folder}))
+        return launch(dataclasses.replace(TOLD, output=folder, model=model))
 
 
-def killed_and_resumed(folder, times, *, seed=0):
+def killed_and_resumed(folder, times, *, model=TOLD.model, seed=0):
     """Trains the same run in processes, of which so many are killed at a random step."""
-    process, draws = pretraining(folder), random.Random(seed)
+    process, draws = pretraining(folder, model), random.Random(seed)
     for _ in range(times):
         killed_at(process, folder, draws.randint(1, STEPS - 1))
         process = begun("resume", folder)
@@ -118,6 +123,14 @@ def test_a_killed_run_has_the_losses_of_one_that_was_not_in_every_bit(finished, 
     assert logged(killed) == logged(finished)
     assert len(read_run(killed).losses) == STEPS
     assert not list((killed / "checkpoints").glob("*tmp*"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{}, FUSED], ids=["float32", "bfloat16, cuDNN"])
+def test_on_a_gpu_a_killed_run_has_the_losses_of_one_that_was_not_in_every_bit(settings, tmp_path):
+    model = dataclasses.replace(TOLD.model, **settings)
+    alone = undisturbed(tmp_path / "alone", model)
+    assert logged(killed_and_resumed(tmp_path / "killed", KILLED, model=model)) == logged(alone)
 
 
 def cut_back(run, folder, *, steps):
@@ -147,7 +160,7 @@ def test_a_finished_run_is_left_as_it_is(finished):
 
 def test_the_folder_of_a_run_is_not_taken_by_another(finished):
     with pytest.raises(BadInput, match=f"resume {finished}"):
-        launch(Pretrain(**{**vars(TOLD), "output": finished}))
+        launch(dataclasses.replace(TOLD, output=finished))
 
 
 def test_a_folder_without_a_run_is_not_resumed(tmp_path):
