@@ -18,8 +18,9 @@ from examples.dpo import Dpo
 from examples.errors import one_line
 from examples.launch import launch
 from examples.phases import ask
-from examples.presets import DPO, PRETRAIN, SFT, Presets, with_preset
+from examples.presets import DPO, SFT, Presets, with_preset
 from examples.pretrain import Pretrain
+from examples.pretrain_ngpt import PretrainNGPT
 from examples.runs import read_run
 from examples.settings import OPTIONS
 from examples.sft import Sft
@@ -32,6 +33,7 @@ class Sweep:
 
     phase: (
         Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
+        | Annotated[PretrainNGPT, tyro.conf.subcommand("ngpt")]
         | Annotated[Sft, tyro.conf.subcommand("sft")]
         | Annotated[Dpo, tyro.conf.subcommand("dpo")]
     )
@@ -75,7 +77,7 @@ def sweep(config: Sweep, console: Console) -> dict[str, list[Found]]:
 def _known_of(phase: Pretrain | Sft | Dpo) -> tuple[Presets, int]:
     """The presets, and the width of the model."""
     if isinstance(phase, Pretrain):
-        return PRETRAIN, phase.model.width
+        return phase.presets, phase.model.width
     _, model, _ = load_description(phase.start)
     return SFT if isinstance(phase, Sft) else DPO, model.width
 
