@@ -158,7 +158,7 @@ def train(weights: Weights, optimizer: NorMuon, steps: Iterable[int] = range(STE
 def train_replicas(
     weights: Weights, optimizer: NorMuon, steps: Iterable[int] = range(STEPS)
 ) -> None:
-    """As `train`, but the whole gradient is one rank's, by turns from the last: the mean is then exact."""
+    """As `train`, but the whole gradient is one rank's, from the last one on: the mean is then exact."""
     for step in steps:
         ranks = dist.get_world_size()
         weights.set_gradients(step, factor=ranks * ((-1 - step) % ranks == dist.get_rank()))
