@@ -110,7 +110,7 @@ def over_rates(container):
 
 
 def compiled_alike(tx, state, params):
-    """`step` as a program that returns leaves: it is then the same for every container, and compiled once.
+    """`step` as a program that returns leaves: the same for every container, and so compiled once.
 
     What names a result stands in the program.
     """
