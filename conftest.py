@@ -1,5 +1,6 @@
 """What every test runs under: strict promotion, no silent rank broadcasting, GPU tests only on GPUs."""
 
+import functools
 import gc
 import importlib.metadata
 import importlib.util
@@ -8,7 +9,8 @@ from pathlib import Path
 
 # Tests compile small programs and run each a few times: most of their time is the compiler's.
 QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-if int(importlib.metadata.version("jaxlib").split(".")[1]) < 11:
+OLDER_JAX = int(importlib.metadata.version("jaxlib").split(".")[1]) < 11
+if OLDER_JAX:
     # Later ones stop at a flag that they do not know.
     QUICK_COMPILATION += (
         " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
@@ -28,6 +30,11 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax  # noqa: E402 - JAX and XLA read the environment once, at import
 import pytest  # noqa: E402
+from jax._src.interpreters import mlir  # noqa: E402
+
+if OLDER_JAX:
+    # They make a context for every program, 4 ms and a megabyte; later ones keep one themselves.
+    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 # A callback may wait for arrays that the one thread which runs it has still to compute.
 jax.config.update("jax_cpu_enable_async_dispatch", False)

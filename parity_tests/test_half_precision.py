@@ -45,7 +45,7 @@ POLARS = {
 }
 
 LARGE = (polar_iteration.FEW_ROWS, 640)
-DRAWS = {(48, 128): 16, (128, 48): 16, (96, 96): 16, LARGE: 2}
+DRAWS = {(48, 128): 16, (128, 48): 16, (96, 96): 16, LARGE: 1}
 """Draws by shape: a matrix of the large one takes a hundred times as long as another."""
 
 
@@ -111,10 +111,10 @@ LIBRARIES = {"jax": with_jax, "torch": with_torch}
 @pytest.mark.parametrize("shape", DRAWS, ids=str)
 @pytest.mark.parametrize("spectrum", HARD_SPECTRA)
 def test_no_form_is_worse_than_the_plain_bfloat16_form(spectrum, shape):
-    """The median error of 16 draws (at 512x640, of two) is compared.
+    """The median error of 16 draws (at 512x640, of one) is compared.
 
     Largest ratio to the plain form: bf16 standard 1.012 (one huge row; else 0.88), fp16 standard 0.31,
-    fp16 Gram 0.76 (one huge column, 512x640; else 0.32). Largest ratio of fp16 Gram to our own bf16
+    fp16 Gram 0.73 (one huge column, 512x640; else 0.32). Largest ratio of fp16 Gram to our own bf16
     standard form: 0.48, but for one huge column at 512x640, see below.
     """
     stack, exact, plain = matrices(spectrum, shape)

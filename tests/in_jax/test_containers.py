@@ -109,6 +109,22 @@ def over_rates(container):
     return jax.tree.map(lambda leaf: leaf[1], both)
 
 
+def compiled_alike(tx, state, params):
+    """`step` as a program that returns leaves: the same for every container, and so compiled once.
+
+    What names a result stands in the program.
+    """
+    structure = jax.tree.structure((params, state))
+
+    @jax.jit
+    def leaves_of_step(*arguments):
+        result = step(tx, *arguments)
+        assert jax.tree.structure(result) == structure
+        return jax.tree.leaves(result)
+
+    return lambda *arguments: structure.unflatten(leaves_of_step(*arguments))
+
+
 def on_a_mesh(container, *, mode):
     mesh = mesh_of(mode, fsdp=2, tp=4)
     params = draw(container, 0)
@@ -126,7 +142,7 @@ def on_a_mesh(container, *, mode):
     tx = optimizer(params, param_specs=own if mode == AxisType.Auto else None)
     with jax.set_mesh(mesh):
         state = tx.init(params)
-        compiled = jax.jit(functools.partial(step, tx))
+        compiled = compiled_alike(tx, state, params)
         for seed in SEEDS:
             params, state = compiled(put(draw(container, seed)), state, params)
         moments = optax.tree.get(state, "second_moment")

@@ -22,11 +22,11 @@ from tests.in_torch.ranks import run_on_ranks
 RANKS = [4, 2, 1]
 
 BOUNDS = {
-    # 4 x 2.7e-15, 3.5e-14, 2.2e-16
-    torch.float64: {"weights": 1.1e-14, "second_moment": 1.4e-13, "radius": 8.8e-16},
-    # Those of T1; 3.4e-6, 3.8e-5, 1.1e-7
+    # 4 x 2.8e-15, 7.6e-14, 2.2e-16
+    torch.float64: {"weights": 1.1e-14, "second_moment": 3.0e-13, "radius": 8.8e-16},
+    # Those of T1; 3.4e-6, 4.7e-5, 1.1e-7
     torch.float32: {"weights": 1.2e-5, "second_moment": 3.4e-4, "radius": 4.6e-7},
-    # Float32 weights; 1.5e-6, 2.0e-5
+    # Float32 weights; 1.4e-6, 4.3e-5
     torch.bfloat16: {"weights": 1.2e-5, "second_moment": 3.4e-4},
 }
 """Relative infinity norms, the largest measured ones beside them. What is missing here is equal to the
@@ -126,7 +126,7 @@ def test_ranks_step_as_one_process_does(on_ranks, on_one_process, ranks, name, d
 def test_the_bounds_tell_other_gradients_apart(on_ranks):
     run = on_ranks[2][0]["process_group", torch.float64]
     weights, optimizer = cases.build(cases.alone)
-    cases.train(weights, optimizer, [0, 2, 1])
+    cases.train(weights, optimizer, [1, 0])
     found = distances(run, cases.outcome(weights, optimizer))
     assert found["weights"] > 1e6 * BOUNDS[torch.float64]["weights"]
 
@@ -147,8 +147,8 @@ def test_a_checkpoint_of_four_ranks_goes_on_on_any_number(on_ranks, on_one_proce
     assert_near(run["continued " + kind], on_one_process(torch.float64), torch.float64)
     lowered = on_one_process(torch.bfloat16, bf16_remainder=True)
     # bfloat16 products on the CPU are the same in every stack. The norms on hyperballs, which ranks add
-    # up, differ by float32's rounding: 6.9e-9 of the weights.
-    bound = 2.8e-8 if kind == "fully_shard" else 0.0
+    # up, differ by float32's rounding: 9.0e-8 of the weights.
+    bound = 3.6e-7 if kind == "fully_shard" else 0.0
     assert max(distances(run[f"continued {kind} lowered"], lowered).values()) <= bound
 
 
@@ -160,7 +160,7 @@ def test_a_checkpoint_of_four_ranks_goes_on_without_any(
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
     weights, optimizer = cases.build(cases.alone)
     cases.restore(folder / "checkpoints", kind, weights, optimizer)
-    cases.train(weights, optimizer, range(2, cases.STEPS))
+    cases.train(weights, optimizer, range(1, cases.STEPS))
     assert_near(cases.outcome(weights, optimizer), on_one_process(torch.float64), torch.float64)
 
 
