@@ -1,10 +1,10 @@
 """What every test runs under: strict promotion, no silent rank broadcasting, GPU tests only on GPUs."""
 
-import functools
 import gc
 import importlib.metadata
 import importlib.util
 import os
+import threading
 from pathlib import Path
 
 # Tests compile small programs and run each a few times: most of their time is the compiler's.
@@ -33,8 +33,15 @@ import pytest  # noqa: E402
 from jax._src.interpreters import mlir  # noqa: E402
 
 if OLDER_JAX:
-    # They make a context for every program, 4 ms and a megabyte; later ones keep one themselves.
-    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+    # They make a context for every program, 4 ms and a megabyte; later ones keep one for each thread.
+    make_ir_context, of_thread = mlir.make_ir_context, threading.local()
+
+    def ir_context_of_thread():
+        if not hasattr(of_thread, "context"):
+            of_thread.context = make_ir_context()
+        return of_thread.context
+
+    mlir.make_ir_context = ir_context_of_thread
 
 # A callback may wait for arrays that the one thread which runs it has still to compute.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
