@@ -177,6 +177,7 @@ def normuon(
         eps_root=adam_eps_root,
         nesterov=adam_nesterov,
         cautious=adam_cautious,
+        every=adam_every,
     )
 
     def matrices(

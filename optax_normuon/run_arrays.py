@@ -53,17 +53,20 @@ def state_to_arrays(
       Copies on the host in their own dtypes.
 
     Raises:
-      ValueError: state that the format has no name for, as that of `optax.MultiSteps`, or schedules that
-        have counted differently.
+      ValueError: state that the format has no name for, as that of `optax.MultiSteps`, schedules that
+        have counted differently, or AdamW's updates of another `adam_every` than that of `tx`.
     """
     _, noted = found(tx, params)
     entries = state_entries(state, params)
     arrays: Arrays = {}
-    counts = {}
+    counts, updates = {}, {}
     for each in entries:
         value = _on_host(each.value)
         if each.kind == "count":
             counts[jax.tree_util.keystr(each.path)] = int(value)
+            continue
+        if each.kind == "update":
+            updates |= dict.fromkeys(each.names, int(value))
             continue
         for name in each.names:
             arrays[f"{each.kind}/{name}"] = (
@@ -75,6 +78,7 @@ def state_to_arrays(
             f" {counts}. Move each optimizer's part of the state by itself."
         )
     wanted = _wanted(entries, noted, params)
+    _check_updates(updates, arrays, wanted)
     views = _views_of_int8(entries, noted, params)
     for name, view in views.items():
         q, scale = (arrays.pop(f"{kind}/{name}") for kind in ("momentum", SCALE))
@@ -173,7 +177,7 @@ def _wanted(entries: list[Entry], noted: Found, params: optax.Params) -> dict[st
     """What the state keeps of each parameter, by name."""
     arrays: dict[str, dict[str, tuple[tuple[int, ...], np.dtype]]] = {}
     for each in entries:
-        if each.kind not in ("step", "count"):
+        if each.kind not in ("step", "update", "count"):
             own = arrays.setdefault(each.names[0], {})
             own[each.kind] = (tuple(each.value.shape), np.dtype(each.value.dtype))
     parameters = parameter_names(params)
@@ -194,6 +198,20 @@ def _wanted(entries: list[Entry], noted: Found, params: optax.Params) -> dict[st
         matrices = matrices_of(noted.views[path]) if path in noted.views else ()
         result[name] = Wanted(Kept(settings, matrices), own)
     return result
+
+
+def _check_updates(
+    updates: Mapping[str, int], arrays: Arrays, wanted: Mapping[str, Wanted]
+) -> None:
+    """Refuses numbers of updates, by parameter, that do not follow from its steps: a file has these."""
+    for name, done in updates.items():
+        steps, every = int(arrays[f"step/{name}"]), wanted[name].kept.settings["every"]
+        if done != steps // every:
+            raise ValueError(
+                f"{name}: AdamW has made {done} updates in {steps} steps, and with adam_every={every}"
+                f" they would be {steps // every}; hand over the transformation that made the state. A"
+                " run whose adam_every was changed on the way cannot be moved."
+            )
 
 
 def _views_of_int8(
@@ -226,7 +244,7 @@ def _value(each: Entry, own: Mapping[str, Arrays], count: int, noted: Mapping[st
     """
     if each.kind == "count":
         return count
-    if each.kind != "step":
+    if each.kind not in ("step", "update"):
         return own[each.names[0]][each.kind]
     steps = {name: int(own[name]["step"]) for name in each.names}
     most = max(steps.values(), default=count)
@@ -238,6 +256,8 @@ def _value(each: Entry, own: Mapping[str, Arrays], count: int, noted: Mapping[st
             " counts once for all that it corrects for their start at zero. Give every parameter a"
             " gradient at every step, zeros where there is none, or leave this one out of both runs."
         )
+    if each.kind == "update" and each.names:
+        return most // noted[each.names[0]]["every"]
     return most
 
 

@@ -25,25 +25,24 @@ _BY_LEAF: dict[type, dict[str, str]] = {
     ProjectionState: {"radius": "radius"},
     Bf16RemainderState: {"remainder": "remainder"},
     optax.ScaleByAdamState: {"mu": "exp_avg", "nu": "exp_avg_sq"},
+    EveryStepsState: {"gradient_sum": "gradient_sum"},
     MuonState: {"mu": "momentum"},
 }
 """The fields that are trees like the parameters, and what the common format calls them. It has no
 scales: it writes an int8 momentum in floats."""
 
-_COUNTING_STEPS = (MomentumState, Int8MomentumState, optax.ScaleByAdamState, MuonState)
+_COUNTING_STEPS = (
+    MomentumState,
+    Int8MomentumState,
+    optax.ScaleByAdamState,
+    EveryStepsState,
+    MuonState,
+)
 """States whose count is that of the leaves beside it."""
 
 _COUNTING_SCHEDULES = (SphereState, WeightDecayState, optax.ScaleByScheduleState)
 
 _STATES = (*_BY_LEAF, *_COUNTING_SCHEDULES)
-
-_NOT_MOVED: dict[type, str] = {
-    EveryStepsState: (
-        "adam_every keeps a sum of gradients, for which the common format has no place: move a run"
-        " without it."
-    ),
-}
-"""States of this package that the common format does not keep, and why."""
 
 _CONSTANTS = {(MuonState, "ns_coeffs")}
 """Fields that are settings of the transformation, the same at every step."""
@@ -54,8 +53,9 @@ class Entry(NamedTuple):
 
     Attributes:
       path: in the state.
-      kind: "momentum", ..., as the common format has it; "step", or "count" of a schedule.
-      names: of the parameters that it belongs to: one, or for "step" all that it counts for.
+      kind: "momentum", ..., as the common format has it; "step", "update" where these are fewer than
+        steps, or "count" of a schedule.
+      names: of the parameters that it belongs to: one, or of a counter all that it counts for.
       value: the array, or what stands for it.
       state: the class of the state that has it.
     """
@@ -107,18 +107,15 @@ def _names(params: optax.Params) -> dict[KeyPath, str]:
 
 def _entries(node: Any, path: KeyPath, names: Mapping[KeyPath, str]) -> Iterator[Entry]:
     states, _ = jax.tree_util.tree_flatten_with_path(
-        node, is_leaf=lambda each: isinstance(each, (*_STATES, *_NOT_MOVED))
+        node, is_leaf=lambda each: isinstance(each, _STATES)
     )
     for inner, each in states:
-        if type(each) in _NOT_MOVED:
-            place = jax.tree_util.keystr((*path, *inner))
-            raise ValueError(f"the state at {place}: {_NOT_MOVED[type(each)]}")
         if not isinstance(each, _STATES):
             raise ValueError(
                 f"the state has an array at {jax.tree_util.keystr((*path, *inner))} that is neither"
-                " momentum, second moment, radius, remainder, AdamW's moments nor a counter, and the"
-                " common format has no place for it. Give the transformation inside of the wrapper, and"
-                " its part of the state, such as state.inner_opt_state of optax.MultiSteps."
+                " momentum, second moment, radius, remainder, AdamW's moments or sum nor a counter, and"
+                " the common format has no place for it. Give the transformation inside of the wrapper,"
+                " and its part of the state, such as state.inner_opt_state of optax.MultiSteps."
             )
         yield from _entries_of(each, (*path, *inner), names)
 
@@ -134,7 +131,10 @@ def _entries_of(state: Any, path: KeyPath, names: Mapping[KeyPath, str]) -> Iter
         elif field == "count":
             continue
         elif (type(state), field) not in _CONSTANTS:
-            yield from _entries(value, place, names)
+            for each in _entries(value, place, names):
+                # AdamW steps at its updates only, if it is inside of `every_steps`.
+                counts_updates = isinstance(state, EveryStepsState) and each.kind == "step"
+                yield each._replace(kind="update") if counts_updates else each
     if "count" in state._fields:
         counts_steps = isinstance(state, _COUNTING_STEPS)
         counted = dict.fromkeys(name for leaf in leaves for name in leaf.names)

@@ -87,7 +87,7 @@ matrix that is transposed is iterated on by its other side."""
 
 RECIPE_SETTINGS: dict[str, dict[str, Any]] = {
     "normuon": {},
-    "muon": {"momentum": 0.9},
+    "muon": {"momentum": 0.9, "adam_every": 3},
     "normuon_2025_12": {},
     "nanochat": {},
     "normuon_h": {},
@@ -251,6 +251,7 @@ def test_ten_steps_here_and_ten_there_are_twenty_in_either(recipe, x64):
     kinds = {key.partition("/")[0] for key in never}
     assert ("second_moment" in kinds) == (RECIPES[recipe].neuron_norm is not None)
     assert ("radius" in kinds) == recipe.endswith("_h")
+    assert ("gradient_sum" in kinds) == ("adam_every" in keywords)
     assert never["count"] == 20
 
 
@@ -274,7 +275,13 @@ def test_a_run_whose_state_was_left_behind_does_not_go_on(x64):
 
 
 @pytest.mark.parametrize(
-    "keywords", [{}, {"momentum_dtype": "bfloat16"}, {"momentum_dtype": "int8"}], ids=str
+    "keywords",
+    [
+        {},
+        {"momentum_dtype": "bfloat16", "adam_moment_dtype": "bfloat16", "adam_every": 3},
+        {"momentum_dtype": "int8"},
+    ],
+    ids=str,
 )
 def test_a_bfloat16_run_with_its_remainder_comes_back_bit_for_bit(keywords):
     """The arrays travel unstepped: two frameworks' own products do not share their bits."""
@@ -289,16 +296,21 @@ def test_a_bfloat16_run_with_its_remainder_comes_back_bit_for_bit(keywords):
         run.train(steps[2:4])
     assert_bits(back.save(), here.save())
     assert saved["remainder/embed.weight"].dtype == np.uint16
-    floats = "bfloat16" if keywords == {"momentum_dtype": "bfloat16"} else "float32"
-    assert saved["momentum/qkv.weight"].dtype == floats
+    floats = "bfloat16" if "adam_every" in keywords else "float32"
+    assert saved["momentum/qkv.weight"].dtype == saved["exp_avg/embed.weight"].dtype == floats
+    if "adam_every" in keywords:
+        assert saved["gradient_sum/embed.weight"].dtype == "float32"
+        assert saved["gradient_sum/embed.weight"].all()
 
 
 def in_torch(keywords):
-    return {key: getattr(torch, value) for key, value in keywords.items()}
+    return {
+        key: getattr(torch, value) if "dtype" in key else value for key, value in keywords.items()
+    }
 
 
 def in_jax(keywords):
-    return {key: jnp.dtype(value) for key, value in keywords.items()}
+    return {key: jnp.dtype(value) if "dtype" in key else value for key, value in keywords.items()}
 
 
 def assert_bits(ours, theirs):

@@ -173,17 +173,14 @@ def _wanted(each: _Owned) -> Wanted:
     else:
         settle_adamw(group)
         group = adamw_keywords(group)
-        if (group["adam_every"] or 1) > 1:
-            raise ValueError(
-                f"adam_every={group['adam_every']} keeps a sum of gradients, for which the common format"
-                " of a run's arrays has no place; move a run without adam_every."
-            )
-        names = ("b1", "b2", "eps", "eps_root", "nesterov", "cautious")
+        names = ("b1", "b2", "eps", "eps_root", "nesterov", "cautious", "every")
         kept = Kept(settings_of_adamw(**{name: group[f"adam_{name}"] for name in names}))
         arrays = {
             "exp_avg": (shape, group["adam_moment_dtype"] or dtype),
             "exp_avg_sq": (shape, dtype),
         }
+        if (group["adam_every"] or 1) > 1:
+            arrays["gradient_sum"] = (shape, dtype)
     if has_remainder(param, group):
         arrays["remainder"] = (shape, torch.uint16)
     return Wanted(kept, {kind: (own, numpy_dtype(of)) for kind, (own, of) in arrays.items()})

@@ -9,8 +9,12 @@
 | `second_moment/NAME` | the parameter's, 1 on reduced axes | float32, or the parameter's if wider |
 | `radius/NAME` | the parameter's, 1 on both sides of matrices | the same |
 | `exp_avg/NAME`, `exp_avg_sq/NAME` | the parameter's | AdamW's moments |
+| `gradient_sum/NAME` | the parameter's | float32, or the parameter's if wider: AdamW's |
 | `remainder/NAME` | the parameter's | uint16: low bits beside a bfloat16 parameter |
 | `parameter/NAME` | the parameter's | its own |
+
+AdamW that updates at every k-th step (`adam_every`) has a `gradient_sum`, of the steps since its last
+update. Its bias correction counts updates, which are `step` // k.
 
 A momentum in int8 is written as the floats that it stands for, which do not depend on how a framework
 lays out blocks. Where the blocks are the same, `state_from_arrays` makes the same integers of them.

@@ -19,6 +19,14 @@ from normuon_core.moving.settings import check_settings
 
 _OWNER = {MATRIX: "matrices (momentum and polar factor)", ADAMW: "AdamW"}
 
+_KEEPERS = {
+    "remainder": (
+        "A remainder is kept by with_bf16_remainder(...), or bf16_remainder=True in PyTorch"
+    ),
+    "gradient_sum": "A sum of gradients is kept by adam_every=k, with k above 1",
+}
+"""What keeps an array that not every optimizer has."""
+
 
 class Wanted(NamedTuple):
     """What an optimizer keeps of one parameter.
@@ -146,12 +154,11 @@ def _check_arrays(
     name: str, found: Arrays, wanted: Mapping[str, tuple[tuple[int, ...], np.dtype]]
 ) -> None:
     if found.keys() != wanted.keys():
-        hint = ""
-        if "remainder" in found.keys() ^ wanted.keys():
-            hint = (
-                " A remainder is kept by with_bf16_remainder(...), or bf16_remainder=True in PyTorch:"
-                " have it in both runs or in neither."
-            )
+        hint = "".join(
+            f" {keeper}: have it in both runs or in neither."
+            for kind, keeper in _KEEPERS.items()
+            if kind in found.keys() ^ wanted.keys()
+        )
         raise ValueError(
             f"{name}: the file has {', '.join(sorted(found))}, and here {', '.join(sorted(wanted))} are"
             f" kept; make the optimizer with that run's settings.{hint}"

@@ -22,8 +22,14 @@ _KEYWORDS = {
     "eps_root": "adam_eps_root",
     "nesterov": "adam_nesterov",
     "cautious": "adam_cautious",
+    "every": "adam_every",
 }
 """By which keyword of either framework's optimizer a setting is given; the others are the recipe's."""
+
+_UNCHANGEABLE = {
+    "every": "the sum of gradients is of its steps, and the bias correction counts updates by it",
+}
+"""Settings that no run can go on without, and why."""
 
 
 def settings_of_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -42,9 +48,9 @@ def settings_of_int8(in_int8: bool) -> dict[str, Any]:
     return {"momentum_dtype": "int8" if in_int8 else None}
 
 
-def settings_of_adamw(**keywords: Any) -> dict[str, Any]:
-    """AdamW's: b1, b2, eps, eps_root, nesterov, cautious."""
-    return {"optimizer": ADAMW} | _plain(keywords)
+def settings_of_adamw(*, every: int | None = None, **keywords: Any) -> dict[str, Any]:
+    """AdamW's: b1, b2, eps, eps_root, nesterov, cautious; and every, of which None is 1."""
+    return {"optimizer": ADAMW, "every": int(every or 1)} | _plain(keywords)
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,9 +84,11 @@ def check_settings(
 
     Args:
       name: the parameter's. found: the file's. wanted: the optimizer's.
-      changed: settings that may differ, by the names that the error has for them.
+      changed: settings that may differ, by the names that the error has for them. AdamW's `every` never
+        may.
     """
-    unlike = sorted(each for each in differences(found, wanted) if each[0] not in changed)
+    allowed = {*changed} - _UNCHANGEABLE.keys()
+    unlike = sorted(each for each in differences(found, wanted) if each[0] not in allowed)
     if not unlike:
         return
     lines = [
@@ -94,9 +102,13 @@ def check_settings(
         remedy = f"make the optimizer with {', '.join(keywords)} to continue that run"
     else:
         remedy = "make the optimizer with the recipe of that run"
+    fixed = [key for key, *_ in unlike if key in _UNCHANGEABLE]
+    if fixed:
+        remedy += "".join(f" ({key} cannot be changed: {_UNCHANGEABLE[key]})" for key in fixed)
+    else:
+        remedy += f", or give changed={[key for key, *_ in unlike]} to go on with those here"
     raise ValueError(
-        f"{name}: the file's run had other settings: {'; '.join(lines)}. Please {remedy}, or give"
-        f" changed={[key for key, *_ in unlike]} to go on with those here."
+        f"{name}: the file's run had other settings: {'; '.join(lines)}. Please {remedy}."
     )
 
 

@@ -308,6 +308,25 @@ def test_a_setting_may_be_changed_on_purpose():
         matching_state(arrays, {"w": WANTED}, ("momentum.nesterov",))
 
 
+def test_a_file_of_before_adam_every_is_one_that_updates_at_every_step():
+    arrays = {f"{kind}/w": draw(4) for kind in ("exp_avg", "exp_avg_sq")} | {"step/w": np.array(3)}
+    older = Kept({key: value for key, value in ADAMW.settings.items() if key != "every"})
+    arrays["metadata"] = written_metadata({"w": older})
+    moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), ((4,), np.dtype(np.float32)))
+    for every in (None, 1):
+        kept = Kept(settings_of_adamw(b1=0.9, every=every))
+        matching_state(arrays, {"w": Wanted(kept, moments)}, ())
+    sums = Wanted(
+        Kept(settings_of_adamw(b1=0.9, every=np.int64(2))),
+        moments | {"gradient_sum": moments["exp_avg"]},
+    )
+    with pytest.raises(ValueError, match="gradient_sum, step are kept; .* by adam_every=k"):
+        matching_state(arrays, {"w": sums}, ())
+    arrays["metadata"] = written_metadata({"w": ADAMW})
+    with pytest.raises(ValueError, match=r"every is 1 in the file and 2 here.* adam_every=1"):
+        matching_state(arrays, {"w": sums}, ("every",))
+
+
 def test_a_setting_that_one_side_does_not_know_is_not_compared():
     scheduled = with_settings()
     kept = read_metadata(scheduled)["w"]

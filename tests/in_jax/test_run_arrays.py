@@ -48,13 +48,15 @@ LAYOUT = {
 
 
 def filled(tx, params):
-    """A state that no initial state equals: every array counts on, and counters are 5."""
+    """A state that no initial state equals: every array counts on, and counters are 5, those of updates
+    at every second step 2."""
     state = jax.jit(tx.init)(params)
-    leaves, structure = jax.tree.flatten(state)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(state)
     new = []
-    for number, leaf in enumerate(leaves):
+    for number, (path, leaf) in enumerate(leaves):
         if leaf.ndim == 0:
-            new.append(jnp.full_like(leaf, 5))
+            counts_updates = jax.tree_util.GetAttrKey("direction") in path
+            new.append(jnp.full_like(leaf, 2 if counts_updates else 5))
         else:
             values = np.arange(leaf.size).reshape(leaf.shape) + number
             new.append(jnp.asarray(values.astype(leaf.dtype)))
@@ -74,6 +76,7 @@ OPTIMIZERS = {
         optax.clip_by_global_norm(1.0),
         normuon(lambda count: 0.1 / (1 + count), recipe="normuon_h", layout=LAYOUT, **KEYWORDS),
     ),
+    "AdamW at every second step": normuon(0.02, layout=LAYOUT, adam_every=2, **KEYWORDS),
     "a stage alone": scale_by_normuon(layout=LAYOUT),
 }
 
@@ -124,7 +127,8 @@ def test_arrays_lie_on_a_mesh_as_the_optimizer_would_lay_them(mode):
         "blocks": {"down": {"kernel": jax.P("fsdp", "tp", None)}},
         "embed": {"embedding": jax.P(None, "tp")},
     }
-    params, tx = tree(), normuon(0.02, recipe="normuon_h", layout=LAYOUT, **KEYWORDS)
+    params = tree()
+    tx = normuon(0.02, recipe="normuon_h", layout=LAYOUT, adam_every=2, **KEYWORDS)
     state = filled(tx, params)
     arrays = state_to_arrays(tx, state, params) | parameters_to_arrays(params)
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
@@ -135,14 +139,16 @@ def test_arrays_lie_on_a_mesh_as_the_optimizer_would_lay_them(mode):
     )
     with jax.set_mesh(mesh):
         placed = parameters_from_arrays(arrays, abstract)
-        moved = state_from_arrays(tx, arrays, placed)
+        moved = state_from_arrays(tx, arrays, abstract)
         momentum = optax.tree.get(moved, "momentum")
         second = optax.tree.get(moved, "second_moment")
+        gradient_sum = optax.tree.get(moved, "gradient_sum")
         assert_same(moved, state)
         back = state_to_arrays(tx, moved, placed) | parameters_to_arrays(placed)
     assert momentum["blocks"]["down"]["kernel"].sharding.spec == specs["blocks"]["down"]["kernel"]
     # It has one number for each output, of which no device has less than all.
     assert second["blocks"]["down"]["kernel"].sharding.spec[:1] == ("fsdp",)
+    assert gradient_sum["embed"]["embedding"].sharding.spec == specs["embed"]["embedding"]
     assert jax.tree.map(lambda x: x.sharding, placed) == shardings
     assert back.keys() == arrays.keys()
     for key, array in arrays.items():
@@ -295,9 +301,19 @@ def test_arrays_that_the_format_has_no_name_for_are_refused():
         state_to_arrays(NORMUON, uneven, tree())
 
 
-def test_a_run_that_the_format_cannot_hold_is_refused():
-    with pytest.raises(ValueError, match="a sum of gradients"):
-        state_of(normuon(0.02, layout=LAYOUT, **KEYWORDS, adam_every=2))
+def test_a_run_of_another_adam_every_is_refused():
+    params, tx = tree(), OPTIMIZERS["AdamW at every second step"]
+    state = filled(tx, params)
+    arrays = state_to_arrays(tx, state, params)
+    third = normuon(0.02, layout=LAYOUT, **KEYWORDS, adam_every=3)
+    for other in (third, NORMUON):
+        with pytest.raises(ValueError, match=r"every is 2 .* adam_every=2 .* cannot be changed"):
+            state_from_arrays(other, arrays, params, changed=["every"])
+    with pytest.raises(ValueError, match=r"made 2 updates in 5 steps, .*adam_every=3 .* be 1;"):
+        state_to_arrays(third, state, params)
+    arrays["step/up/bias"] = np.array(3)
+    with pytest.raises(ValueError, match="step/up/bias: it has been stepped 3 times and others 5"):
+        state_from_arrays(tx, arrays, params)
 
 
 def test_adamws_settings_are_compared():

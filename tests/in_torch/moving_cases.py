@@ -18,7 +18,9 @@ DTYPES = {"float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
 def keywords_of(name):
-    return {"bf16_remainder": True, "compute_dtype": torch.float32} if name == "bfloat16" else {}
+    if name == "float64":
+        return {}
+    return {"bf16_remainder": True, "adam_every": 3, "compute_dtype": torch.float32}
 
 
 def named(weights):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_ref import NorMuon, param_groups, state_to_arrays
+from torch_ref import NorMuon, param_groups
 
 
 def test_a_run_that_is_saved_between_two_updates_goes_on():
@@ -60,13 +60,3 @@ def test_multipliers_by_name_make_groups_of_their_own():
 def test_a_pattern_that_meets_no_parameter_is_refused():
     with pytest.raises(ValueError, match=r"'\*embde\*' of lr_mul meets no parameter; .*0.weight"):
         param_groups(model(), lr=0.1, adam_lr=0.01, lr_mul={"*embde*": 0.3})
-
-
-def test_a_sum_of_gradients_is_not_lost_where_a_run_is_moved():
-    made = nn.ModuleDict({"norm": nn.LayerNorm(5)})
-    optimizer = NorMuon(made.parameters(), lr=0.1, optimizer="adamw", adam_every=2)
-    for param in made.parameters():
-        param.grad = torch.ones(5)
-    optimizer.step()
-    with pytest.raises(ValueError, match="adam_every=2 keeps a sum of gradients"):
-        state_to_arrays(optimizer, made.named_parameters())

@@ -88,6 +88,10 @@ REFUSED = [
         {"momentum_dtype": torch.float32},
         "momentum/up: the file has float64, and here it is float32",
     ),
+    (
+        {"adam_every": 2},
+        "bias: .* every is 1 in the file and 2 here.* adam_every=1 .* be changed: the",
+    ),
     ({"optimizer": "adamw"}, "up: the file's run stepped it as matrices .* goes to AdamW"),
 ]
 
@@ -105,6 +109,21 @@ def test_another_optimizer_is_told_what_it_would_have_to_be_and_is_left_alone(ke
     after = ours.state_dict()["state"]
     for number, state in before.items():
         assert all(torch.equal(value, after[number][key]) for key, value in state.items())
+
+
+def test_a_sum_of_gradients_goes_on_and_none_is_made_up():
+    whole, _ = run(steps=4, adam_every=3)
+    params, optimizer = run(steps=2, adam_every=3)
+    arrays = state_to_arrays(optimizer, params.items())
+    assert arrays["gradient_sum/bias"].all()
+    others = twins(params)
+    ours = NorMuon(groups(others), 0.02, adam_every=3)
+    state_from_arrays(ours, arrays, others.items())
+    train(others, ours, range(2, 4))
+    assert all(torch.equal(others[name], whole[name]) for name in SHAPES)
+    without = {key: array for key, array in arrays.items() if key != "gradient_sum/bias"}
+    with pytest.raises(ValueError, match="bias: the file has .* gradient_sum, .* by adam_every=k"):
+        state_from_arrays(ours, without, others.items())
 
 
 def test_names_are_needed_and_must_be_those_of_the_file():
