@@ -6,6 +6,7 @@ switched off, grouped-query attention, a squared-ReLU MLP, no biases, and an out
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -14,6 +15,7 @@ from flax import nnx
 
 from examples.embedding import Embedding
 from examples.errors import BadInput
+from examples.processes import independent_loops_may_meet
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -240,7 +242,7 @@ def through(blocks: Any, x: jax.Array, segments: jax.Array | None) -> jax.Array:
     """
     mask = _mask_of(segments)
     if not isinstance(blocks, nnx.List):
-        return _scanned(blocks, x, mask)
+        return _scan(_one_block, out_axes=nnx.Carry)(blocks, x, mask)
     for block in blocks:
         x = block(x, mask)
     return x
@@ -253,8 +255,13 @@ def _mask_of(segments: jax.Array | None) -> jax.Array | None:
     return segments[:, None, :, None] == segments[:, None, None, :]
 
 
-@nnx.scan(in_axes=(0, nnx.Carry, None), out_axes=nnx.Carry)
-def _scanned(block: Any, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+def _scan(step: Callable, out_axes: Any) -> Callable:
+    """Of (a stack of blocks, x, mask): `step` of each block, with its x from the one before."""
+    in_axes = (0, nnx.Carry, None)
+    return nnx.scan(step, in_axes=in_axes, out_axes=out_axes, unroll=independent_loops_may_meet())
+
+
+def _one_block(block: Any, x: jax.Array, mask: jax.Array | None) -> jax.Array:
     return block(x, mask)
 
 
@@ -262,7 +269,7 @@ def _largest_logits(blocks: Any, x: jax.Array, segments: jax.Array | None) -> di
     """By the path of each attention, as `GPT` goes through its blocks."""
     mask = _mask_of(segments)
     if not isinstance(blocks, nnx.List):
-        _, largest = _scanned_for_logits(blocks, x, mask)
+        _, largest = _scan(_one_block_and_logits, out_axes=(nnx.Carry, 0))(blocks, x, mask)
         return {"blocks/attention": largest}
     found = {}
     for index, block in enumerate(blocks):
@@ -271,8 +278,7 @@ def _largest_logits(blocks: Any, x: jax.Array, segments: jax.Array | None) -> di
     return found
 
 
-@nnx.scan(in_axes=(0, nnx.Carry, None), out_axes=(nnx.Carry, 0))
-def _scanned_for_logits(
+def _one_block_and_logits(
     block: Any, x: jax.Array, mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     return block(x, mask), block.largest_logits(x, mask)

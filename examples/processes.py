@@ -36,3 +36,14 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
 def is_first() -> bool:
     """Whether this process is the one that prints and writes."""
     return jax.process_index() == 0
+
+
+def independent_loops_may_meet() -> bool:
+    """Whether a program must not have two loops that send messages: on CPUs, over many processes.
+
+    XLA's CPU runtime starts what follows a loop while the loop still runs, unless it needs the loop's
+    result. Two such loops, as of DPO's trained and frozen model, then send in an order that each process
+    finds for itself; but Gloo knows messages by their order alone. A mere `optimization_barrier` does
+    not part them: XLA drops it before it plans the run (JAX 0.10.2).
+    """
+    return jax.process_count() > 1 and jax.default_backend() == "cpu"
