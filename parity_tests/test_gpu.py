@@ -23,6 +23,12 @@ SHAPES = [(96, 200), (200, 96), (3, 64, 64), (7, 5)]
 OUT_IN = MatrixLayout(-1, -2)
 
 
+@pytest.fixture(autouse=True)
+def _first_device():
+    """JAX leaves another of several devices current, and PyTorch would make a capture's stream there."""
+    torch.cuda.set_device(0)
+
+
 def torch_training(**keywords):
     """(parameters with gradients, an optimizer of matrices and AdamW), the same at every call."""
     generator = torch.Generator("cuda").manual_seed(0)

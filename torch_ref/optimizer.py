@@ -241,8 +241,8 @@ class NorMuon(torch.optim.Optimizer):
           The closure's result, or None.
 
         Raises:
-          RuntimeError: a sparse gradient, or a DTensor without a gradient on its mesh; nothing is then
-            changed.
+          RuntimeError: a sparse gradient, a DTensor without a gradient on its mesh, or a CUDA graph that
+            is captured on another device; nothing is then changed.
         """
         loss = None
         if closure is not None:

@@ -14,6 +14,7 @@ from torch_ref.leaves.groups import group_recipe, parameter_view, whole_part
 from torch_ref.leaves.part import cut
 from torch_ref.stages.adamw import adamw
 from torch_ref.stages.remainder import add_to_weight, read_weight
+from torch_ref.steps.capture import check_capture
 from torch_ref.steps.plan import Planner
 from torch_ref.steps.state import KeptState, has_remainder
 from torch_ref.steps.weight import MatrixWeight, group_specs, step_matrices
@@ -53,6 +54,7 @@ def _count_steps(groups: Sequence[Group], kept: KeptState) -> None:
             if "step" not in state:
                 state["step"] = torch.zeros((), dtype=torch.int64, device=param.device)
             counters[state["step"].device].append(state["step"])
+    check_capture(counters)
     for steps in counters.values():
         torch._foreach_add_(steps, 1)  # pyright: ignore[reportPrivateImportUsage]
 
