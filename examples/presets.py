@@ -36,11 +36,12 @@ PRETRAIN: Presets = {
     OPTAX_MUON: Rates(0.02, 8e-3),
 }
 
-# Of nGPT: the matrices' rate is about the angle by which their slices turn in a step.
+# Of nGPT: the matrices' rate is about the angle by which their slices turn in a step. The best of a
+# sweep of both rates together (`docs/training.md`).
 NGPT: Presets = {
-    "adamw": Rates(1e-3, 1e-3),
-    "muon": Rates(0.02, 4e-3),
-    "normuon": Rates(0.02, 4e-3),
+    "adamw": Rates(8e-3, 8e-3),
+    "muon": Rates(0.04, 8e-3),
+    "normuon": Rates(0.04, 8e-3),
 }
 
 # Half of pretraining's for the matrices and the AdamW beside them, all of it for AdamW alone: a small
