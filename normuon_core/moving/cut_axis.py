@@ -14,49 +14,43 @@ class CutAxis(NamedTuple):
     """The stored axis that is cut.
 
     Attributes:
-      index: in the arrays' shapes. sizes: of the parts.
-      before, behind: how many entries have the names that share the axis, on either side of the one that
-        is cut.
+      index: in the arrays' shapes.
+      before: how many entries the names have that share the axis and stand before the one that is cut.
+      sizes: of the parts.
     """
 
     index: int
     before: int
     sizes: tuple[int, ...]
-    behind: int
 
     @classmethod
     def of(cls, cut: Cut, lengths: Mapping[str, int]) -> "CutAxis":
         """Where the names of the fused side have these lengths."""
         index = next(index for index, group in enumerate(cut.side) if cut.axis in group)
         group = cut.side[index]
-        place = group.index(cut.axis)
-        before, behind = (
-            math.prod(lengths[name] for name in names)
-            for names in (group[:place], group[place + 1 :])
-        )
-        return cls(index, before, cut.sizes, behind)
+        before = math.prod(lengths[name] for name in group[: group.index(cut.axis)])
+        return cls(index, before, cut.sizes)
 
-    def arrangements(self, length: int) -> Iterator[tuple[int, tuple[int, ...], int]]:
-        """What `length` entries may be: (before, of each part, behind).
+    def shares(self, length: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """What `length` entries may be: (before, how many entries of each part follow on one).
 
-        All of the parameter; of a statistic also one for each part, or several in the ratio of the sizes
-        where the parts are split further.
+        A statistic may have one for each part. Otherwise they are in the ratio of the sizes: those of
+        the parameter, or of blocks that the parts are split into further.
         """
-        yield self.before, self.sizes, self.behind
-        yield 1, (1,) * len(self.sizes), 1
+        yield 1, (1,) * len(self.sizes)
         along, total = length // self.before, sum(self.sizes)
-        yield self.before, tuple(along * size // total for size in self.sizes), 1
+        yield self.before, tuple(along * size // total for size in self.sizes)
 
     def cut(self, array: np.ndarray) -> list[np.ndarray] | None:
-        """The parts of an array; None where the array has no entries of its own for each part."""
+        """The parts of an array; None where it has no entries of its own for each part."""
         start, length, rest = self._around(array)
-        for before, counts, behind in self.arrangements(length):
-            if before * sum(counts) * behind == length:
-                apart = array.reshape(*start, before, sum(counts), behind, *rest)
+        for before, counts in self.shares(length):
+            if before * sum(counts) == length:
+                apart = array.reshape(*start, before, sum(counts), *rest)
                 stops = [*itertools.accumulate(counts[:-1])]
                 pieces = np.split(apart, stops, axis=self.index + 1)
                 return [
-                    piece.reshape(*start, before * count * behind, *rest)
+                    piece.reshape(*start, before * count, *rest)
                     for piece, count in zip(pieces, counts, strict=True)
                 ]
         return None
@@ -67,15 +61,14 @@ class CutAxis(NamedTuple):
         if any(self._around(piece)[::2] != (start, rest) for piece in pieces):
             return None
         lengths = [piece.shape[self.index] for piece in pieces]
-        for before, counts, behind in self.arrangements(sum(lengths)):
-            if [before * count * behind for count in counts] == lengths:
+        for before, counts in self.shares(sum(lengths)):
+            if [before * count for count in counts] == lengths:
                 apart = [
-                    piece.reshape(*start, before, count, behind, *rest)
+                    piece.reshape(*start, before, count, *rest)
                     for piece, count in zip(pieces, counts, strict=True)
                 ]
-                return np.concatenate(apart, axis=self.index + 1).reshape(
-                    *start, sum(lengths), *rest
-                )
+                whole = np.concatenate(apart, axis=self.index + 1)
+                return whole.reshape(*start, sum(lengths), *rest)
         return None
 
     def _around(self, array: np.ndarray) -> tuple[tuple[int, ...], int, tuple[int, ...]]:

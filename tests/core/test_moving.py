@@ -161,6 +161,14 @@ def assert_equal_arrays(ours, theirs):
             ),
             "two rules make c, Rule",
         ),
+        (
+            lambda: NameTable(
+                [Rule("c", "a"), Rule(("q", "k"), "a", "o -> o", cut={"o": (2, 1)})]
+            ).to_flax(
+                {f"parameter/{name}": draw(size) for name, size in {"c": 3, "q": 2, "k": 1}.items()}
+            ),
+            "two rules make a, Rule",
+        ),
     ],
 )
 def test_what_a_rule_does_not_fit_is_an_error_by_name(make, message):
@@ -261,7 +269,7 @@ def test_a_part_may_be_split_into_heads_and_stored_head_by_head():
     turns = Rule(
         "a",
         ("q", "k"),
-        "(heads kinds size) in -> in (heads kinds size)",
+        "(heads kinds size) in -> in heads (kinds size)",
         {"heads": 3},
         {"kinds": (1, 1)},
     )
@@ -277,6 +285,24 @@ def test_a_part_may_be_split_into_heads_and_stored_head_by_head():
             assert tuple(moved[f"radius/{name}"].ravel()) == own
             assert read_metadata(moved)[name].matrices == ((len(own), 2, 5),)
         assert_same(NameTable([rule]).to_torch(moved), arrays)
+
+
+def test_equal_blocks_of_a_stack_are_divided_over_its_members():
+    rule = Rule(("l.{n}.q", "l.{n}.k"), "l/qk", "out in -> n in out", cut={"out": (2, 2)})
+    arrays = {"momentum/l/qk": draw(4, 5, 4)}
+    arrays["metadata"] = written_metadata({"l/qk": Kept(NORMUON.settings, ((8, 2, 5),))})
+    moved = NameTable([rule]).to_torch(arrays)
+    assert {own.matrices for own in read_metadata(moved).values()} == {((1, 2, 5),)}
+    assert_same(NameTable([rule]).to_flax(moved), arrays)
+
+
+def test_a_part_of_one_output_may_have_its_second_moment_along_the_inputs():
+    rule = Rule("a", ("q", "k"), "out in -> in out", cut={"out": (8, 1)})
+    arrays = {"momentum/a": draw(9, 5), "second_moment.0/a": draw(8, 1)}
+    arrays["second_moment.1/a"] = draw(1, 5)
+    moved = NameTable([rule]).to_flax(arrays)
+    assert moved["second_moment/k"].shape == (5, 1)
+    assert_equal_arrays(NameTable([rule]).to_torch(moved), arrays)
 
 
 def test_what_adamw_steps_is_cut_and_joined_freely():
@@ -313,6 +339,16 @@ def said_of_parts(**changed):
             "to_flax",
             file_of(fused("h.0.c_attn.weight", Kept(NORMUON.settings, ((1, 16, 5),)))),
             r"c_attn.weight: .* one of \(16, 5\), .* other matrices; .*output_splits.*\(4, 2, 2\)",
+        ),
+        (
+            "to_torch",
+            {
+                "momentum/h/qkv/kernel": draw(4, 5, 16),
+                "metadata": written_metadata(
+                    {"h/qkv/kernel": Kept(NORMUON.settings, ((4, 16, 5),))}
+                ),
+            },
+            r"qkv/kernel: .* 4 matrices of \(16, 5\), .* other matrices; .*output_splits",
         ),
         (
             "to_flax",
@@ -369,7 +405,7 @@ def said_of_parts(**changed):
 )
 def test_what_cannot_be_cut_or_joined_is_an_error_by_name(move, arrays, message):
     with pytest.raises(ValueError, match=message):
-        getattr(NameTable([FUSED_IN_TORCH]), move)(arrays)
+        getattr(NameTable([FUSED_IN_TORCH, FUSED_IN_FLAX]), move)(arrays)
 
 
 def test_members_of_a_stack_that_were_stepped_otherwise_are_refused():
@@ -425,7 +461,9 @@ def test_parameters_without_a_counterpart_are_named():
         derive_table(TORCH, {**APART, "extra/kernel": (4, 4)})
     with pytest.raises(ValueError, match=r"for stem/kernel \(7, 5, 3, 8\).* stem.weight \(8, 3, 5"):
         derive_table(TORCH, {**APART, "stem/kernel": (7, 5, 3, 8)})
-    with pytest.raises(ValueError, match=r"for nothing.* for down.weight \(2, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"for nothing.* for down.weight \(2, 2\); .* rule with cut"
+    ):
         derive_table({**TORCH, "down.weight": (2, 2)}, APART)
 
 
