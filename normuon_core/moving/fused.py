@@ -163,9 +163,8 @@ def _check_known(name: str, kept: Kept) -> None:
 
 def _needs_splits(cut: Cut) -> str:
     return (
-        "only a layout with output_splits, a block for each of the"
-        f" {cut.sizes} along {cut.axis!r}, steps it as its parts are stepped. Make both runs so, or move"
-        " the parameters alone."
+        f"only a layout whose output_splits make a block of each of {cut.sizes} along {cut.axis!r} steps"
+        " it as its parts are stepped. Have that in the run from its start, or move parameters alone."
     )
 
 
