@@ -52,14 +52,14 @@ def derive_table(torch: Shapes, flax: Shapes) -> NameTable:
             unmatched.append(f"{name} {tuple(shape)}")
             continue
         rules.append(rule)
-        used |= {own for own in torch if rule.ends[0].match(own) is not None}
+        used |= {own for own in torch if rule.lines[0].ends[0].match(own) is not None}
     left = [f"{name} {tuple(shape)}" for name, shape in torch.items() if name not in used]
     if unmatched or left:
         raise ValueError(
             f"no counterpart was found in PyTorch for {', '.join(unmatched) or 'nothing'}, and in"
             f" Flax for {', '.join(left) or 'nothing'}; write their rules, as"
             " Rule('up.weight', 'up/kernel', 'out in -> in out'), and derive the table of the"
-            " others without them."
+            " others without them. What is fused on one side alone takes a rule with cut."
         )
     return NameTable(rules)
 

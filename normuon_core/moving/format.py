@@ -28,8 +28,9 @@ an array that is not row-major, and with it the numbers in another order.) NumPy
 two bytes without a name, which are taken for bfloat16 here.
 """
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,11 +65,25 @@ class Kept:
 
 def matrices_of(view: MatrixView) -> Matrices:
     """The matrices of one weight."""
+    return sum_of_matrices([[(view.matrices(run), run.size, view.inputs)] for run in view.runs])
+
+
+def sum_of_matrices(parts: Iterable[Iterable[tuple[int, int, int]]]) -> Matrices:
+    """The matrices of several weights, or blocks, together."""
     counts: dict[tuple[int, int], int] = {}
-    for run in view.runs:
-        key = (run.size, view.inputs)
-        counts[key] = counts.get(key, 0) + view.matrices(run)
+    for count, outputs, inputs in itertools.chain.from_iterable(parts):
+        counts[outputs, inputs] = counts.get((outputs, inputs), 0) + count
     return tuple(sorted((count, *sides) for sides, count in counts.items()))
+
+
+def written_matrices(matrices: Matrices) -> str:
+    """The matrices in words."""
+    return " and ".join(
+        f"{count} matrices of ({outputs}, {inputs})"
+        if count > 1
+        else f"one of ({outputs}, {inputs})"
+        for count, outputs, inputs in matrices
+    )
 
 
 def written_metadata(kept: Mapping[str, Kept]) -> np.ndarray:
@@ -129,6 +144,11 @@ def by_parameter(arrays: Mapping[str, np.ndarray]) -> dict[str, Arrays]:
         if slash:
             result.setdefault(name, {})[kind] = as_read(arrays[key])
     return result
+
+
+def whole_array(arrays: Arrays) -> np.ndarray:
+    """One of a parameter's arrays that has the parameter's shape; statistics are smaller."""
+    return max((array for kind, array in arrays.items() if kind != "step"), key=np.size)
 
 
 def _some(names) -> str:

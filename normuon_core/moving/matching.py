@@ -14,6 +14,7 @@ from normuon_core.moving.format import (
     Matrices,
     by_parameter,
     read_metadata,
+    written_matrices,
 )
 from normuon_core.moving.settings import check_settings
 
@@ -135,19 +136,10 @@ def _check_optimizer(name: str, source: Kept, target: Kept) -> None:
 def _check_matrices(name: str, found: Matrices, wanted: Matrices) -> None:
     if found and wanted and found != wanted:
         raise ValueError(
-            f"{name}: the file's run took it for {_matrices(found)}, and here it is {_matrices(wanted)};"
-            " give it a layout with those matrices (output_splits, or axes that are named on no side) to"
-            " continue that run."
+            f"{name}: the file's run took it for {written_matrices(found)}, and here it is"
+            f" {written_matrices(wanted)}; give it a layout with those matrices (output_splits, or axes"
+            " that are named on no side) to continue that run."
         )
-
-
-def _matrices(matrices: Matrices) -> str:
-    return " and ".join(
-        f"{count} matrices of ({outputs}, {inputs})"
-        if count > 1
-        else f"one of ({outputs}, {inputs})"
-        for count, outputs, inputs in matrices
-    )
 
 
 def _check_arrays(

@@ -12,9 +12,13 @@ from normuon_core.moving.format import (
     Kept,
     by_parameter,
     read_metadata,
+    whole_array,
     written_metadata,
 )
-from normuon_core.moving.rule import End, Rule
+from normuon_core.moving.fused import Parameter, cut_parameter, joined_parameter
+from normuon_core.moving.rule import Cut, End, Line, Rule
+
+Parameters = dict[str, Parameter]
 
 
 class _Source(NamedTuple):
@@ -60,41 +64,79 @@ class NameTable:
         return self._moved(arrays, 1)
 
     def _moved(self, arrays: Mapping[str, np.ndarray], start: int) -> Arrays:
-        own = by_parameter(arrays)
         kept = read_metadata(arrays) if "metadata" in arrays else {}
+        own = {name: Parameter(x, kept.get(name)) for name, x in by_parameter(arrays).items()}
+        own = self._joined(self._renamed(self._cut(own, start), start), 1 - start)
         result = {key: np.asarray(arrays[key]) for key in arrays if "/" not in key}
-        new_kept: dict[str, Kept] = {}
-        for rule, target, sources in self._targets(own, start):
-            end, other = rule.ends[start], rule.ends[1 - start]
-            ordered, stack = _in_order(sources, _only(end, other), target)
-            names = _spread_names(rule, own[ordered[0]], end, other, target)
-            for kind in own[ordered[0]]:
-                members = [_of_kind(own, kind, name, target) for name in ordered]
-                moved = _move(members, stack, rule, end, other, f"{kind}/{target}", len(names))
-                for name, array in zip(names, moved, strict=True):
-                    if f"{kind}/{name}" in result:
-                        raise ValueError(
-                            f"two rules make {kind}/{name}, {rule} is the second; give each parameter"
-                            " one name."
-                        )
-                    result[f"{kind}/{name}"] = array
-            if ordered[0] in kept:
-                for name in names:
-                    new_kept[name] = _joined([kept[each] for each in ordered], len(names), target)
+        for name, each in own.items():
+            result |= {f"{kind}/{name}": array for kind, array in each.arrays.items()}
         if "metadata" in result:
-            result["metadata"] = written_metadata(new_kept)
+            result["metadata"] = written_metadata(
+                {name: each.kept for name, each in own.items() if each.kept is not None}
+            )
+        return result
+
+    def _cut(self, own: Parameters, place: int) -> Parameters:
+        """With the parts of what is fused here in its place, by `Cut.suffixes`."""
+        result: Parameters = {}
+        for name, each in own.items():
+            rule = next((rule for rule in self.rules if rule.fits(name, place)), None)
+            cut = None if rule is None else rule.cutting
+            if cut is None or cut.place != place:
+                result[name] = each
+                continue
+            parts = cut_parameter(name, each, cut)
+            result |= {name + end: part for end, part in zip(cut.suffixes, parts, strict=True)}
+        return result
+
+    def _joined(self, own: Parameters, place: int) -> Parameters:
+        """The inverse of `_cut`."""
+        result = dict(own)
+        for rule in self.rules:
+            cut = rule.cutting
+            if cut is None or cut.place != place:
+                continue
+            for name in _fused_names(own, cut):
+                parts = _parts(name, result, cut)
+                if name in result:
+                    raise _twice(name, rule)
+                result[name] = joined_parameter(name, parts, cut)
+        return result
+
+    def _renamed(self, own: Parameters, start: int) -> Parameters:
+        result: Parameters = {}
+        for rule, line, target, sources in self._targets(own, start):
+            end, other = line.ends[start], line.ends[1 - start]
+            ordered, stack = _in_order(sources, _only(end, other), target)
+            members = {name: own[name].arrays for name in ordered}
+            first = own[ordered[0]]
+            names = _spread_names(line, first.arrays, end, other, target)
+            moved: dict[str, Arrays] = {name: {} for name in names}
+            for kind in first.arrays:
+                arrays = [_of_kind(members, kind, name, target) for name in ordered]
+                pieces = _move(arrays, stack, line, end, other, f"{kind}/{target}", len(names))
+                for name, array in zip(names, pieces, strict=True):
+                    moved[name][kind] = array
+            kept = [each for each in (own[name].kept for name in ordered) if each is not None]
+            for name, arrays in moved.items():
+                if name in result:
+                    raise _twice(name, rule)
+                result[name] = Parameter(
+                    arrays, _joined(kept, len(names), target) if kept else None
+                )
         return result
 
     def _targets(
         self, names: Iterable[str], start: int
-    ) -> Iterable[tuple[Rule, str, list[_Source]]]:
-        """(rule, the other side's template filled in, the parameters that make it)."""
+    ) -> Iterable[tuple[Rule, Line, str, list[_Source]]]:
+        """(rule, line of it, the other side's template filled in, the parameters that make it)."""
+        lines = [(rule, line) for rule in self.rules for line in rule.lines]
         found: dict[tuple[int, str], list[_Source]] = {}
         for name in names:
-            for place, rule in enumerate(self.rules):
-                values = rule.ends[start].match(name)
+            for place, (_, line) in enumerate(lines):
+                values = line.ends[start].match(name)
                 if values is not None:
-                    filled = _filled(rule.ends[1 - start], values)
+                    filled = _filled(line.ends[1 - start], values)
                     found.setdefault((place, filled), []).append(_Source(values, name))
                     break
             else:
@@ -103,7 +145,35 @@ class NameTable:
                     f"no rule fits the name {name!r}; add one to the table, as"
                     f" Rule({there}={name!r}, ...). The table is {self}"
                 )
-        return [(self.rules[place], filled, sources) for (place, filled), sources in found.items()]
+        return [(*lines[place], filled, sources) for (place, filled), sources in found.items()]
+
+
+def _fused_names(names: Iterable[str], cut: Cut) -> list[str]:
+    """The fused parameters that have parts among these names."""
+    found = {
+        name.removesuffix(end): None for name in names for end in cut.suffixes if name.endswith(end)
+    }
+    return [name for name in found if cut.fused.match(name) is not None]
+
+
+def _parts(name: str, own: Parameters, cut: Cut) -> Parameters:
+    """Takes the parts of a fused parameter out, by their names on the other side.
+
+    Raises:
+      ValueError: some are lacking.
+    """
+    values = cut.fused.match(name) or {}
+    ends = dict(zip((_filled(part, values) for part in cut.parts), cut.suffixes, strict=True))
+    if lacking := [part for part, end in ends.items() if name + end not in own]:
+        raise ValueError(
+            f"{name}: of its parts {', '.join(ends)} the file lacks {', '.join(lacking)}; hand over"
+            " all of them."
+        )
+    return {part: own.pop(name + end) for part, end in ends.items()}
+
+
+def _twice(name: str, rule: Rule) -> ValueError:
+    return ValueError(f"two rules make {name}, {rule} is the second; give each parameter one name.")
 
 
 def _only(end: End, other: End) -> list[str]:
@@ -161,19 +231,16 @@ def _of_kind(own: Mapping[str, Arrays], kind: str, name: str, target: str) -> np
     return own[name][kind]
 
 
-def _spread_names(rule: Rule, arrays: Arrays, end: End, other: End, target: str) -> list[str]:
+def _spread_names(line: Line, arrays: Arrays, end: End, other: End, target: str) -> list[str]:
     """The names that one array goes to: several where the other side has a stack's members apart."""
     spread = _only(other, end)
     if not spread:
         return [target]
     assert end.side is not None
-    whole = max(
-        (array for kind, array in arrays.items() if kind != "step"), key=lambda array: array.size
-    )
     lengths = dict(
         zip(
             names_of(end.side),
-            taken_apart(whole, end.side, rule.sizes, target).shape,
+            taken_apart(whole_array(arrays), end.side, line.sizes, target).shape,
             strict=True,
         )
     )
@@ -185,7 +252,7 @@ def _spread_names(rule: Rule, arrays: Arrays, end: End, other: End, target: str)
 def _move(
     members: list[np.ndarray],
     stack: tuple[int, ...],
-    rule: Rule,
+    line: Line,
     end: End,
     other: End,
     place: str,
@@ -202,7 +269,7 @@ def _move(
     if end.side is None or other.side is None:
         return members
     stacked, spread = _only(end, other), _only(other, end)
-    apart = np.stack([taken_apart(each, end.side, rule.sizes, place) for each in members])
+    apart = np.stack([taken_apart(each, end.side, line.sizes, place) for each in members])
     # The members are in the order of their numbers, the last of which counts fastest.
     apart = apart.reshape(stack + apart.shape[1:])
     names = [*stacked, *names_of(end.side)]
