@@ -208,9 +208,10 @@ def test_problems_are_right_and_held_out_ones_are_in_no_other_file(problems):
 
 def test_the_preset_of_minimind_s_size_is_a_configuration():
     config = read_config(Path(examples.__file__).parent / "configs" / "minimind.toml", Pretrain())
-    assert (config.model.width, config.model.kv_heads, config.model.fused_attention) == (512, 2, True)
-    assert config.model.scan or not config.training.deterministic, "what launch would refuse"
-    assert 20e6 < parameter_count(config.model) < 35e6
+    model = config.model
+    assert (model.width, model.kv_heads, model.fused_attention) == (512, 2, True)
+    assert model.scan or not config.training.deterministic, "what launch would refuse"
+    assert 20e6 < parameter_count(model) < 35e6
 
 
 def test_a_run_keeps_the_reference_that_it_began_with(runs, problems, tmp_path, capsys):
