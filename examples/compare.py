@@ -15,7 +15,7 @@ from examples.comparison import difference_table, grid_table, result_table
 from examples.curves import draw, write_csv
 from examples.errors import BadInput
 from examples.gpt import GPTConfig
-from examples.launch import launch
+from examples.launch import description, launch, open_mesh
 from examples.optimizers import MOMENTUM_DTYPES, NAMES, OptimizerConfig
 from examples.presets import Rates
 from examples.pretrain import Pretrain
@@ -69,7 +69,10 @@ def compare(config: Compare) -> Path:
         for label, optimizer in _optimizers(names, config.momentum_dtypes).items()
     }
     folder = new_folder(config.output, "compare")
-    console.print(f"{', '.join(told)}, {config.seeds} seed(s) each, into {folder}", soft_wrap=True)
+    any_of_them = next(iter(told.values()))
+    mesh = open_mesh(any_of_them)
+    console.print(description(any_of_them.prepare(mesh), mesh), highlight=False)
+    console.print(f"{', '.join(told)}, {config.seeds} seed(s) each", soft_wrap=True)
     runs = []
     for seed in range(config.seeds):
         for label, pretrain in told.items():

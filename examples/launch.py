@@ -104,6 +104,18 @@ def open_mesh(config: Phase) -> Mesh | None:
     return mesh
 
 
+def description(prepared: Prepared, mesh: Mesh | None) -> str:
+    """What is trained on what, and where."""
+    model, training = prepared.task.model, prepared.config.training
+    return (
+        f"{prepared.description}\n"
+        f"GPT with {parameter_count(model):,} parameters: width {model.width}, depth {model.depth},"
+        f" {model.heads} heads, context {model.context}, {model.dtype};"
+        f" {training.steps} steps of {training.batch} x {model.context} tokens"
+        f" on {jax.devices()[0].device_kind}{'' if mesh is None else f', {_described(mesh)}'}"
+    )
+
+
 def _check_determinism(prepared: Prepared) -> None:
     """XLA loses a second deterministic gradient of cuDNN's attention (openxla/xla#46500)."""
     model, training = prepared.task.model, prepared.config.training
@@ -116,14 +128,7 @@ def _check_determinism(prepared: Prepared) -> None:
 
 def _run(prepared: Prepared, folder: Path, mesh: Mesh | None, console: Console) -> None:
     config, model = prepared.config, prepared.task.model
-    console.print(prepared.description, highlight=False)
-    console.print(
-        f"GPT with {parameter_count(model):,} parameters: width {model.width}, depth {model.depth},"
-        f" {model.heads} heads, context {model.context}, {model.dtype};"
-        f" {config.training.steps} steps of {config.training.batch} x {model.context} tokens"
-        f" on {jax.devices()[0].device_kind}{'' if mesh is None else f', {_described(mesh)}'}",
-        highlight=False,
-    )
+    console.print(description(prepared, mesh), highlight=False)
     console.print(config.optimizer.description(abstract_parameters(model)), soft_wrap=True)
     state = train(
         prepared.task, config.training, config.optimizer, folder, mesh=mesh, console=console

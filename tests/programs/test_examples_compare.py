@@ -53,6 +53,8 @@ def losses(lines, optimizer, seed):
 
 def test_it_writes_tables_picture_and_csv(folder):
     table = (folder / "table.txt").read_text()
+    assert "to train on" in table
+    assert "GPT with" in table
     assert all(name in table for name in NAMES)
     assert "normuon − adamw" in table
     assert (folder / "validation.png").read_bytes().startswith(b"\x89PNG")
