@@ -46,7 +46,7 @@ class GPTConfig:
     scan: bool = False
     """Keep the blocks as one stack, which a loop goes through: many compile as fast as one."""
     fused_attention: bool = False
-    """Attention by cuDNN's kernels, where they can be had: in half precision, on an NVIDIA GPU."""
+    """Attention by cuDNN's kernels on an NVIDIA GPU, in bfloat16; elsewhere XLA computes it."""
 
     def __post_init__(self):
         if self.width % (2 * self.heads):
@@ -58,6 +58,12 @@ class GPTConfig:
             raise BadInput(
                 f"heads={self.heads} queries cannot share kv_heads={self.kv_heads} keys evenly: choose"
                 " kv_heads that divide heads."
+            )
+        channels = self.head_size
+        if self.fused_attention and (self.dtype != "bfloat16" or channels % 8 or channels > 128):
+            raise BadInput(
+                f"fused_attention takes dtype=bfloat16 and heads of 8, 16, ... 128 channels: these are"
+                f" {channels} in {self.dtype}. Give such a size, or leave it to XLA."
             )
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:

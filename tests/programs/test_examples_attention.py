@@ -195,6 +195,15 @@ def test_what_cudnn_does_not_take_is_left_to_xla(dtype, time, size, masked, take
     assert asked == ["cudnn" if taken else "xla", "xla"]
 
 
+@pytest.mark.parametrize(
+    "changed", [dict(dtype="float32"), dict(width=48), dict(width=1088)], ids=str
+)
+def test_a_model_that_cudnn_does_not_take_is_refused(changed):
+    with pytest.raises(BadInput, match=r"bfloat16 and heads of 8, 16, \.\.\. 128 channels"):
+        dataclasses.replace(MODEL, **changed)
+    dataclasses.replace(MODEL, fused_attention=False, **changed)
+
+
 def test_what_xla_cannot_compile_to_the_same_bits_is_said_and_nothing_is_written(tmp_path):
     output = tmp_path / "run"
     told = Pretrain(data=Path(asyncio.__file__).parent, output=output, model=MODEL)
