@@ -57,7 +57,7 @@ class Found:
 def sweep(config: Sweep, console: Console) -> dict[str, list[Found]]:
     """What each optimizer comes to at each multiple of its preset's rates; no run is kept."""
     phase, found = config.phase, {}
-    presets, width = _known_of(phase)
+    presets, width = presets_of(phase)
     for name in config.optimizers:
         told = dataclasses.replace(phase.optimizer, optimizer=name)
         preset = with_preset(told, presets, width=width)
@@ -74,7 +74,7 @@ def sweep(config: Sweep, console: Console) -> dict[str, list[Found]]:
     return found
 
 
-def _known_of(phase: Pretrain | Sft | Dpo) -> tuple[Presets, int]:
+def presets_of(phase: Pretrain | Sft | Dpo) -> tuple[Presets, int]:
     """The presets, and the width of the model."""
     if isinstance(phase, Pretrain):
         return phase.presets, phase.model.width

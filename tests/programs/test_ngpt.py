@@ -13,12 +13,16 @@ import pytest
 from examples.__main__ import main
 from examples.configuration import read_config
 from examples.errors import BadInput
-from examples.gpt import apply_model, first_parameters, parameter_count
+from examples.gpt import GPTConfig, apply_model, first_parameters, parameter_count
 from examples.launch import PHASES
 from examples.ngpt import AXES, NGPTConfig, normalized, role_of
 from examples.optimizers import make_optimizer
+from examples.presets import NGPT, PRETRAIN
+from examples.pretrain import Pretrain
+from examples.pretrain_ngpt import PretrainNGPT
 from examples.runs import read_run
 from examples.spheres import SphereConfig
+from examples.sweep import presets_of
 
 PRESET = Path(__file__).parents[2] / "examples" / "configs" / "ngpt_record.toml"
 SMALL = dict(width=16, depth=2, heads=4, context=12, vocabulary=32)
@@ -273,3 +277,8 @@ def test_an_optimizer_without_a_direction_here_is_refused():
         SphereConfig(optimizer="moonlight")
     with pytest.raises(BadInput, match="project_every=0"):
         SphereConfig(project_every=0)
+
+
+def test_a_sweep_of_ngpt_is_around_its_own_presets():
+    assert presets_of(PretrainNGPT()) == (NGPT, NGPTConfig().width)
+    assert presets_of(Pretrain()) == (PRETRAIN, GPTConfig().width)
