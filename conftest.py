@@ -30,10 +30,11 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax  # noqa: E402 - JAX and XLA read the environment once, at import
 import pytest  # noqa: E402
-from jax._src.interpreters import mlir  # noqa: E402
 
 if OLDER_JAX:
     # They make a context for every program, 4 ms and a megabyte; later ones keep one for each thread.
+    from jax._src.interpreters import mlir
+
     make_ir_context, of_thread = mlir.make_ir_context, threading.local()
 
     def ir_context_of_thread():

@@ -68,10 +68,11 @@ def compare(config: Compare) -> Path:
         label: _told(config, optimizer, grid.best(optimizer.optimizer))
         for label, optimizer in _optimizers(names, config.momentum_dtypes).items()
     }
-    folder = new_folder(config.output, "compare")
     any_of_them = next(iter(told.values()))
     mesh = open_mesh(any_of_them)
-    console.print(description(any_of_them.prepare(mesh), mesh), highlight=False)
+    prepared = any_of_them.prepare(mesh)
+    folder = new_folder(config.output, "compare")
+    console.print(description(prepared, mesh), highlight=False)
     console.print(f"{', '.join(told)}, {config.seeds} seed(s) each", soft_wrap=True)
     runs = []
     for seed in range(config.seeds):

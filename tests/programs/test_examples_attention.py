@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -94,7 +95,7 @@ def by_cudnn(compiled):
 def test_cudnns_attention_and_its_gradients_are_those_of_float64(heads, masked, x64):
     *qkv, gradient = drawn(*heads)
     mask = mask_of(packed()) if masked else None
-    fused = lambda *args: causal_attention(*args, fused=True)  # noqa: E731
+    fused = functools.partial(causal_attention, fused=True)
     run = jax.jit(lambda *args: with_gradients(fused, *args)).lower(*qkv, mask, gradient).compile()
     assert by_cudnn(run)
     found = run(*qkv, mask, gradient)
@@ -168,18 +169,10 @@ def test_without_cudnn_the_same_attention_is_xlas(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "time", "size", "masked", "taken"),
-    [
-        ("bfloat16", 32, 64, False, True),
-        ("bfloat16", 31, 64, False, True),
-        ("bfloat16", 32, 64, True, True),
-        ("float32", 32, 64, False, False),
-        ("bfloat16", 32, 4, False, False),
-        ("bfloat16", 32, 136, False, False),
-        ("bfloat16", 31, 64, True, False),
-    ],
+    ("time", "masked", "taken"),
+    [(32, False, True), (31, False, True), (32, True, True), (31, True, False)],
 )
-def test_what_cudnn_does_not_take_is_left_to_xla(dtype, time, size, masked, taken, monkeypatch):
+def test_a_mask_that_cudnn_does_not_take_is_left_to_xla(time, masked, taken, monkeypatch):
     monkeypatch.setattr(attention, "_has_cudnn", lambda: True)
     asked = []
 
@@ -188,7 +181,7 @@ def test_what_cudnn_does_not_take_is_left_to_xla(dtype, time, size, masked, take
         return query
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
-    query = jnp.zeros((2, time, 2, size), dtype)
+    query = jnp.zeros((2, time, 2, 64), jnp.bfloat16)
     mask = jnp.ones((2, 1, time, time), bool) if masked else None
     causal_attention(query, query, query, mask, fused=True)
     causal_attention(query, query, query, mask)
