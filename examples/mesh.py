@@ -4,8 +4,10 @@ Axis `fsdp` divides parameters and batch, `tensor` the parameters, `data` the ba
 name divides nothing.
 """
 
+import functools
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +83,11 @@ def parameter_shardings(params, mesh: Mesh):
         return NamedSharding(mesh, parameter_spec(layer, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(sharding, params)
+
+
+def specs_on(mesh: Mesh | None) -> Any:
+    """The `param_specs` of optax_normuon's transformations."""
+    return None if mesh is None else functools.partial(parameter_shardings, mesh=mesh)
 
 
 def batch_parts(mesh: Mesh) -> int:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 import optax_normuon
 from examples.errors import BadInput
-from examples.mesh import parameter_shardings
+from examples.mesh import specs_on
 from examples.schedules import momentum_ramp, warm_stay_decay
 from optax_normuon import RECIPES
 
@@ -187,7 +187,7 @@ def _recipe(config, followed, mesh):
         adam_learning_rate=followed["lr_adamw"],
         momentum_dtype=config.momentum_dtype,
         compute_dtype=compute_dtype(),
-        param_specs=None if mesh is None else functools.partial(parameter_shardings, mesh=mesh),
+        param_specs=specs_on(mesh),
     )
 
 

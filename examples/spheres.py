@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 import optax_normuon
 from examples.errors import BadInput
-from examples.mesh import parameter_shardings
+from examples.mesh import specs_on
 from examples.ngpt import Axes, role_of, sphere_axes
 from examples.optimizers import OptimizerConfig, compute_dtype, is_matrix
 from normuon_core.recipes import Recipe, find_recipe
@@ -77,9 +77,7 @@ class SphereConfig(OptimizerConfig):
                 self.optimizer,
                 weight_decay=self.weight_decay,
                 momentum=followed["momentum"],
-                param_specs=None
-                if mesh is None
-                else functools.partial(parameter_shardings, mesh=mesh),
+                param_specs=specs_on(mesh),
             )
         projected = functools.partial(
             along_spheres, path="projection", axes=self.axes, project_every=self.project_every

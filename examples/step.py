@@ -11,8 +11,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 import optax_normuon
 from examples.gpt import GPTConfig, apply_model, first_parameters
+from examples.logged import Logged
 from examples.losses import Batch, Loss, Sums
-from examples.mesh import batch_sharding, parameter_shardings
+from examples.mesh import batch_sharding, parameter_shardings, specs_on
 from examples.optimizers import OptimizerConfig, clipping, compute_dtype, make_optimizer
 from optax_normuon import RECIPES
 
@@ -100,7 +101,7 @@ def _first_state_program(setup: Setup, *, drawn: bool):
 
 @functools.cache
 def compiled_step(setup: Setup, shapes: tuple, *, frozen: bool, diagnostics: bool):
-    """(state, frozen parameters or None, batch) to (the next state, what is logged).
+    """(state, frozen parameters or None, batch) to (the next state, `Logged`).
 
     The state is donated.
 
@@ -160,7 +161,7 @@ def _update(setup: Setup, state: State, frozen, batch: Batch, *, diagnostics: bo
     }
     if updates is not None:
         logged["matrices"] = _diagnostics(setup, state, gradients, updates)
-    return State(state.step + 1, params, opt_state), logged
+    return State(state.step + 1, params, opt_state), Logged.of(logged)
 
 
 def _gradients(setup: Setup, params, frozen, batch: Batch):
@@ -210,6 +211,7 @@ def _diagnostics(setup: Setup, state: State, gradients, updates):
             recipe=name,
             momentum=followed["momentum"](state.step),
             compute_dtype=compute_dtype(),
+            param_specs=specs_on(setup.mesh),
         )
         for path, error in errors.items():
             numbers[path]["orthogonality_error"] = error

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from examples.checkpoints import Checkpoints
 from examples.gpt import GPTConfig
+from examples.logged import Logged
 from examples.losses import Loss
 from examples.mesh import place_batch
 from examples.metrics import Line, Metrics
@@ -116,7 +117,7 @@ class _Loop:
         self.metrics, self.checkpoints, self.bar = metrics, checkpoints, bar
         self.held_out = [place_batch(batch, setup.mesh) for batch in task.validation]
         self.shapes = shapes_of(self.held_out[0])
-        self.pending: list[tuple[int, Any]] = []
+        self.pending: list[tuple[int, Logged]] = []
         self.loss, self.seconds, self.shown = math.nan, 0.0, (0, 0.0)
 
     def run(self, state: State, step: int, seconds: float) -> State:
@@ -156,8 +157,9 @@ class _Loop:
         """What was logged, but for the last so many steps."""
         count = len(self.pending) - left
         for step, logged in jax.device_get(self.pending[:count]):
-            self.metrics.write({"step": step, **_numbers(logged)})
-            self.loss = float(logged["loss"])
+            numbers = logged.as_tree()
+            self.metrics.write({"step": step, **numbers})
+            self.loss = numbers["loss"]
         del self.pending[:count]
 
     def _show(self, step: int) -> None:
@@ -177,11 +179,6 @@ class _Loop:
         }
         self.metrics.write({"step": step, **found, "seconds": self.seconds})
         self.bar.say(f"step {step}: validation loss {found['validation_loss']:.4f}")
-
-
-def _numbers(logged: Any) -> Any:
-    """Arrays as numbers and lists of numbers."""
-    return jax.tree.map(lambda value: np.asarray(value).tolist(), logged)
 
 
 def _seconds_until(folder: Path, step: int) -> float:

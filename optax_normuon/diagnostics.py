@@ -1,22 +1,32 @@
 """How large and how even a step was: numbers for each matrix, to log while a model trains."""
 
-from typing import NamedTuple, cast
+import dataclasses
+from collections import defaultdict
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
+from normuon_core.cost import Algorithm
 from normuon_core.layout import MatrixView
 from normuon_core.recipes import Recipe, find_recipe
+from optax_normuon.kernels.backend import Backend
+from optax_normuon.leaves.arrays import Statistics
+from optax_normuon.leaves.boxes import unbox
 from optax_normuon.leaves.layout import LayoutTree, Views, resolve_layouts
 from optax_normuon.leaves.paths import KeyPath, named_leaves
 from optax_normuon.leaves.precision import lift, working_dtype
-from optax_normuon.matrices.views import split_blocks
+from optax_normuon.matrices.on_matrices import on_matrices
+from optax_normuon.matrices.stack import MatrixStack, MatrixStage, chain_stages
+from optax_normuon.matrices.views import split_blocks, split_statistic
+from optax_normuon.mesh.collectives import everywhere
+from optax_normuon.mesh.specs import SpecTree
+from optax_normuon.plans import Execution
 from optax_normuon.stages.int8_momentum import Int8Leaves
 from optax_normuon.stages.momentum import Int8MomentumState, MomentumState, momentum_stage
-from optax_normuon.stages.orthogonalization import polar_factor
-from optax_normuon.stages.row_equilibration import equilibrate_rows
+from optax_normuon.stages.orthogonalization import Orthogonalizer
 
 
 class MatrixDiagnostics(NamedTuple):
@@ -62,10 +72,14 @@ def update_diagnostics(
     """
     views = resolve_layouts(layout, params)
     given = {path: leaf for path, _, leaf in named_leaves(updates)}
-    return {
-        name: _of_leaf(given[path], leaf, views[path])
+    neurons = {
+        name: _neurons(given[path], leaf, views[path])
         for path, name, leaf in named_leaves(params)
         if path in views
+    }
+    return {
+        name: MatrixDiagnostics(*map(jnp.concatenate, zip(*runs, strict=True)))
+        for name, runs in _numbers(neurons).items()
     }
 
 
@@ -77,19 +91,26 @@ def orthogonality_errors(
     recipe: str | Recipe = "normuon",
     momentum: ArrayLike | None = None,
     layout: LayoutTree = None,
+    orthogonalizer: Orthogonalizer | None = None,
     compute_dtype: DTypeLike | None = None,
+    algorithm: Algorithm = "auto",
+    backend: Backend = "auto",
+    param_specs: SpecTree = None,
+    max_stack_bytes: int | None = None,
 ) -> dict[str, jax.Array]:
     """How far from orthogonal the polar factors of a step are, before neurons are normalized.
 
-    Momentum and polar factor are done once more, as the step does them, so that this costs about as much
-    as the step: ask for it every tenth or hundredth. See `orthogonality_error` for the number.
+    Momentum and polar factor are done once more, in the step's own stacks: by themselves they take about
+    as long as the step, and in one program with it XLA finds some of the work done. Ask every tenth step
+    or less. See `orthogonality_error` for the number.
 
     Args:
       grads: as `normuon` is given them (clipped, say).
       state: the optimizer's, before the step: `normuon`'s within any others'.
       params: arrays or abstract arrays.
       recipe: as given to `normuon`. momentum: its value at this step, where it is not the recipe's.
-      layout, compute_dtype: as given to `normuon`.
+      layout, orthogonalizer, compute_dtype, algorithm, backend, param_specs, max_stack_bytes: as given
+        to `normuon`.
 
     Returns:
       By path the errors of the leaf's matrices, (matrices,).
@@ -99,32 +120,28 @@ def orthogonality_errors(
     """
     chosen = find_recipe(recipe).override(momentum=momentum)
     views = resolve_layouts(layout, params)
-    given = {path: leaf for path, _, leaf in named_leaves(grads)}
-    count, kept = _momentum_in(state, params, views)
-    missing = [name for path, name, _ in named_leaves(params) if path in views and path not in kept]
-    if missing:
-        raise ValueError(
-            f"the state has no momentum of {', '.join(missing)}: give the state of `normuon` or `muon`,"
-            " made with the same layout."
-        )
-    stage = momentum_stage(chosen.momentum, momentum_dtype=None)
     names = {path: name for path, name, _ in named_leaves(params) if path in views}
-    own = {name: given[path] for path, name in names.items()}
-    before = MomentumState(count, {name: kept[path] for path, name in names.items()})
-    updates, _ = stage.update(own, before)
-    directions = cast(dict[str, jax.Array], updates)
-    if chosen.row_equilibration is not None:
-        directions = _equilibrated(
-            directions, grads, params, layout, **vars(chosen.row_equilibration)
-        )
-    errors = {}
-    for path, name in names.items():
-        factors = [
-            polar_factor(block, **vars(chosen.polar), compute_dtype=compute_dtype)
-            for block in split_blocks(directions[name], views[path])
-        ]
-        errors[name] = jnp.concatenate([orthogonality_error(factor) for factor in factors])
-    return errors
+    directions = _directions(chosen, grads, state, params, views, names)
+    execution = Execution(
+        dataclasses.replace(chosen, norm_setting=None, neuron_norm=None),
+        orthogonalizer=orthogonalizer,
+        compute_dtype=compute_dtype,
+        algorithm=algorithm,
+        backend=backend,
+    )
+    measure = on_matrices(
+        chain_stages(execution.stages(), _orthogonality_stage()),
+        layout=layout,
+        max_stack_bytes=max_stack_bytes,
+        param_specs=param_specs,
+    )
+    _, (_, errors) = cast(Any, measure.update(directions, measure.init(params), params))
+    leaves = unbox(params)
+    return {
+        names[path]: jnp.concatenate([run.ravel() for run in split_statistic(error, views[path])])
+        for path, error in zip(leaves.paths, leaves.tree.flatten_up_to(errors), strict=True)
+        if path in names
+    }
 
 
 def orthogonality_error(x: ArrayLike) -> jax.Array:
@@ -148,47 +165,106 @@ def orthogonality_error(x: ArrayLike) -> jax.Array:
     return jnp.sqrt(jnp.square(off).sum((-2, -1)) / size)
 
 
-def _equilibrated(
-    directions: dict[str, jax.Array],
+def _orthogonality_stage() -> MatrixStage[Statistics]:
+    """A stage that changes no matrix; its state becomes the error of each, (batch, 1, 1)."""
+
+    def init(stack: MatrixStack) -> Statistics:
+        values = stack.values
+        return jnp.zeros((len(values), 1, 1), working_dtype(values.dtype))
+
+    def update(stack: MatrixStack, state: Statistics) -> tuple[MatrixStack, Statistics]:
+        return stack, orthogonality_error(stack.values).reshape(state.shape).astype(state.dtype)
+
+    return MatrixStage(init, update)
+
+
+def _directions(
+    recipe: Recipe,
     grads: optax.Updates,
+    state: optax.OptState,
     params: optax.Params,
-    layout: LayoutTree,
-    eps: float,
-) -> dict[str, jax.Array]:
-    """The directions, by name, with the rows of each matrix equilibrated."""
-    names = [name for _, name, _ in named_leaves(grads)]
-    leaves, tree = jax.tree.flatten(grads)
-    both = zip(names, leaves, strict=True)
-    whole = jax.tree.unflatten(tree, [directions.get(name, leaf) for name, leaf in both])
-    tx = equilibrate_rows(eps=eps, layout=layout)
-    updates, _ = tx.update(whole, tx.init(params), params)
-    return {name: leaf for _, name, leaf in named_leaves(updates) if name in directions}
+    views: Views,
+    names: dict[KeyPath, str],
+) -> optax.Updates:
+    """The gradients with stage 1 done on the matrices."""
+    count, kept = _momentum_in(state, params, views)
+    missing = [name for path, name in names.items() if path not in kept]
+    if missing:
+        raise ValueError(
+            f"the state has no momentum of {', '.join(missing)}: give the state of `normuon` or `muon`,"
+            " made with the same layout."
+        )
+    stage = momentum_stage(recipe.momentum, momentum_dtype=None)
+    given, tree = jax.tree.flatten(grads)
+    leaves = {path: leaf for path, _, leaf in named_leaves(grads)}
+    own = {name: leaves[path] for path, name in names.items()}
+    before = MomentumState(count, {name: kept[path] for path, name in names.items()})
+    updates, _ = stage.update(own, before)
+    directions = cast(dict[str, jax.Array], updates)
+    named = zip(leaves, given, strict=True)
+    return tree.unflatten(directions.get(names.get(path, ""), leaf) for path, leaf in named)
 
 
-def _of_leaf(update: jax.Array, param: jax.Array, view: MatrixView) -> MatrixDiagnostics:
+class _Neurons(NamedTuple):
+    """Of every output neuron the sums over its inputs, (matrices, outputs).
+
+    Attributes:
+      step, weight: of the squares of the update and of the weight. away: how many entries of the update
+        lead away from zero.
+    """
+
+    step: jax.Array
+    weight: jax.Array
+    away: jax.Array
+
+
+def _neurons(update: jax.Array, param: jax.Array, view: MatrixView) -> list[tuple[int, _Neurons]]:
+    """For each run of a leaf's blocks the number of inputs, and the sums over them."""
     dtype = working_dtype(update.dtype)
-    pairs = zip(
+    inputs = -1 if view.output_stack_axis == -2 else -2
+    runs = []
+    for step, weight in zip(
         split_blocks(update.astype(dtype), view),
         split_blocks(param.astype(dtype), view),
         strict=True,
-    )
-    runs = [_of_blocks(step, weight, view.output_stack_axis) for step, weight in pairs]
-    return MatrixDiagnostics(*(jnp.concatenate(numbers) for numbers in zip(*runs, strict=True)))
+    ):
+        # The update is added to the weight, so one sign of both leads away from zero.
+        away = (jnp.sign(step) * jnp.sign(weight) > 0).astype(dtype)
+        each = jnp.square(step), jnp.square(weight), away
+        runs.append((step.shape[inputs], _Neurons(*(everywhere(x.sum(inputs)) for x in each))))
+    return runs
 
 
-def _of_blocks(step: jax.Array, weight: jax.Array, output_axis: int) -> MatrixDiagnostics:
-    """Of (matrices, rows, columns)."""
-    matrix, inputs = (-2, -1), -1 if output_axis == -2 else -2
-    squares = jnp.square(step)
-    total = squares.sum(matrix)
-    norms = jnp.sqrt(squares.sum(inputs))
-    # The update is added to the weight, so one sign of both leads away from zero.
-    away = jnp.sign(step) * jnp.sign(weight) > 0
+def _numbers(
+    neurons: dict[str, list[tuple[int, _Neurons]]],
+) -> dict[str, list[MatrixDiagnostics]]:
+    """Of all runs at once where they are alike: a leaf by itself is many small programs on a GPU."""
+    alike: dict[tuple, list[tuple[str, int]]] = defaultdict(list)
+    for name, runs in neurons.items():
+        for number, (inputs, sums) in enumerate(runs):
+            alike[inputs, sums.step.shape[1], sums.step.dtype].append((name, number))
+    found: dict[tuple[str, int], MatrixDiagnostics] = {}
+    for (inputs, *_), members in alike.items():
+        sums = [neurons[name][number][1] for name, number in members]
+        numbers = _of_neurons(_Neurons(*map(jnp.concatenate, zip(*sums, strict=True))), inputs)
+        start = 0
+        for member, own in zip(members, sums, strict=True):
+            stop = start + len(own.step)
+            found[member] = MatrixDiagnostics(*(number[start:stop] for number in numbers))
+            start = stop
+    return {
+        name: [found[name, number] for number in range(len(runs))] for name, runs in neurons.items()
+    }
+
+
+def _of_neurons(sums: _Neurons, inputs: int) -> MatrixDiagnostics:
+    entries = inputs * sums.step.shape[1]
+    total, norms = sums.step.sum(1), jnp.sqrt(sums.step)
     return MatrixDiagnostics(
-        update_rms=jnp.sqrt(total / (step.shape[-2] * step.shape[-1])),
-        update_to_weight=_over(jnp.sqrt(total), jnp.sqrt(jnp.square(weight).sum(matrix))),
-        neuron_norm_spread=_over(norms.std(-1), norms.mean(-1)),
-        masked_decay=away.mean(matrix, dtype=step.dtype),
+        update_rms=jnp.sqrt(total / entries),
+        update_to_weight=_over(jnp.sqrt(total), jnp.sqrt(sums.weight.sum(1))),
+        neuron_norm_spread=_over(norms.std(1), norms.mean(1)),
+        masked_decay=sums.away.sum(1) / entries,
     )
 
 

@@ -7,13 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from normuon_core.attention_heads import HeadLayout, Heads, check_tau, module_of, parent_of
 from optax_normuon.leaves.parameters import require_params
 from optax_normuon.leaves.paths import KeyPath, named_leaves, unmet_pattern
 from optax_normuon.leaves.precision import working_dtype
+from optax_normuon.mesh.collectives import everywhere
 
 LargestLogits = Any
 """A tree of arrays, (query heads,) or (layers, query heads), at the paths of attention modules."""
@@ -123,15 +123,8 @@ def _logits_of(heads: Heads, logits: Mapping[str, ArrayLike]) -> jax.Array:
         )
     own = jnp.asarray(logits[module])
     heads.check_logits(own.shape)
-    return _whole(own)
-
-
-def _whole(x: jax.Array) -> jax.Array:
-    """x on every device of a mesh in explicit mode: a head's number is wanted where its weights lie."""
-    sharding = jax.typeof(x).sharding
-    if sharding.mesh.empty or not any(sharding.spec):
-        return x
-    return jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
+    # A head's number is wanted where its weights lie.
+    return everywhere(own)
 
 
 def _gamma(logits: jax.Array, tau: ArrayLike, dtype: jnp.dtype) -> jax.Array:

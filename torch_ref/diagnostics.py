@@ -1,6 +1,8 @@
 """How large and how even a step was: numbers for each matrix, to log while a model trains."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -9,12 +11,15 @@ from normuon_core import MatrixView
 from torch_ref.leaves.dtypes import working_dtype
 from torch_ref.leaves.group_keys import ADAMW, Group
 from torch_ref.leaves.groups import group_recipe, parameter_view, whole_part
+from torch_ref.matrices.plan import plan
 from torch_ref.matrices.quantization import dequantized
 from torch_ref.matrices.views import to_blocks
 from torch_ref.optimizer import NorMuon
 from torch_ref.stages.momentum import bias_corrected_momentum, heavy_ball_momentum, lerp_momentum
 from torch_ref.stages.orthogonalization import polar_factor
 from torch_ref.stages.row_equilibration import equilibrate_rows
+from torch_ref.stages.stack import StackStages
+from torch_ref.steps.plan import GroupSpec, WeightSpec
 
 
 class MatrixDiagnostics(NamedTuple):
@@ -72,38 +77,81 @@ def update_diagnostics(
 def orthogonality_errors(optimizer: NorMuon) -> dict[str, torch.Tensor]:
     """How far from orthogonal the polar factors of the next step are, before neurons are normalized.
 
-    To be called between the backward pass and the step. Momentum and polar factor are done once more, so
-    that this costs about as much as the step: ask for it every tenth or hundredth. See
-    `orthogonality_error` for the number. For weights that are whole on this process.
+    To be called between the backward pass and the step. Momentum and polar factor are done once more, in
+    stacks as the step does them, so that this costs about as much as the step: ask for it every tenth or
+    hundredth. See `orthogonality_error` for the number. For weights that are whole on this process.
 
     Returns:
       By name the errors of the weight's matrices, (matrices,); weights without a gradient are left out.
     """
-    errors = {}
-    for name, group, param in _matrices(optimizer):
-        if param.grad is None:
-            continue
-        recipe = group_recipe(group)
-        view = parameter_view(group, param)
-        blocks = to_blocks(_direction(optimizer, group, param), view)
-        if recipe.row_equilibration is not None:
-            rows = {
-                **vars(recipe.row_equilibration),
-                "output_is_rows": view.output_stack_axis == -2,
-            }
-            blocks = [equilibrate_rows(block, **rows) for block in blocks]
-        factors = [
-            polar_factor(
-                block,
-                **vars(recipe.polar),
-                compute_dtype=group["compute_dtype"],
-                algorithm=group["algorithm"],
-                backend=group["backend"],
-            )
-            for block in blocks
-        ]
-        errors[name] = torch.cat([orthogonality_error(factor) for factor in factors])
-    return errors
+    weights = {
+        name: (group, param)
+        for name, group, param in _matrices(optimizer)
+        if param.grad is not None
+    }
+    members = [
+        (factors, (name, number), count)
+        for name, weight in weights.items()
+        for number, (factors, count) in enumerate(_polar_factors(*weight))
+    ]
+    errors: dict[str, dict[int, list[torch.Tensor]]] = {name: defaultdict(list) for name in weights}
+    for factors, pieces in plan(members):
+        parts = []
+        for (name, number), start, stop in pieces:
+            group, param = weights[name]
+            blocks = to_blocks(_direction(optimizer, group, param), parameter_view(group, param))
+            parts.append(blocks[number][start:stop])
+        found = orthogonality_error(factors(torch.cat(parts)))
+        for piece, own in zip(pieces, found.split([len(part) for part in parts]), strict=True):
+            name, number = piece.run
+            errors[name][number].append(own)
+    return {
+        name: torch.cat([part for _, parts in sorted(runs.items()) for part in parts])
+        for name, runs in errors.items()
+    }
+
+
+@dataclass(frozen=True)
+class _PolarFactors:
+    """Stage 2 on a stack, as the step does it: an engine of `torch_ref.matrices.plan`."""
+
+    stages: StackStages
+    by_kernels: bool
+
+    @property
+    def bytes_a_matrix(self) -> int:
+        return self.stages.bytes_a_matrix
+
+    @property
+    def max_bytes(self) -> int:
+        return self.stages.max_bytes
+
+    def __call__(self, u: torch.Tensor) -> torch.Tensor:
+        stages, rows = self.stages, self.stages.row_equilibration
+        if not self.by_kernels:
+            return stages(u, None, 0.0)[0]
+        if rows is not None:
+            u = equilibrate_rows(u, **vars(rows), output_is_rows=stages.output_is_rows)
+        return polar_factor(
+            u,
+            **vars(stages.polar),
+            compute_dtype=stages.compute_dtype,
+            algorithm=stages.algorithm,
+            backend="triton",
+        )
+
+
+def _polar_factors(group: Group, param: torch.Tensor) -> Iterator[tuple[_PolarFactors, int]]:
+    """For each run of a weight's output blocks: what makes the factors, and of how many matrices."""
+    assert param.grad is not None
+    view = parameter_view(group, param)
+    recipe = replace(group_recipe(group), norm_setting=None, neuron_norm=None)
+    momentum_dtype = group["momentum_dtype"] or working_dtype(param.dtype)
+    dtypes = param.dtype, param.grad.dtype, momentum_dtype
+    weight = WeightSpec(whole_part(view), *dtypes, param.device)
+    spec = GroupSpec.of(group, recipe, [weight])
+    for run, stages in zip(view.runs, spec.eager_stages(weight), strict=True):
+        yield _PolarFactors(stages, spec.takes_kernels(weight)), view.matrices(run)
 
 
 def orthogonality_error(x: torch.Tensor) -> torch.Tensor:

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from normuon_core.layout import MatrixView
 from optax_normuon.leaves.arrays import Statistics
 from optax_normuon.matrices.views import join_blocks, split_blocks
+from optax_normuon.mesh.collectives import everywhere
 
 
 class Groups(NamedTuple):
@@ -82,11 +82,8 @@ def sums_of_matrices(x: jax.Array, view: MatrixView) -> list[Statistics]:
     Args:
       x: like the leaf.
     """
-    sums = slices_of(view).total(x)
-    lies = jax.typeof(sums).sharding
-    if any(lies.spec):
-        # A block may end within a device's part: let every device have all of these few numbers.
-        sums = jax.reshard(sums, NamedSharding(lies.mesh, PartitionSpec()))
+    # A block may end within a device's part: let every device have all of these few numbers.
+    sums = everywhere(slices_of(view).total(x))
     return [jnp.sum(block, axis=(-2, -1), keepdims=True) for block in split_blocks(sums, view)]
 
 

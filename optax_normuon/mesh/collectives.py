@@ -56,6 +56,12 @@ def reshard_as(x: jax.Array, axes: MeshAxes, specs: Specs) -> jax.Array:
     return jax.reshard(x, NamedSharding(specs.mesh, spec))
 
 
+def everywhere(x: jax.Array) -> jax.Array:
+    """An array whole on every device, where a mesh's explicit axes divide it."""
+    lies = jax.typeof(x).sharding
+    return jax.reshard(x, NamedSharding(lies.mesh, PartitionSpec())) if any(lies.spec) else x
+
+
 def _padded(spec: PartitionSpec, rank: int) -> tuple:
     return (*spec, *[None] * (rank - len(spec)))
 

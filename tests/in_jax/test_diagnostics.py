@@ -1,13 +1,19 @@
 """Diagnostics of a step: what the numbers are, and that they are of the step that is made."""
 
+import contextlib
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import optax_normuon
 from optax_normuon import RECIPES, MatrixLayout
+from tests.in_jax.meshes import draw, mesh_of, put
 
 
 def of(rng, *shape):
@@ -182,3 +188,86 @@ def test_they_run_within_jit_and_beside_bf16_parameters(params):
     numbers, errors = step(grads, tx.init(half), half)
     assert numbers["experts/kernel"].update_rms.shape == errors["experts/kernel"].shape == (3,)
     assert 0.01 < numbers["dense/kernel"].update_rms[0] < 0.1
+
+
+def test_leaves_of_one_shape_share_their_polar_factors_and_sums():
+    """As the step does; one by one they take four times as long on a GPU."""
+
+    def products(count):
+        rng = np.random.default_rng(0)
+        params = {f"w{i}": of(rng, 16, 24) for i in range(count)}
+        layout = dict.fromkeys(params, MatrixLayout(0, 1))
+        tx = optax_normuon.normuon(0.1, layout=layout)
+
+        def numbers(grads, state, params):
+            errors = optax_normuon.orthogonality_errors(grads, state, params, layout=layout)
+            return errors, optax_normuon.update_diagnostics(grads, params, layout=layout)
+
+        text = str(jax.make_jaxpr(numbers)(params, tx.init(params), params))
+        return text.count("dot_general"), text.count("sqrt")
+
+    assert products(5) == products(1)
+    assert products(1)[0] > 10
+
+
+def test_an_orthogonalizer_of_ones_own_is_measured(params):
+    def halved(stack):
+        factor = optax_normuon.polar_factor(stack, compute_dtype=jnp.float32)
+        return factor / 2
+
+    keywords = dict(layout=LAYOUT, orthogonalizer=halved)
+    state = optax_normuon.normuon(0.1, **keywords).init(params)
+    errors = optax_normuon.orthogonality_errors(
+        gradients_like(params, 1), state, params, **keywords
+    )
+    for error in errors.values():  # s^2 - 1 is about 1/4 - 1
+        np.testing.assert_allclose(error, 0.75, atol=0.1)
+
+
+def test_boxed_parameters_have_the_numbers_of_bare_ones(params):
+    grads = gradients_like(params, 1)
+    boxed = [
+        jax.tree.map(lambda leaf: nn.Partitioned(leaf, (None,) * leaf.ndim), tree)
+        for tree in (grads, params)
+    ]
+
+    def numbers(grads, params):
+        state = optax_normuon.normuon(0.1, layout=LAYOUT).init(params)
+        errors = optax_normuon.orthogonality_errors(
+            grads, state, params, layout=LAYOUT, compute_dtype=jnp.float32
+        )
+        sizes = optax_normuon.update_diagnostics(grads, params, layout=LAYOUT)
+        return errors, {name: tuple(each) for name, each in sizes.items()}
+
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, numbers(*boxed), numbers(grads, params)))
+
+
+SPECS = {"a": P("x", "y"), "b": P(None, "x"), "c": P("y", "x"), "stack": P("x", None, "y")}
+ON_MESH = {"a": (16, 24), "b": (16, 24), "c": (24, 16), "stack": (4, 16, 24)}
+TO_COLUMNS = {name: MatrixLayout(-2, -1) for name in SPECS}
+
+
+@pytest.mark.parametrize("recipe", ["normuon", "nanochat"])
+@pytest.mark.parametrize("told", [True, False], ids=["specs", "no specs"])
+@pytest.mark.parametrize("mode", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"])
+def test_on_a_mesh_they_are_those_of_one_device(mode, told, recipe):
+    keywords = dict(recipe=recipe, layout=TO_COLUMNS, compute_dtype=jnp.float32)
+
+    def numbers(mesh, param_specs=None):
+        params, grads = (put(draw(ON_MESH, seed), SPECS, mesh) for seed in (0, 1))
+        tx = optax_normuon.normuon(0.1, param_specs=param_specs, **keywords)
+
+        @jax.jit
+        def step(grads, state, params):
+            errors = optax_normuon.orthogonality_errors(
+                grads, state, params, param_specs=param_specs, **keywords
+            )
+            return optax_normuon.update_diagnostics(grads, params, layout=TO_COLUMNS), errors
+
+        return jax.device_get(step(grads, tx.init(params), params))
+
+    mesh = mesh_of(mode, x=4, y=2)
+    with jax.set_mesh(mesh) if mode == AxisType.Explicit else contextlib.nullcontext():
+        found = numbers(mesh, SPECS if told else None)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(numbers(None)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4)

@@ -80,3 +80,48 @@ def test_a_step_of_zero_has_zeros():
     for number in torch_ref.update_diagnostics(optimizer, before)["0.0"]:
         assert number.tolist() == [0.0]
     assert torch_ref.orthogonality_error(torch.zeros(2, 3, 5)).tolist() == [1.0, 1.0]
+
+
+def optimizer_of(shapes, **keywords):
+    rng = np.random.default_rng(0)
+
+    def drawn(shape):
+        return torch.tensor(rng.standard_normal(shape).astype(np.float32))
+
+    groups = []
+    for name, shape in shapes.items():
+        param = torch.nn.Parameter(drawn(shape))
+        param.grad = drawn(shape)
+        layout = MatrixLayout(-1, -2)
+        groups.append({"params": [param], "param_names": [name], "layout": layout})
+    return torch_ref.NorMuon(groups, lr=0.1, compute_dtype=torch.float32, **keywords)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_matrices_of_one_shape_share_a_stack_as_far_as_memory_goes(stacked):
+    shapes = {"a": (16, 24), "experts": (3, 16, 24), "b": (16, 24), "tall": (24, 16)}
+    stacks = []
+
+    def remembering(u):
+        stacks.append(tuple(u.shape))
+        return torch_ref.polar_factor(u, compute_dtype=torch.float32)
+
+    whole = torch_ref.orthogonality_errors(optimizer_of(shapes))
+    optimizer = optimizer_of(
+        shapes, orthogonalizer=remembering, max_stack_bytes=None if stacked else 1
+    )
+    errors = torch_ref.orthogonality_errors(optimizer)
+    one_by_one = [(1, 16, 24)] * 5 + [(1, 24, 16)]
+    assert stacks == ([(5, 16, 24), (1, 24, 16)] if stacked else one_by_one)
+    assert list(errors) == list(shapes)
+    for name, shape in shapes.items():
+        assert errors[name].shape == (shape[0] if len(shape) == 3 else 1,)
+        torch.testing.assert_close(errors[name], whole[name], rtol=1e-4, atol=0)
+
+
+def test_an_orthogonalizer_of_ones_own_is_measured():
+    def halved(u):
+        return torch_ref.polar_factor(u, compute_dtype=torch.float32) / 2
+
+    errors = torch_ref.orthogonality_errors(optimizer_of({"w": (16, 24)}, orthogonalizer=halved))
+    torch.testing.assert_close(errors["w"], torch.tensor([0.75]), rtol=0, atol=0.1)
