@@ -41,7 +41,7 @@ class Compare:
     seeds: int = 1
     """Runs of each."""
     tune: bool = False
-    """First search the learning rates and record them."""
+    """First search the learning rates and record them. A search that was stopped goes on."""
     rates: Path = RATES
     """Where the learning rates are recorded."""
     output: Path | None = None
@@ -63,14 +63,14 @@ def compare(config: Compare) -> Path:
     first = config.devices.process in (None, 0)
     console = Console(record=True, quiet=not first)
     console.width = max(console.width, COLUMNS)
+    # Processes must have met before JAX is asked for a device.
+    mesh = open_mesh(Pretrain(training=config.training, devices=config.devices))
     grid = _grid(config, console)
     told = {
         label: _told(config, optimizer, grid.best(optimizer.optimizer))
         for label, optimizer in _optimizers(names, config.momentum_dtypes).items()
     }
-    any_of_them = next(iter(told.values()))
-    mesh = open_mesh(any_of_them)
-    prepared = any_of_them.prepare(mesh)
+    prepared = next(iter(told.values())).prepare(mesh)
     folder = new_folder(config.output, "compare")
     console.print(description(prepared, mesh), highlight=False)
     console.print(f"{', '.join(told)}, {config.seeds} seed(s) each", soft_wrap=True)
@@ -126,8 +126,8 @@ def _told(config: Compare, optimizer: OptimizerConfig, rates: Rates) -> Pretrain
 
 def _grid(config: Compare, console: Console) -> Grid:
     if config.tune:
-        grid = tune(config.data, config.model, config.training, config.devices)
-        grid.write(config.rates)
+        told = config.data, config.model, config.training, config.devices
+        grid = tune(*told, record=config.rates)
         console.print(grid_table(grid))
         return grid
     if not config.rates.exists():

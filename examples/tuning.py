@@ -19,6 +19,7 @@ from examples.launch import launch
 from examples.optimizers import OptimizerConfig
 from examples.presets import Rates
 from examples.pretrain import Pretrain
+from examples.processes import is_first
 from examples.runs import Run, read_run
 from examples.settings import Devices, Training
 
@@ -71,16 +72,26 @@ class Grid:
         return [f"{name}={value}" for name, value in recorded.items() if asked[name] != value]
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        os.replace(new, path)
 
     @classmethod
     def read(cls, path: Path) -> "Grid":
-        content = json.loads(path.read_text())
-        points = [
-            GridPoint(**{**point, "rates": Rates(**point["rates"])})
-            for point in content.pop("points")
-        ]
-        return cls(**content, points=tuple(points))
+        """The record of a search.
+
+        Raises:
+          BadInput: it is none.
+        """
+        try:
+            content = json.loads(path.read_text())
+            points = [
+                GridPoint(**{**point, "rates": Rates(**point["rates"])})
+                for point in content.pop("points")
+            ]
+            return cls(**content, points=tuple(points))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise BadInput(f"{path} is no record of a search: {error!r}.") from error
 
 
 def search(loss: Callable[[float], float], grid: Sequence[float]) -> float:
@@ -100,32 +111,22 @@ def search(loss: Callable[[float], float], grid: Sequence[float]) -> float:
     return min(losses, key=losses.__getitem__)
 
 
-def tune(data: Path | None, model: GPTConfig, training: Training, devices: Devices) -> Grid:
+def tune(
+    data: Path | None, model: GPTConfig, training: Training, devices: Devices, *, record: Path
+) -> Grid:
     """Searches AdamW's rate first, then Muon's and NorMuon's together with the AdamW beside each.
+
+    Every run is recorded as it ends, beside `record` in a file `.part`. A search that was stopped goes
+    on from there, if it was of the same settings, data, machine and versions.
 
     Args:
       data, model, training, devices: of the runs, whose folders are not kept.
+      record: where the whole search is written at its end.
+
+    Raises:
+      BadInput: the `.part` is of another search, or no record of one.
     """
-    points = []
-
-    @functools.cache
-    def loss(optimizer: str, rates: Rates) -> float:
-        told = Pretrain(
-            data=data,
-            model=model,
-            optimizer=OptimizerConfig(optimizer, **dataclasses.asdict(rates)),
-            training=dataclasses.replace(training, seed=SEED),
-            devices=devices,
-        )
-        run = run_briefly(told)
-        final = run.final_loss if math.isfinite(run.final_loss) else None
-        points.append(GridPoint(optimizer, rates, final, round(run.evaluations[-1].seconds, 1)))
-        return points[-1].rank
-
-    adam = search(lambda rate: loss("adamw", Rates(rate)), ADAMW_GRID)
-    for name in ("muon", "normuon"):
-        _search_both_rates(functools.partial(loss, name), adam)
-    return Grid(
+    grid = Grid(
         settings=_searched(model, training),
         seed=SEED,
         corpus=f"standard library of Python {platform.python_version()}"
@@ -140,8 +141,53 @@ def tune(data: Path | None, model: GPTConfig, training: Training, devices: Devic
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
         },
-        points=tuple(points),
+        points=(),
     )
+    record.parent.mkdir(parents=True, exist_ok=True)
+    part = record.with_suffix(".part")
+    found = _found_before(part, grid)
+    points: list[GridPoint] = []
+
+    @functools.cache
+    def loss(optimizer: str, rates: Rates) -> float:
+        if (optimizer, rates) not in found:
+            told = Pretrain(
+                data=data,
+                model=model,
+                optimizer=OptimizerConfig(optimizer, **dataclasses.asdict(rates)),
+                training=dataclasses.replace(training, seed=SEED),
+                devices=devices,
+            )
+            run = run_briefly(told)
+            final = run.final_loss if math.isfinite(run.final_loss) else None
+            seconds = round(run.evaluations[-1].seconds, 1)
+            found[optimizer, rates] = GridPoint(optimizer, rates, final, seconds)
+            if is_first():
+                dataclasses.replace(grid, points=tuple(found.values())).write(part)
+        points.append(found[optimizer, rates])
+        return points[-1].rank
+
+    adam = search(lambda rate: loss("adamw", Rates(rate)), ADAMW_GRID)
+    for name in ("muon", "normuon"):
+        _search_both_rates(functools.partial(loss, name), adam)
+    whole = dataclasses.replace(grid, points=tuple(points))
+    if is_first():
+        whole.write(record)
+        part.unlink()
+    return whole
+
+
+def _found_before(part: Path, grid: Grid) -> dict[tuple[str, Rates], GridPoint]:
+    """What a search of `grid`'s settings had found when it was stopped."""
+    if not part.exists():
+        return {}
+    before = Grid.read(part)
+    if dataclasses.replace(before, points=()) != grid:
+        raise BadInput(
+            f"{part} is what a search of other settings, data or versions had found when it was stopped:"
+            " remove it to begin anew."
+        )
+    return {(point.optimizer, point.rates): point for point in before.points}
 
 
 def run_briefly(told: Pretrain) -> Run:

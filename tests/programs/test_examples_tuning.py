@@ -1,5 +1,6 @@
 """The example's learning-rate search and its record."""
 
+import dataclasses
 import math
 
 import pytest
@@ -38,13 +39,15 @@ def test_the_search_ends_also_when_more_is_always_better():
 
 
 @pytest.fixture
-def grid(monkeypatch):
-    """A search whose runs are a formula, with (0.02, 0.008) as the best rates of Muon and NorMuon.
+def runs(monkeypatch):
+    """Runs that are a formula, with (0.02, 0.008) as the best rates of Muon and NorMuon, in a list.
 
     Beside 0.004 the best rate of the matrices would be 0.01; from 0.08 on a run diverges.
     """
+    made = []
 
     def run(told):
+        made.append((told.optimizer.optimizer, told.optimizer.learning_rate))
         rate, beside = told.optimizer.learning_rate, told.optimizer.adam_learning_rate
         if told.optimizer.optimizer == "adamw":
             loss = distance_from(0.004)(rate)
@@ -55,7 +58,17 @@ def grid(monkeypatch):
         return Run("run", {}, ({"step": 0, "validation_loss": loss, "seconds": 1.0},))
 
     monkeypatch.setattr(examples.tuning, "run_briefly", run)
-    return tune(None, GPTConfig(), Training(), Devices())
+    return made
+
+
+def searched(folder, training=None):
+    told = None, GPTConfig(), training or Training(), Devices()
+    return tune(*told, record=folder / "rates.json")
+
+
+@pytest.fixture
+def grid(runs, tmp_path):
+    return searched(tmp_path)
 
 
 def test_adamw_is_tuned_first_and_then_again_beside_each_matrix_optimizer(grid):
@@ -73,9 +86,42 @@ def test_no_run_is_made_twice_and_every_run_is_recorded(grid):
 
 def test_the_record_reads_back_as_it_was_written(grid, tmp_path):
     path = tmp_path / "rates.json"
-    grid.write(path)
     assert "NaN" not in path.read_text()
     assert Grid.read(path) == grid
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_search_that_was_stopped_goes_on_where_it_was(runs, tmp_path, monkeypatch):
+    whole = searched(tmp_path)
+    made = list(runs)
+    working = examples.tuning.run_briefly
+    for left in (7, 5):
+        runs.clear()
+
+        def stopping(told, left=left):
+            if len(runs) == left:
+                raise KeyboardInterrupt
+            return working(told)
+
+        monkeypatch.setattr(examples.tuning, "run_briefly", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            searched(tmp_path)
+        assert Grid.read(tmp_path / "rates.json") == whole
+    runs.clear()
+    monkeypatch.setattr(examples.tuning, "run_briefly", working)
+    assert searched(tmp_path) == whole
+    assert runs == made[12:]
+    assert [path.name for path in tmp_path.iterdir()] == ["rates.json"]
+
+
+def test_a_stopped_search_of_other_settings_is_not_gone_on_with(runs, tmp_path):
+    whole = searched(tmp_path)
+    dataclasses.replace(whole, points=whole.points[:3]).write(tmp_path / "rates.part")
+    with pytest.raises(BadInput, match="of other settings"):
+        searched(tmp_path, Training(steps=10))
+    (tmp_path / "rates.part").write_text("[]")
+    with pytest.raises(BadInput, match="no record of a search"):
+        searched(tmp_path)
 
 
 def test_settings_other_than_the_searched_ones_are_named(grid):
