@@ -41,7 +41,7 @@ class Compare:
     seeds: int = 1
     """Runs of each."""
     tune: bool = False
-    """First search the learning rates and record them. A search that was stopped goes on."""
+    """First search these optimizers' learning rates and record them. A search that was stopped goes on."""
     rates: Path = RATES
     """Where the learning rates are recorded."""
     output: Path | None = None
@@ -65,7 +65,7 @@ def compare(config: Compare) -> Path:
     console.width = max(console.width, COLUMNS)
     # Processes must have met before JAX is asked for a device.
     mesh = open_mesh(Pretrain(training=config.training, devices=config.devices))
-    grid = _grid(config, console)
+    grid = _grid(config, names, console)
     told = {
         label: _told(config, optimizer, grid.best(optimizer.optimizer))
         for label, optimizer in _optimizers(names, config.momentum_dtypes).items()
@@ -124,10 +124,10 @@ def _told(config: Compare, optimizer: OptimizerConfig, rates: Rates) -> Pretrain
     )
 
 
-def _grid(config: Compare, console: Console) -> Grid:
+def _grid(config: Compare, names: Sequence[str], console: Console) -> Grid:
     if config.tune:
         told = config.data, config.model, config.training, config.devices
-        grid = tune(*told, record=config.rates)
+        grid = tune(names, *told, record=config.rates)
         console.print(grid_table(grid))
         return grid
     if not config.rates.exists():

@@ -80,9 +80,19 @@ def with_preset(config: Config, presets: Presets, *, width: int) -> Config:
 
 
 def _like_ours(name: str, presets: Presets, width: int) -> Rates:
-    recipe = RECIPES[name]
-    own = presets["muon" if recipe.neuron_norm is None else "normuon"]
-    factor = shape_factor(recipe.shape_scale, width, width)
-    if recipe.shape_scale == "rms":
+    own = presets["muon" if RECIPES[name].neuron_norm is None else "normuon"]
+    return Rates(own.learning_rate * same_update(name, width), own.adam_learning_rate)
+
+
+def same_update(name: str, width: int) -> float:
+    """By what a rate of Muon or NorMuon is multiplied, for another recipe's update of the same size.
+
+    The size is that of a square matrix of the model's width.
+    """
+    if name not in RECIPES:
+        return 1.0
+    scale = RECIPES[name].shape_scale
+    factor = shape_factor(scale, width, width)
+    if scale == "rms":
         factor /= math.sqrt(width)  # the norm of an orthogonal matrix, by which this rule divides
-    return Rates(own.learning_rate / factor, own.adam_learning_rate)
+    return 1 / factor

@@ -17,7 +17,7 @@ from examples.errors import BadInput
 from examples.gpt import GPTConfig
 from examples.launch import launch
 from examples.optimizers import OptimizerConfig
-from examples.presets import Rates
+from examples.presets import Rates, same_update
 from examples.pretrain import Pretrain
 from examples.processes import is_first
 from examples.runs import Run, read_run
@@ -112,14 +112,21 @@ def search(loss: Callable[[float], float], grid: Sequence[float]) -> float:
 
 
 def tune(
-    data: Path | None, model: GPTConfig, training: Training, devices: Devices, *, record: Path
+    names: Sequence[str],
+    data: Path | None,
+    model: GPTConfig,
+    training: Training,
+    devices: Devices,
+    *,
+    record: Path,
 ) -> Grid:
-    """Searches AdamW's rate first, then Muon's and NorMuon's together with the AdamW beside each.
+    """Searches AdamW's rate first, then each other optimizer's together with the AdamW beside it.
 
     Every run is recorded as it ends, beside `record` in a file `.part`. A search that was stopped goes
     on from there, if it was of the same settings, data, machine and versions.
 
     Args:
+      names: of the optimizers; AdamW's rate is searched in any case.
       data, model, training, devices: of the runs, whose folders are not kept.
       record: where the whole search is written at its end.
 
@@ -168,8 +175,10 @@ def tune(
         return points[-1].rank
 
     adam = search(lambda rate: loss("adamw", Rates(rate)), ADAMW_GRID)
-    for name in ("muon", "normuon"):
-        _search_both_rates(functools.partial(loss, name), adam)
+    for name in names:
+        if name != "adamw":
+            like = same_update(name, model.width)
+            _search_both_rates(functools.partial(loss, name), [like * r for r in MATRIX_GRID], adam)
     whole = dataclasses.replace(grid, points=tuple(points))
     if is_first():
         whole.write(record)
@@ -196,10 +205,10 @@ def run_briefly(told: Pretrain) -> Run:
         return read_run(launch(dataclasses.replace(told, output=Path(folder))))
 
 
-def _search_both_rates(loss: Callable[[Rates], float], adam: float) -> None:
+def _search_both_rates(loss: Callable[[Rates], float], grid: Sequence[float], adam: float) -> None:
     """The matrices' rate with AdamW's best beside it; the AdamW beside; the matrices' rate again, for
     the two depend on each other."""
-    matrix = search(lambda rate: loss(Rates(rate, adam)), MATRIX_GRID)
+    matrix = search(lambda rate: loss(Rates(rate, adam)), grid)
     # Embedding and head alone bear, and like, a higher rate than a whole model does.
     beside = search(lambda rate: loss(Rates(matrix, rate)), (adam, 2 * adam, 4 * adam))
     search(lambda rate: loss(Rates(rate, beside)), (matrix / 2, matrix, matrix * 2))

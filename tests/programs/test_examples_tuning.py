@@ -61,9 +61,9 @@ def runs(monkeypatch):
     return made
 
 
-def searched(folder, training=None):
+def searched(folder, training=None, names=("adamw", "muon", "normuon")):
     told = None, GPTConfig(), training or Training(), Devices()
-    return tune(*told, record=folder / "rates.json")
+    return tune(names, *told, record=folder / "rates.json")
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_adamw_is_tuned_first_and_then_again_beside_each_matrix_optimizer(grid):
 
 
 def test_no_run_is_made_twice_and_every_run_is_recorded(grid):
-    runs = [(point.optimizer, point.rates) for point in grid.points]
+    runs = _points(grid)
     assert len(runs) == len(set(runs))
     assert any(point.validation_loss is None for point in grid.points)
     for name in ("adamw", "muon", "normuon"):
@@ -122,6 +122,24 @@ def test_a_stopped_search_of_other_settings_is_not_gone_on_with(runs, tmp_path):
     (tmp_path / "rates.part").write_text("[]")
     with pytest.raises(BadInput, match="no record of a search"):
         searched(tmp_path)
+
+
+def test_the_optimizers_that_are_asked_for_are_searched_and_adamw_whose_rate_they_begin_at(
+    runs, tmp_path
+):
+    assert {name for name, _ in _points(searched(tmp_path, names=["muon"]))} == {"adamw", "muon"}
+
+
+def test_a_recipe_whose_rates_mean_another_size_is_searched_at_updates_of_the_same(runs, tmp_path):
+    rates = {name: [] for name in ("muon", "moonlight")}
+    for name, rate in _points(searched(tmp_path, names=rates)):
+        rates.get(name, []).append(rate.learning_rate)
+    # 0.2 sqrt(width) times the polar factor, where Muon has it as it is.
+    assert rates["moonlight"][0] == pytest.approx(rates["muon"][0] / (0.2 * 128**0.5))
+
+
+def _points(grid):
+    return [(point.optimizer, point.rates) for point in grid.points]
 
 
 def test_settings_other_than_the_searched_ones_are_named(grid):
