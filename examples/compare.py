@@ -41,7 +41,7 @@ class Compare:
     seeds: int = 1
     """Runs of each."""
     tune: bool = False
-    """First search these optimizers' learning rates and record them. A search that was stopped goes on."""
+    """First search their learning rates and record them; a search that was stopped goes on."""
     rates: Path = RATES
     """Where the learning rates are recorded."""
     output: Path | None = None
