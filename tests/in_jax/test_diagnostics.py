@@ -1,6 +1,7 @@
 """Diagnostics of a step: what the numbers are, and that they are of the step that is made."""
 
 import contextlib
+import functools
 
 import flax.linen as nn
 import jax
@@ -13,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import optax_normuon
 from optax_normuon import RECIPES, MatrixLayout
-from tests.in_jax.meshes import draw, mesh_of, put
+from tests.in_jax.meshes import collectives, draw, mesh_of, put
 
 
 def of(rng, *shape):
@@ -210,6 +211,32 @@ def test_leaves_of_one_shape_share_their_polar_factors_and_sums():
     assert products(1)[0] > 10
 
 
+def test_a_leaf_has_its_own_numbers_among_others_of_its_shape():
+    rng = np.random.default_rng(0)
+    shapes = {"a": (16, 24), "stack": (3, 16, 24), "b": (16, 24), "fused": (16, 48)}
+    layout = dict.fromkeys(shapes, MatrixLayout(-2, -1))
+    layout["fused"] = MatrixLayout(-2, -1, output_splits=(12, 24, 12))
+    grads, params = ({n: of(rng, *shape) for n, shape in shapes.items()} for _ in range(2))
+
+    def numbers(*names):
+        own = [{name: tree[name] for name in names} for tree in (grads, params, layout)]
+        state = optax_normuon.normuon(0.1, layout=own[2]).init(own[1])
+        keywords = dict(layout=own[2], compute_dtype=jnp.float32)
+        errors = optax_normuon.orthogonality_errors(own[0], state, own[1], **keywords)
+        sizes = optax_normuon.update_diagnostics(*own[:2], layout=own[2])
+        return {name: (*sizes[name], errors[name]) for name in names}
+
+    together = numbers(*shapes)
+    for name in shapes:
+        for one, other in zip(together[name], numbers(name)[name], strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4)
+    assert together["fused"][0].shape == (3,)
+    # The blocks of a fused projection in their order, though the middle one is of another stack.
+    for block, columns in enumerate((slice(0, 12), slice(12, 36), slice(36, 48))):
+        rms = jnp.sqrt(jnp.square(grads["fused"][:, columns]).mean())
+        np.testing.assert_allclose(together["fused"][0][block], rms, rtol=1e-6)
+
+
 def test_an_orthogonalizer_of_ones_own_is_measured(params):
     def halved(stack):
         factor = optax_normuon.polar_factor(stack, compute_dtype=jnp.float32)
@@ -240,6 +267,19 @@ def test_boxed_parameters_have_the_numbers_of_bare_ones(params):
         return errors, {name: tuple(each) for name, each in sizes.items()}
 
     assert jax.tree.all(jax.tree.map(jnp.array_equal, numbers(*boxed), numbers(grads, params)))
+
+
+def test_with_specs_matrices_go_to_an_owner_and_not_to_everybody():
+    shapes, specs = {f"w{i}": (16, 24) for i in range(4)}, {f"w{i}": P("x") for i in range(4)}
+    mesh = mesh_of(AxisType.Auto, x=4)
+    keywords = dict(layout=dict.fromkeys(shapes, MatrixLayout(0, 1)), param_specs=specs)
+    grads = put(draw(shapes), specs, mesh)
+    state = optax_normuon.normuon(0.1, **keywords).init(grads)
+    measure = jax.jit(functools.partial(optax_normuon.orthogonality_errors, **keywords))
+    found = collectives(measure.lower(grads, state, grads).compile().as_text())
+    assert "all-to-all" in {operation for operation, *_ in found}
+    # Of 1,536 bytes a matrix nobody is sent what is not its own; the errors are sent to all.
+    assert all(size <= 16 for operation, size, _ in found if operation == "all-gather")
 
 
 SPECS = {"a": P("x", "y"), "b": P(None, "x"), "c": P("y", "x"), "stack": P("x", None, "y")}

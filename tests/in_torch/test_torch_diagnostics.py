@@ -9,11 +9,12 @@ import optax_normuon
 import torch_ref
 from normuon_core import MatrixLayout
 
-SHAPES = {"dense": (16, 24), "experts": (3, 40, 16), "qkv": (48, 16)}
+SHAPES = {"dense": (16, 24), "experts": (3, 40, 16), "qkv": (48, 16), "uneven": (48, 16)}
 LAYOUTS = {
     "dense": MatrixLayout(1, 0),
     "experts": MatrixLayout(2, 1),
     "qkv": MatrixLayout(1, 0, output_splits=3),
+    "uneven": MatrixLayout(1, 0, output_splits=(12, 24, 12)),
 }
 
 
