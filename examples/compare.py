@@ -1,8 +1,8 @@
 """Optimizers side by side: pretraining from the same weights on the same batches, seed by seed.
 
 `make demo` is this with nothing set: about three minutes on two CPU cores. On a GPU try
-`--width 512 --depth 8 --heads 8 --context 512 --batch 64 --steps 2000 --dtype bfloat16`, with `--tune`
-first: the best learning rates change with model, batch and steps.
+`--width 512 --depth 8 --heads 8 --context 512 --batch 64 --steps 2000 --dtype bfloat16`, with
+`--tune True` first: the best learning rates change with model, batch and steps.
 """
 
 import dataclasses
@@ -131,12 +131,12 @@ def _grid(config: Compare, names: Sequence[str], console: Console) -> Grid:
         console.print(grid_table(grid))
         return grid
     if not config.rates.exists():
-        raise BadInput(f"no learning rates are recorded in {config.rates}: add --tune.")
+        raise BadInput(f"no learning rates are recorded in {config.rates}: add --tune True.")
     grid = Grid.read(config.rates)
     if differing := grid.differing_settings(config.model, config.training):
         console.print(
             f"Note: the learning rates of {config.rates.name} were searched with"
-            f" {', '.join(differing)}; --tune searches them for this run's settings."
+            f" {', '.join(differing)}; --tune True searches them for this run's settings."
         )
     return grid
 

@@ -27,8 +27,8 @@ class Rates:
 Presets = dict[str, Rates]
 Config = TypeVar("Config", bound=OptimizerConfig)
 
-# Searched by `python -m examples compare --tune` (learning_rates.json). Embedding and head alone bear,
-# and like, twice the rate that AdamW takes for a whole model.
+# Searched by `python -m examples compare --tune True` (learning_rates.json). Embedding and head alone
+# bear, and like, twice the rate that AdamW takes for a whole model.
 PRETRAIN: Presets = {
     "adamw": Rates(4e-3),
     "muon": Rates(0.02, 8e-3),

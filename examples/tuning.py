@@ -1,4 +1,4 @@
-"""The learning-rate grid: searched with `--tune`, kept in a JSON file, read by every other run."""
+"""The learning-rate grid: searched with `--tune True`, kept in a JSON file, read by every other run."""
 
 import dataclasses
 import functools
@@ -63,7 +63,9 @@ class Grid:
         """
         own = [point for point in self.points if point.optimizer == optimizer]
         if not own:
-            raise BadInput(f"the recorded grid has no run of {optimizer}: run again with --tune.")
+            raise BadInput(
+                f"the recorded grid has no run of {optimizer}: run again with --tune True."
+            )
         return min(own, key=lambda point: point.rank).rates
 
     def differing_settings(self, model: GPTConfig, training: Training) -> list[str]:

@@ -1,4 +1,4 @@
-"""Records what an optimizer does, as a trace that `python -m parity_tests identify` can read.
+"""Records what an optimizer does, as a trace that `python -m parity_tests identify TRACE` can read.
 
 Around any PyTorch optimizer:
 

@@ -3,8 +3,6 @@
 import contextlib
 import io
 import re
-import runpy
-import shlex
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -208,70 +206,3 @@ def test_files_and_programs_that_do_not_exist_are_found():
     assert missing(found) == ["benchmarks/none.py", "docs/none.md", "tests/none.py", "tests/none/"]
     assert missing_targets("`make none`, `make test`\nmake never") == ["never", "none"]
     assert len(paths_of((ROOT / "CONTRIBUTING.md").read_text())) > 30
-
-
-OURS = "benchmarks|examples|parity_tests|studies|tests"
-COMMAND = re.compile(rf"python -m ((?:{OURS})[a-z_.]*)([^`\n|;&]*)")
-
-
-def commands_of(text: str) -> set[tuple[str, str, tuple[str, ...]]]:
-    """(module, subcommand or "", options) of each command of a page that runs one of our programs."""
-    found = set()
-    for module, rest in COMMAND.findall(text):
-        told = shlex.split(rest.replace("...", ""), comments=True)
-        words = [
-            word for word, before in zip(told, ["", *told], strict=False) if before[:2] != "--"
-        ]
-        subcommand = next((word for word in words if re.fullmatch("[a-z]+", word)), "")
-        options = {word.split("=")[0] for word in told if word.startswith("--")}
-        takes_one = module in ("examples", "examples.sweep", "parity_tests", "studies")
-        found.add((module, subcommand if takes_one else "", tuple(sorted(options))))
-    return found
-
-
-def helped(module: str, *arguments: str) -> str:
-    """What a program prints for `--help`; it ends there, with success."""
-    argv, sys.argv = sys.argv, [module, *arguments, "--help"]
-    try:
-        with (
-            contextlib.redirect_stdout(io.StringIO()) as out,
-            pytest.raises(SystemExit) as ended,
-        ):
-            runpy.run_module(module, run_name="__main__", alter_sys=False)
-    finally:
-        sys.argv = argv
-    assert not ended.value.code, (module, *arguments)
-    return out.getvalue()
-
-
-COMMANDS = sorted(set.union(*(commands_of(page.read_text()) for page in PAGES)))
-WITHOUT_OPTIONS = {
-    "tests.model_trees",
-    "tests.model_trees.record",
-    "tests.programs.kill_and_resume",
-}
-"""Programs that take none, and would run."""
-
-
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-@pytest.mark.parametrize("module", sorted({module for module, _, _ in COMMANDS} - WITHOUT_OPTIONS))
-def test_the_commands_of_the_pages_have_their_subcommands_and_options(module, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "250")
-    monkeypatch.setenv("NO_COLOR", "1")
-    general = helped(module)
-    for _, subcommand, options in (found for found in COMMANDS if found[0] == module):
-        shown = general + (helped(module, subcommand) if subcommand else "")
-        missing = [option for option in options if not re.search(rf"{option}\b", shown)]
-        assert missing == [], (module, subcommand)
-
-
-def test_programs_that_take_no_options_are_given_none():
-    assert not any(options for module, _, options in COMMANDS if module in WITHOUT_OPTIONS)
-
-
-def test_the_parts_of_a_command_are_read():
-    text = "`python -m examples.sweep --factors 1 4 dpo RUN --steps=60` `python -m benchmarks`"
-    assert commands_of(text) == {
-        ("examples.sweep", "dpo", ("--factors", "--steps")),
-        ("benchmarks", "", ()),
-    }

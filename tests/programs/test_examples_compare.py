@@ -101,7 +101,7 @@ def test_an_unknown_optimizer_is_named():
 
 
 def test_missing_learning_rates_name_the_remedy(tmp_path):
-    with pytest.raises(BadInput, match="--tune"):
+    with pytest.raises(BadInput, match="--tune True"):
         compare(dataclasses.replace(TINY, rates=tmp_path / "none.json"))
 
 

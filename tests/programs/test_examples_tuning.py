@@ -149,5 +149,5 @@ def test_settings_other_than_the_searched_ones_are_named(grid):
 
 
 def test_an_optimizer_without_a_run_is_an_error_that_names_the_remedy(grid):
-    with pytest.raises(BadInput, match="--tune"):
+    with pytest.raises(BadInput, match="--tune True"):
         grid.best("sgd")
