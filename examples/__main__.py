@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -10,7 +9,7 @@ from rich.console import Console
 
 from examples.compare import Compare, compare
 from examples.comparison import result_table
-from examples.configuration import read_config
+from examples.configuration import take_config
 from examples.curves import Plot, plot
 from examples.dpo import Dpo
 from examples.errors import BadInput
@@ -40,8 +39,8 @@ def _parsed(arguments: list[str]) -> Any:
     kinds: dict[str, Any] = {"pretrain": Pretrain, "ngpt": PretrainNGPT, "sft": Sft, "dpo": Dpo}
     defaults = {}
     phase = arguments[0] if arguments else ""
-    if phase in kinds and (path := _taken(arguments, "--config")) is not None:
-        defaults[phase] = read_config(path, PHASES[phase])
+    if phase in kinds and "--config" in {each.partition("=")[0] for each in arguments}:
+        defaults[phase] = take_config(arguments, PHASES[phase])
     kinds |= {"resume": Resume, "sample": Sample, "plot": Plot, "compare": Compare}
     commands = []
     for name, kind in kinds.items():
@@ -57,19 +56,6 @@ def _parsed(arguments: list[str]) -> Any:
         args=arguments,
         config=OPTIONS,
     )
-
-
-def _taken(arguments: list[str], name: str) -> Path | None:
-    """The value of an option, which is taken out of the arguments."""
-    for i, argument in enumerate(arguments):
-        if argument == name and i + 1 < len(arguments):
-            value = arguments[i + 1]
-            del arguments[i : i + 2]
-            return Path(value)
-        if argument.startswith(f"{name}="):
-            del arguments[i]
-            return Path(argument.removeprefix(f"{name}="))
-    return None
 
 
 def _run(command: Any) -> None:

@@ -3,13 +3,17 @@
 import dataclasses
 import difflib
 import json
+import sys
 import tomllib
 import types
 import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import tyro
+
 from examples.errors import BadInput
+from examples.settings import OPTIONS
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -48,6 +52,28 @@ def read_config(path: Path, default: Any) -> Any:
     if content.pop("phase", default.phase) != default.phase:
         raise BadInput(f"{path} is the configuration of another phase than {default.phase}.")
     return read_table(default, content, f"{path}: ")
+
+
+def take_config(arguments: list[str], default: Config) -> Config:
+    """`default` with what the file of `--config FILE` sets, which is taken out of the arguments.
+
+    Raises:
+      BadInput: as `read_config`.
+    """
+    for i, argument in enumerate(arguments):
+        name, equals, path = argument.partition("=")
+        if name == "--config" and (equals or i + 1 < len(arguments)):
+            path = path if equals else arguments[i + 1]
+            del arguments[i : i + (1 if equals else 2)]
+            return read_config(Path(path), default)
+    return default
+
+
+def read_arguments(default: Config) -> Config:
+    """What the command line says, in place of what `--config FILE` or else `default` does."""
+    arguments = sys.argv[1:]
+    default = take_config(arguments, default)
+    return tyro.cli(type(default), default=default, args=arguments, config=OPTIONS)
 
 
 def read_table(default: Config, content: dict[str, Any], place: str) -> Config:

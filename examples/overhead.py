@@ -12,16 +12,15 @@ import time
 from pathlib import Path
 
 import jax
-import tyro
 from rich.console import Console
 from rich.table import Table
 
+from examples.configuration import read_arguments
 from examples.errors import one_line
 from examples.launch import launch, open_mesh
 from examples.mesh import place_batch
 from examples.pretrain import Pretrain
 from examples.runs import read_run
-from examples.settings import OPTIONS
 from examples.step import Setup, compiled_step, first_state, shapes_of
 
 ROUNDS = 3
@@ -98,4 +97,4 @@ def _table(found: dict[str, list[float]]) -> Table:
 
 if __name__ == "__main__":
     with one_line():
-        Console().print(_table(measure(tyro.cli(Pretrain, config=OPTIONS))))
+        Console().print(_table(measure(read_arguments(Pretrain()))))

@@ -14,19 +14,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from torch import distributed, nn
 from torch.nn import functional
 
 import torch_ref
-from examples.configuration import write_config
+from examples.configuration import read_arguments, write_config
 from examples.errors import BadInput, one_line
 from examples.gpt import first_parameters
 from examples.metrics import Metrics
 from examples.optimizers import OptimizerConfig, make_optimizer
 from examples.pretrain import Pretrain
 from examples.runs import new_folder
-from examples.settings import OPTIONS, Devices
+from examples.settings import Devices
 from examples.torch_gpt import GPT, load_weights
 from normuon_core import RECIPES
 
@@ -159,6 +158,6 @@ def _check(config: Pretrain) -> None:
 
 if __name__ == "__main__":
     with one_line():
-        pretrain(tyro.cli(Pretrain, config=OPTIONS))
+        pretrain(read_arguments(Pretrain()))
     if distributed.is_initialized():
         distributed.destroy_process_group()
