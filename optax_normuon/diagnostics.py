@@ -1,7 +1,9 @@
 """How large and how even a step was: numbers for each matrix, to log while a model trains."""
 
 import dataclasses
+import itertools
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -72,15 +74,16 @@ def update_diagnostics(
     """
     views = resolve_layouts(layout, params)
     given = {path: leaf for path, _, leaf in named_leaves(updates)}
-    neurons = {
-        name: _neurons(given[path], leaf, views[path])
-        for path, name, leaf in named_leaves(params)
-        if path in views
-    }
-    return {
-        name: MatrixDiagnostics(*map(jnp.concatenate, zip(*runs, strict=True)))
-        for name, runs in _numbers(neurons).items()
-    }
+    names, runs = [], []
+    for path, name, leaf in named_leaves(params):
+        if path in views:
+            own = _sums_of_neurons(given[path], leaf, views[path])
+            names += [name] * len(own)
+            runs += own
+    numbers: dict[str, list[MatrixDiagnostics]] = defaultdict(list)
+    for name, own in zip(names, _numbers(runs), strict=True):
+        numbers[name].append(own)
+    return {name: MatrixDiagnostics(*_joined(own)) for name, own in numbers.items()}
 
 
 def orthogonality_errors(
@@ -218,43 +221,43 @@ class _Neurons(NamedTuple):
     away: jax.Array
 
 
-def _neurons(update: jax.Array, param: jax.Array, view: MatrixView) -> list[tuple[int, _Neurons]]:
-    """For each run of a leaf's blocks the number of inputs, and the sums over them."""
+_Run = tuple[int, _Neurons]
+"""Of matrices of one shape: how many inputs a neuron has, and the sums over them."""
+
+
+def _sums_of_neurons(update: jax.Array, param: jax.Array, view: MatrixView) -> list[_Run]:
+    """Of each run of a leaf's blocks."""
     dtype = working_dtype(update.dtype)
+    steps, weights = (split_blocks(leaf.astype(dtype), view) for leaf in (update, param))
     inputs = -1 if view.output_stack_axis == -2 else -2
     runs = []
-    for step, weight in zip(
-        split_blocks(update.astype(dtype), view),
-        split_blocks(param.astype(dtype), view),
-        strict=True,
-    ):
+    for step, weight in zip(steps, weights, strict=True):
         # The update is added to the weight, so one sign of both leads away from zero.
         away = (jnp.sign(step) * jnp.sign(weight) > 0).astype(dtype)
-        each = jnp.square(step), jnp.square(weight), away
-        runs.append((step.shape[inputs], _Neurons(*(everywhere(x.sum(inputs)) for x in each))))
+        entries = jnp.square(step), jnp.square(weight), away
+        sums = _Neurons(*(everywhere(each.sum(inputs)) for each in entries))
+        runs.append((step.shape[inputs], sums))
     return runs
 
 
-def _numbers(
-    neurons: dict[str, list[tuple[int, _Neurons]]],
-) -> dict[str, list[MatrixDiagnostics]]:
-    """Of all runs at once where they are alike: a leaf by itself is many small programs on a GPU."""
-    alike: dict[tuple, list[tuple[str, int]]] = defaultdict(list)
-    for name, runs in neurons.items():
-        for number, (inputs, sums) in enumerate(runs):
-            alike[inputs, sums.step.shape[1], sums.step.dtype].append((name, number))
-    found: dict[tuple[str, int], MatrixDiagnostics] = {}
+def _numbers(runs: Sequence[_Run]) -> list[MatrixDiagnostics]:
+    """Of all that are alike at once: one by one they are many small programs on a GPU."""
+    alike: dict[tuple, list[int]] = defaultdict(list)
+    for index, (inputs, sums) in enumerate(runs):
+        alike[inputs, sums.step.shape[1], sums.step.dtype].append(index)
+    found: dict[int, MatrixDiagnostics] = {}
     for (inputs, *_), members in alike.items():
-        sums = [neurons[name][number][1] for name, number in members]
-        numbers = _of_neurons(_Neurons(*map(jnp.concatenate, zip(*sums, strict=True))), inputs)
-        start = 0
-        for member, own in zip(members, sums, strict=True):
-            stop = start + len(own.step)
-            found[member] = MatrixDiagnostics(*(number[start:stop] for number in numbers))
-            start = stop
-    return {
-        name: [found[name, number] for number in range(len(runs))] for name, runs in neurons.items()
-    }
+        each = [runs[index][1] for index in members]
+        whole = _of_neurons(_Neurons(*_joined(each)), inputs)
+        ends = list(itertools.accumulate(len(sums.step) for sums in each))
+        for index, start, stop in zip(members, [0, *ends[:-1]], ends, strict=True):
+            found[index] = MatrixDiagnostics(*(number[start:stop] for number in whole))
+    return [found[index] for index in range(len(runs))]
+
+
+def _joined(runs: Sequence[Sequence[jax.Array]]) -> Iterator[jax.Array]:
+    """Each of several arrays of all runs, one behind the other."""
+    return map(jnp.concatenate, zip(*runs, strict=True))
 
 
 def _of_neurons(sums: _Neurons, inputs: int) -> MatrixDiagnostics:
