@@ -67,16 +67,18 @@ def update_diagnostics(
 
     Returns:
       By path ("blocks/0/mlp/up/kernel") the numbers of each of the leaf's matrices: layers of a stack,
-      blocks of a fused projection.
+      blocks of a fused projection. Leaves whose update is `None` are left out. Norms are of squares:
+      entries below 1e-19 count as zero.
 
     Raises:
-      ValueError, TypeError: as `normuon(layout=layout).init` would.
+      ValueError: the updates lack a leaf of the parameters, or, as TypeError, as
+        `normuon(layout=layout).init` would.
     """
     views = resolve_layouts(layout, params)
-    given = {path: leaf for path, _, leaf in named_leaves(updates)}
+    given = _given(updates, params, views)
     names, runs = [], []
     for path, name, leaf in named_leaves(params):
-        if path in views:
+        if path in given:
             own = _sums_of_neurons(given[path], leaf, views[path])
             names += [name] * len(own)
             runs += own
@@ -116,14 +118,17 @@ def orthogonality_errors(
         to `normuon`.
 
     Returns:
-      By path the errors of the leaf's matrices, (matrices,).
+      By path the errors of the leaf's matrices, (matrices,). Leaves whose gradient is `None` are left
+      out.
 
     Raises:
-      ValueError: the state holds no momentum, or as `normuon` would.
+      ValueError: the state holds no momentum, the gradients lack a leaf of the parameters, or as
+        `normuon` would.
     """
     chosen = find_recipe(recipe).override(momentum=momentum)
     views = resolve_layouts(layout, params)
-    names = {path: name for path, name, _ in named_leaves(params) if path in views}
+    given = _given(grads, params, views)
+    names = {path: name for path, name, _ in named_leaves(params) if path in given}
     directions = _directions(chosen, grads, state, params, views, names)
     execution = Execution(
         dataclasses.replace(chosen, norm_setting=None, neuron_norm=None),
@@ -166,6 +171,23 @@ def orthogonality_error(x: ArrayLike) -> jax.Array:
     size = short.shape[-2]
     off = gram - jnp.broadcast_to(jnp.eye(size, dtype=x.dtype), gram.shape)
     return jnp.sqrt(jnp.square(off).sum((-2, -1)) / size)
+
+
+def _given(updates: optax.Updates, params: optax.Params, views: Views) -> dict[KeyPath, jax.Array]:
+    """The matrices' updates, or gradients; those that are `None` are not among them.
+
+    Raises:
+      ValueError: the tree is not like the parameters'.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(updates, is_leaf=lambda node: node is None)
+    given = {path: leaf for path, leaf in leaves if path in views}
+    for path, name, _ in named_leaves(params):
+        if path in views and path not in given:
+            raise ValueError(
+                f"{name}: there is no update, or gradient, of this parameter: give a tree like the"
+                " parameters, with None for what has none."
+            )
+    return {path: leaf for path, leaf in given.items() if leaf is not None}
 
 
 def _orthogonality_stage() -> MatrixStage[Statistics]:

@@ -237,6 +237,26 @@ def test_a_leaf_has_its_own_numbers_among_others_of_its_shape():
         np.testing.assert_allclose(together["fused"][0][block], rms, rtol=1e-6)
 
 
+def test_leaves_without_a_gradient_are_left_out_and_a_missing_leaf_is_named(params):
+    grads = gradients_like(params, 1)
+    state = optax_normuon.normuon(0.1, layout=LAYOUT).init(params)
+
+    def both(grads):
+        yield optax_normuon.update_diagnostics(grads, params, layout=LAYOUT)
+        yield optax_normuon.orthogonality_errors(grads, state, params, layout=LAYOUT)
+
+    whole = both(grads)
+    for numbers in both(grads | {"experts": {"kernel": None}}):
+        assert list(numbers) == ["dense/kernel"]
+        expected = next(whole)["dense/kernel"]
+        np.testing.assert_array_equal(numbers["dense/kernel"], expected)
+    del grads["experts"]
+    with pytest.raises(ValueError, match="experts/kernel: there is no update"):
+        optax_normuon.update_diagnostics(grads, params, layout=LAYOUT)
+    with pytest.raises(ValueError, match="experts/kernel: there is no update"):
+        optax_normuon.orthogonality_errors(grads, state, params, layout=LAYOUT)
+
+
 def test_an_orthogonalizer_of_ones_own_is_measured(params):
     def halved(stack):
         factor = optax_normuon.polar_factor(stack, compute_dtype=jnp.float32)
